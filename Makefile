@@ -1,0 +1,101 @@
+# The commands of this repository. Each does its own set-up: .venv, the pinned packages, the built extension.
+#
+#   make test PYTHON=/path/to/python       use that environment as it is instead of .venv
+#   make setup BASE_PYTHON=python3.12      the interpreter that .venv is made with
+#   make demo ARGS="--epochs 3"            options for the demo; make test ARGS="-k adamw" for pytest
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+# The order of a target's prerequisites is the order of its checks.
+.NOTPARALLEL:
+
+BASE_PYTHON ?= python3
+ARGS ?=
+
+# Only the command line counts: a PYTHON that happens to be in the environment is not meant for us.
+ifeq ($(origin PYTHON),command line)
+override PY := $(PYTHON)
+PINS :=
+# What another environment holds is not for us to remember: ask pip every time.
+INSTALLED := install-into-python
+else
+override PY := .venv/bin/python
+PINS := .venv/pins.stamp
+INSTALLED := .venv/installed.stamp
+endif
+
+CPP = $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu')
+
+# Warnings are errors here and nowhere else: a user's compiler may know warnings that ours does not. One GPU
+# architecture is enough to develop with: this machine's own, or 90 where there is no GPU.
+define INSTALL
+@echo "building the extension into $(PY)"
+@archs=$$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | grep -xE '[0-9]+[.][0-9]+' | tr -d . | sort -u | paste -sd ,); \
+CXXFLAGS="-Werror $$CXXFLAGS" FUSED_OPTIM_CUDA_ARCHS="$${FUSED_OPTIM_CUDA_ARCHS:-$${archs:-90}}" \
+$(PY) -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps --editable .
+endef
+
+.PHONY: help setup demo test test-slow lint types docs format wheel clean install-into-python
+
+help:
+	@echo "make demo       train a small vision transformer with torch's AdamW and with this one, and compare"
+	@echo "make test       formatters, linters, types, build, docs, tests: what CI runs"
+	@echo "make test-slow  the tests that take too long for 'make test'"
+	@echo "make wheel      build dist/*.whl and the sdist, and take a step with the wheel in a fresh environment"
+	@echo "make docs       build docs/_build/html; warnings are errors"
+	@echo "make setup      only the set-up: .venv, pinned packages, the extension"
+	@echo "make format     let ruff and clang-format rewrite the sources"
+	@echo "make clean      remove what was built, but not .venv"
+
+.venv/pins.stamp: requirements-dev.txt requirements-lock.txt
+	@$(BASE_PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 10) or sys.exit("fused_optim needs Python 3.10 or newer, and $(BASE_PYTHON) is %d.%d; choose another: make BASE_PYTHON=/path/to/python3" % v[:2])'
+	@test -x .venv/bin/python || $(BASE_PYTHON) -m venv .venv || { rm -rf .venv; \
+		echo "$(BASE_PYTHON) cannot make a virtual environment; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	@touch $@
+
+# Folders are among the prerequisites, so that a source which is added or removed counts too.
+.venv/installed.stamp: .venv/pins.stamp pyproject.toml setup.py CMakeLists.txt $(shell find csrc)
+	$(INSTALL)
+	@touch $@
+
+install-into-python:
+	$(INSTALL)
+
+setup: $(INSTALLED)
+
+demo: $(INSTALLED)
+	$(PY) examples/train_digits.py $(ARGS)
+
+lint: $(PINS)
+	$(PY) -m ruff format --check .
+	$(PY) -m ruff check .
+	$(PY) -c 'import clang_format; clang_format.clang_format()' --dry-run -Werror $(CPP)
+
+types: $(PINS)
+	$(PY) -m mypy
+
+docs: $(INSTALLED)
+	$(PY) -m sphinx -q -W --keep-going -b html docs docs/_build/html
+
+# pytest comes last, so that its closing line is the last one.
+test: lint types $(INSTALLED) docs
+	$(PY) -m pytest -m "not slow and not gpu" $(ARGS)
+
+test-slow: $(INSTALLED)
+	$(PY) -m pytest -m slow $(ARGS)
+
+# The wheel is built from the sdist, which is thereby proved complete.
+wheel: $(INSTALLED)
+	rm -rf dist
+	$(PY) -m build --no-isolation --outdir dist
+	$(PY) scripts/check_wheel.py dist/*.whl
+
+format: $(PINS)
+	$(PY) -m ruff format .
+	$(PY) -m ruff check --fix .
+	$(PY) -c 'import clang_format; clang_format.clang_format()' -i $(CPP)
+
+clean:
+	rm -rf build dist docs/_build *.egg-info .venv/installed.stamp
+	find fused_optim kernels bench tests -name '*.so' -delete -o -name __pycache__ -prune -exec rm -rf {} +

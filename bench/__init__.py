@@ -1,0 +1,1 @@
+"""The bench harness; installed as `fused_optim.bench`."""

@@ -1,0 +1,106 @@
+// What Python sees of the extension; the only file that includes pybind11.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cstdlib>
+#include <memory>
+#include <string>
+
+#include "plan.h"
+
+#ifndef FO_VERSION
+#define FO_VERSION "unknown"
+#endif
+#ifndef FO_COMPILER
+#define FO_COMPILER "unknown"
+#endif
+#ifndef FO_CPU_CAPABILITIES
+#define FO_CPU_CAPABILITIES "default"
+#endif
+#ifndef FO_CUDA_VERSION
+#define FO_CUDA_VERSION ""
+#endif
+#ifndef FO_CUDA_ARCHS
+#define FO_CUDA_ARCHS ""
+#endif
+
+namespace py = pybind11;
+
+namespace fused_optim {
+namespace {
+
+py::object owned(PyObject* result) {
+  if (result == nullptr) throw py::error_already_set();
+  return py::reinterpret_steal<py::object>(result);
+}
+
+// The collector must see through the plan: param.optimizer = optimizer is a cycle that runs through it.
+void make_collectable(PyHeapTypeObject* heap_type) {
+  PyTypeObject* type = &heap_type->ht_type;
+  type->tp_flags |= Py_TPFLAGS_HAVE_GC;
+  type->tp_traverse = [](PyObject* self, visitproc visit, void* arg) {
+    Py_VISIT(Py_TYPE(self));
+    if (!py::detail::is_holder_constructed(self)) return 0;
+    return py::cast<const Plan&>(py::handle(self)).traverse(visit, arg);
+  };
+  type->tp_clear = [](PyObject* self) {
+    if (py::detail::is_holder_constructed(self)) py::cast<Plan&>(py::handle(self)).clear();
+    return 0;
+  };
+}
+
+const CpuKernels* requested_kernels() {
+  const char* requested = std::getenv("FUSED_OPTIM_CPU_CAPABILITY");
+  const CpuKernels* kernels = choose_cpu_kernels(requested);
+  if (kernels == nullptr) {
+    throw py::value_error(std::string("FUSED_OPTIM_CPU_CAPABILITY=") + requested +
+                          " names no instruction set that was built and that this processor runs; choose from " +
+                          FO_CPU_CAPABILITIES);
+  }
+  return kernels;
+}
+
+std::unique_ptr<Plan> make_plan(const py::list& rules, const py::list& rows, const py::dict& defaults,
+                                const py::tuple& structural, const py::object& exchange_api,
+                                const py::object& is_plain, const py::object& describe) {
+  auto plan = std::make_unique<Plan>();
+  if (!plan->open(exchange_api.ptr(), is_plain.ptr(), describe.ptr(), requested_kernels()) ||
+      !plan->build(rules.ptr(), rows.ptr(), defaults.ptr(), structural.ptr())) {
+    throw py::error_already_set();
+  }
+  return plan;
+}
+
+py::dict build_info() {
+  py::dict info;
+  info["version"] = FO_VERSION;
+  info["compiler"] = FO_COMPILER;
+  info["cpu_capabilities"] = FO_CPU_CAPABILITIES;
+  info["cuda_version"] = FO_CUDA_VERSION;
+  info["cuda_archs"] = FO_CUDA_ARCHS;
+  return info;
+}
+
+}  // namespace
+}  // namespace fused_optim
+
+PYBIND11_MODULE(_C, module) {
+  using namespace fused_optim;
+  py::class_<Plan>(module, "Plan", py::custom_type_setup(make_collectable))
+      .def(py::init(&make_plan), py::kw_only(), py::arg("rules"), py::arg("rows"), py::arg("defaults"),
+           py::arg("structural"), py::arg("exchange_api"), py::arg("is_plain"), py::arg("describe"))
+      .def("refresh",
+           [](Plan& plan, const py::object& param_groups, const py::object& state) {
+             return owned(plan.refresh(param_groups.ptr(), state.ptr()));
+           })
+      .def("run",
+           [](Plan& plan, double grad_scale, int threads) {
+             if (!plan.run(grad_scale, threads)) throw py::error_already_set();
+           })
+      .def("release", &Plan::release)
+      .def("touched", [](Plan& plan) { return owned(plan.touched()); })
+      .def_property_readonly("active_elements", &Plan::active_elements);
+  module.def("build_info", &build_info);
+  module.def("cpu_capability", [] { return requested_kernels()->capability; });
+  module.def("has_openmp", &has_openmp);
+}

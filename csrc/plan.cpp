@@ -1,0 +1,546 @@
+#include "plan.h"
+
+#include <algorithm>
+#include <cstring>
+#include <unordered_map>
+
+namespace fused_optim {
+namespace {
+
+// Below this a step is over sooner than another thread could take the interpreter lock.
+constexpr int64_t kElementsUnderLock = 32 * 1024;
+
+PyObject* intern(const char* text) { return PyUnicode_InternFromString(text); }
+
+template <class R>
+RuleNames names_of() {
+  RuleNames names{R::kName, {}, {}, {}};
+  for (int i = 0; i < R::kStateCount; ++i) {
+    names.state_names.push_back(intern(R::kStates[i].name));
+    names.per_tensor.push_back(R::kStates[i].per_tensor);
+  }
+  for (const HyperField& field : R::kHyper) names.hyper.push_back({intern(field.key), field.index});
+  return names;
+}
+
+template <class... R>
+std::vector<RuleNames> all_names(RuleList<R...>) {
+  return {names_of<R>()...};
+}
+
+// Objects of these types cannot change while they are the same object.
+bool is_constant(PyObject* value) {
+  if (PyFloat_CheckExact(value) || PyLong_CheckExact(value) || PyBool_Check(value) || value == Py_None) return true;
+  if (!PyTuple_CheckExact(value)) return false;
+  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(value); ++i) {
+    if (!is_constant(PyTuple_GET_ITEM(value, i))) return false;
+  }
+  return true;
+}
+
+// Lets other Python threads run while it lives, and marks the plan as busy for them.
+class Unlocked {
+ public:
+  Unlocked(bool worth_it, bool& busy) : busy_(busy) {
+    busy_ = true;
+    if (worth_it) state_ = PyEval_SaveThread();
+  }
+  ~Unlocked() {
+    if (state_ != nullptr) PyEval_RestoreThread(state_);
+    busy_ = false;
+  }
+  Unlocked(const Unlocked&) = delete;
+  Unlocked& operator=(const Unlocked&) = delete;
+
+ private:
+  bool& busy_;
+  PyThreadState* state_ = nullptr;
+};
+
+PyObject* grad_name() {
+  static PyObject* const name = intern("grad");
+  return name;
+}
+
+PyObject* params_name() {
+  static PyObject* const name = intern("params");
+  return name;
+}
+
+}  // namespace
+
+const std::vector<RuleNames>& rule_names() {
+  static const auto* const names = new std::vector<RuleNames>(all_names(Rules{}));
+  return *names;
+}
+
+bool Plan::open(PyObject* exchange_api, PyObject* is_plain, PyObject* describe, const CpuKernels* kernels) {
+  kernels_ = kernels;
+  return reader_.open(exchange_api, is_plain, describe);
+}
+
+bool Plan::build(PyObject* rules, PyObject* rows, PyObject* defaults, PyObject* structural) {
+  for (Py_ssize_t g = 0; g < PyList_GET_SIZE(rules); ++g) {
+    const char* name = PyUnicode_AsUTF8(PyList_GET_ITEM(rules, g));
+    if (name == nullptr) return false;
+    const auto& known = rule_names();
+    const auto found = std::find_if(known.begin(), known.end(), [&](const RuleNames& r) { return r.name == name; });
+    if (found == known.end()) {
+      PyErr_Format(PyExc_ValueError, "no rule is named %s", name);
+      return false;
+    }
+    groups_.emplace_back();
+    groups_.back().rule = static_cast<int>(found - known.begin());
+  }
+  hypers_.resize(groups_.size());
+  Py_INCREF(defaults);
+  defaults_ = defaults;
+  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(structural); ++i) {
+    PyObject* key = PyTuple_GET_ITEM(structural, i);
+    Py_INCREF(key);
+    structural_keys_.push_back(key);
+  }
+  for (Py_ssize_t r = 0; r < PyList_GET_SIZE(rows); ++r) {
+    if (!row_from_tuple(PyList_GET_ITEM(rows, r))) return false;
+  }
+  size_t next = 0;
+  for (size_t g = 0; g < groups_.size(); ++g) {
+    groups_[g].first_row = next;
+    while (next < rows_.size() && rows_[next].group == static_cast<int32_t>(g)) ++next;
+    groups_[g].last_row = next;
+  }
+  scalars_.resize(rows_.size());
+  return true;
+}
+
+bool Plan::row_from_tuple(PyObject* tuple) {
+  int group, native;
+  PyObject* param;
+  Row row{};
+  if (!PyArg_ParseTuple(tuple, "iOddp", &group, &param, &row.lr_scale, &row.weight_decay_scale, &native)) return false;
+  HostRow host;
+  TensorView view;
+  row.group = group;
+  row.rule = groups_[static_cast<size_t>(group)].rule;
+  if (native && reader_.read(param, view) && view.dtype != DType::none) {
+    host.native = true;
+    host.ndim = view.ndim;
+    host.device = view.device;
+    host.layout = layouts_.size();
+    layouts_.insert(layouts_.end(), view.shape, view.shape + view.ndim);
+    layouts_.insert(layouts_.end(), view.strides, view.strides + view.ndim);
+    row.dtype[kParam] = view.dtype;
+    row.numel = 1;
+    for (int i = 0; i < view.ndim; ++i) row.numel *= view.shape[i];
+  }
+  Py_INCREF(param);
+  host.param = param;
+  hosts_.push_back(host);
+  rows_.push_back(row);
+  return true;
+}
+
+bool Plan::number(PyObject* value, double* out) {
+  if (PyFloat_CheckExact(value)) {
+    *out = PyFloat_AS_DOUBLE(value);
+    return true;
+  }
+  TensorView view;
+  if (!PyLong_Check(value) && !PyFloat_Check(value) && reader_.read(value, view)) {
+    int64_t numel = 1;
+    for (int i = 0; i < view.ndim; ++i) numel *= view.shape[i];
+    if (numel == 1 && view.device.device_type == dlpack::kCPU && view.address != 0) {
+      if (view.dtype == DType::float32) {
+        *out = *reinterpret_cast<const float*>(view.address);
+        return true;
+      }
+      if (view.dtype == DType::float64) {
+        *out = *reinterpret_cast<const double*>(view.address);
+        return true;
+      }
+    }
+  }
+  PyObject* as_float = PyNumber_Float(value);
+  if (as_float == nullptr) return false;
+  *out = PyFloat_AS_DOUBLE(as_float);
+  Py_DECREF(as_float);
+  return true;
+}
+
+bool Plan::parse_group(PyObject* group, size_t index, bool* stale) {
+  Group& known = groups_[index];
+  const RuleNames& rule = rule_names()[static_cast<size_t>(known.rule)];
+  for (size_t i = 0; i < structural_keys_.size(); ++i) {
+    PyObject* value = PyDict_GetItemWithError(group, structural_keys_[i]);
+    if (PyErr_Occurred()) return false;
+    if (known.structural.size() <= i) {
+      Py_XINCREF(value);
+      known.structural.push_back(value);
+    } else if (value != known.structural[i]) {
+      *stale = true;
+      return true;
+    }
+  }
+  bool constant = true;
+  double hyper[kMaxHyper];
+  for (size_t i = 0; i < rule.hyper.size(); ++i) {
+    PyObject* key = rule.hyper[i].key;
+    PyObject* value = PyDict_GetItemWithError(group, key);
+    if (value == nullptr && !PyErr_Occurred()) value = PyDict_GetItemWithError(defaults_, key);
+    if (PyErr_Occurred()) return false;
+    if (value == nullptr) {
+      PyErr_Format(PyExc_KeyError, "param_groups[%zu] has no %R and the optimizer no default for it", index, key);
+      return false;
+    }
+    constant = constant && is_constant(value);
+    PyObject* item = value;
+    Py_INCREF(item);
+    if (rule.hyper[i].index >= 0) {
+      Py_DECREF(item);
+      item = PySequence_GetItem(value, rule.hyper[i].index);
+    }
+    const bool good = item != nullptr && number(item, &hyper[i]);
+    Py_XDECREF(item);
+    if (!good) {
+      PyErr_Format(PyExc_TypeError, "param_groups[%zu][%R] must hold numbers or one-element Tensors, got %R", index, key,
+                   value);
+      return false;
+    }
+  }
+  std::memcpy(hypers_[index].value, hyper, rule.hyper.size() * sizeof(double));
+  std::vector<Entry> entries;
+  PyObject *key, *value;
+  for (Py_ssize_t position = 0; PyDict_Next(group, &position, &key, &value);) {
+    Py_INCREF(key);
+    Py_INCREF(value);
+    entries.push_back({key, value});
+  }
+  entries.swap(known.entries);
+  known.constant = constant;
+  for (const Entry& entry : entries) {
+    Py_DECREF(entry.key);
+    Py_DECREF(entry.value);
+  }
+  return true;
+}
+
+Plan::Read Plan::refresh_group(PyObject* group, size_t index, PyObject** params) {
+  if (!PyDict_Check(group)) return Read::stale;
+  Group& known = groups_[index];
+  bool unchanged = known.constant;
+  *params = nullptr;
+  if (unchanged) {
+    size_t i = 0;
+    PyObject *key, *value;
+    for (Py_ssize_t position = 0; PyDict_Next(group, &position, &key, &value); ++i) {
+      if (i == known.entries.size() || known.entries[i].key != key) {
+        unchanged = false;
+        break;
+      }
+      if (key == params_name()) {
+        *params = value;
+      } else if (known.entries[i].value != value) {
+        unchanged = false;
+        break;
+      }
+    }
+    unchanged = unchanged && i == known.entries.size();
+  }
+  if (!unchanged) {
+    bool stale = false;
+    if (!parse_group(group, index, &stale)) return Read::error;
+    if (stale) return Read::stale;
+  }
+  if (*params == nullptr) *params = PyDict_GetItemWithError(group, params_name());
+  if (*params == nullptr || !(PyList_Check(*params) || PyTuple_Check(*params))) return Read::stale;
+  const auto count = static_cast<size_t>(PySequence_Fast_GET_SIZE(*params));
+  return count == known.last_row - known.first_row ? Read::ok : Read::stale;
+}
+
+PyObject* Plan::refresh(PyObject* param_groups, PyObject* state) {
+  if (busy_) {
+    PyErr_SetString(PyExc_RuntimeError, "step() of one optimizer was called from two threads at once");
+    return nullptr;
+  }
+  release();
+  if (!PyList_Check(param_groups) || static_cast<size_t>(PyList_GET_SIZE(param_groups)) != groups_.size() ||
+      !PyDict_Check(state)) {
+    Py_RETURN_NONE;
+  }
+  PyObject* attention = PyList_New(0);
+  if (attention == nullptr) return nullptr;
+  states_located_ = false;
+  active_elements_ = active_rows_ = 0;
+  const auto leave = [&](PyObject* result) {
+    Py_DECREF(attention);
+    release();
+    return result;
+  };
+  const auto attend = [&](size_t r, const char* reason) {
+    PyObject* entry = Py_BuildValue("(ns)", static_cast<Py_ssize_t>(r), reason);
+    const bool good = entry != nullptr && PyList_Append(attention, entry) == 0;
+    Py_XDECREF(entry);
+    return good;
+  };
+  for (size_t g = 0; g < groups_.size(); ++g) {
+    PyObject* params;
+    const Read read = refresh_group(PyList_GET_ITEM(param_groups, static_cast<Py_ssize_t>(g)), g, &params);
+    if (read == Read::error) return leave(nullptr);
+    if (read == Read::stale) {
+      leave(nullptr);
+      Py_RETURN_NONE;
+    }
+    PyObject** items = PySequence_Fast_ITEMS(params);
+    for (size_t r = groups_[g].first_row; r < groups_[g].last_row; ++r) {
+      HostRow& host = hosts_[r];
+      if (*items++ != host.param) {
+        leave(nullptr);
+        Py_RETURN_NONE;
+      }
+      const bool was_active = rows_[r].active;
+      rows_[r].active = false;
+      host.grad = PyObject_GetAttr(host.param, grad_name());
+      if (host.grad == nullptr) return leave(nullptr);
+      if (host.grad != Py_None) {
+        const char* reason = refresh_row(host, rows_[r], state);
+        if (reason == nullptr) {
+          rows_[r].active = true;
+          active_elements_ += rows_[r].numel;
+          ++active_rows_;
+        } else if (*reason == '\0') {
+          leave(nullptr);
+          Py_RETURN_NONE;
+        } else if (!attend(r, reason)) {
+          return leave(nullptr);
+        }
+      }
+      if (rows_[r].active != was_active) active_changed_ = true;
+    }
+  }
+  if (written_moved_ || active_changed_) find_overlaps();
+  for (size_t r = 0; r < rows_.size(); ++r) {
+    if (!rows_[r].active || !hosts_[r].overlapping) continue;
+    rows_[r].active = false;
+    active_changed_ = true;
+    active_elements_ -= rows_[r].numel;
+    --active_rows_;
+    if (!attend(r, "overlap")) return leave(nullptr);
+  }
+  return attention;
+}
+
+bool Plan::same_layout(const HostRow& host, const TensorView& view, bool exact) const {
+  if (view.ndim != host.ndim || view.device.device_type != host.device.device_type ||
+      view.device.device_id != host.device.device_id) {
+    return false;
+  }
+  const int64_t* shape = layouts_.data() + host.layout;
+  const int64_t* strides = shape + host.ndim;
+  for (int i = 0; i < host.ndim; ++i) {
+    if (view.shape[i] != shape[i]) return false;
+    if (view.strides[i] != strides[i] && (exact || shape[i] != 1)) return false;
+  }
+  return true;
+}
+
+// Null: the row is ready. "": the parameter is no longer what the plan was built for. Otherwise what is wrong.
+const char* Plan::refresh_row(HostRow& host, Row& row, PyObject* state) {
+  if (!host.native) return "param";
+  TensorView view;
+  if (!reader_.read(host.param, view) || !same_layout(host, view, true) || view.dtype != row.dtype[kParam]) return "";
+  if (view.address == 0 && row.numel != 0) return "param";
+  if (row.address[kParam] != view.address) {
+    row.address[kParam] = view.address;
+    written_moved_ = true;
+  }
+  // The gradient must be the row's to the letter: that is what excludes, besides other layouts, views with a
+  // pending negation or conjugation, whose address is that of the raw numbers. One element is the exception
+  // that strides cannot tell.
+  if (!reader_.read(host.grad, view) || !same_layout(host, view, true)) return "grad";
+  if (view.dtype == DType::none || (view.address == 0 && row.numel != 0)) return "grad";
+  if (view.dtype == DType::float64 && !computes_in_double(row.dtype[kParam])) return "grad";
+  if (row.numel == 1) {
+    PyObject* negative = PyObject_CallMethod(host.grad, "is_neg", nullptr);
+    const bool plain = negative == Py_False;
+    Py_XDECREF(negative);
+    if (PyErr_Occurred()) PyErr_Clear();
+    if (!plain) return "grad";
+  }
+  row.address[kGrad] = view.address;
+  row.dtype[kGrad] = view.dtype;
+  return read_states(host, row, state);
+}
+
+const char* Plan::read_states(HostRow& host, Row& row, PyObject* state) {
+  PyObject* states = find_state(host, state);
+  if (states == nullptr || !PyDict_Check(states)) return "state";
+  const RuleNames& rule = rule_names()[static_cast<size_t>(row.rule)];
+  const bool in_double = computes_in_double(row.dtype[kParam]);
+  Py_ssize_t position = 0;
+  bool in_order = true;
+  for (size_t i = 0; i < rule.state_names.size(); ++i) {
+    PyObject *key, *value = nullptr;
+    in_order = in_order && PyDict_Next(states, &position, &key, &value) && key == rule.state_names[i];
+    if (!in_order) value = PyDict_GetItemWithError(states, rule.state_names[i]);
+    TensorView view;
+    if (value == nullptr || !reader_.read(value, view)) {
+      PyErr_Clear();
+      return "state";
+    }
+    if (rule.per_tensor[i]) {
+      if (view.ndim != 0 || view.device.device_type != host.device.device_type ||
+          view.device.device_id != host.device.device_id) {
+        return "state";
+      }
+      if (view.dtype != DType::float32 && view.dtype != DType::float64) return "state";
+    } else {
+      if (!same_layout(host, view, false) || view.dtype == DType::none) return "state";
+      if (view.dtype == DType::float64 && !in_double) return "state";
+    }
+    if (view.address == 0 && (rule.per_tensor[i] || row.numel != 0)) return "state";
+    const int column = kFirstState + static_cast<int>(i);
+    if (row.address[column] != view.address) {
+      row.address[column] = view.address;
+      written_moved_ = true;
+    }
+    row.dtype[column] = view.dtype;
+  }
+  return nullptr;
+}
+
+// The parameters' states stand in a dict whose keys hash slowly (Tensor.__hash__ is Python). The row remembers
+// where PyDict_Next found its state; only if that is no longer so, all positions are looked up again.
+PyObject* Plan::find_state(HostRow& host, PyObject* state) {
+  for (int attempt = 0; attempt < 2; ++attempt) {
+    PyObject *key, *value;
+    Py_ssize_t position = host.state_position;
+    if (PyDict_Next(state, &position, &key, &value) && key == host.param) return value;
+    if (states_located_) break;
+    locate_states(state);
+  }
+  return nullptr;
+}
+
+void Plan::locate_states(PyObject* state) {
+  std::unordered_map<PyObject*, Py_ssize_t> positions;
+  PyObject *key, *value;
+  Py_ssize_t position = 0;
+  for (Py_ssize_t before = 0; PyDict_Next(state, &position, &key, &value); before = position) {
+    positions.emplace(key, before);
+  }
+  for (HostRow& host : hosts_) {
+    const auto found = positions.find(host.param);
+    if (found != positions.end()) host.state_position = found->second;
+  }
+  states_located_ = true;
+}
+
+// Two rows of one launch must not write the same memory.
+void Plan::find_overlaps() {
+  struct Range {
+    uint64_t begin, end;
+    size_t row;
+  };
+  std::vector<Range> ranges;
+  for (size_t r = 0; r < rows_.size(); ++r) {
+    hosts_[r].overlapping = false;
+    if (!rows_[r].active) continue;
+    for (int c = 0; c < kColumns; ++c) {
+      if (c == kGrad || rows_[r].address[c] == 0) continue;
+      const bool per_tensor =
+          c >= kFirstState && rule_names()[static_cast<size_t>(rows_[r].rule)].per_tensor[static_cast<size_t>(c - kFirstState)];
+      const auto bytes = static_cast<uint64_t>(per_tensor ? 1 : rows_[r].numel) *
+                         static_cast<uint64_t>(size_of(rows_[r].dtype[c]));
+      if (bytes != 0) ranges.push_back({rows_[r].address[c], rows_[r].address[c] + bytes, r});
+    }
+  }
+  std::sort(ranges.begin(), ranges.end(), [](const Range& a, const Range& b) { return a.begin < b.begin; });
+  size_t widest = 0;  // the range that reaches furthest among those before
+  for (size_t i = 1; i < ranges.size(); ++i) {
+    if (ranges[i].begin < ranges[widest].end) {
+      hosts_[ranges[i].row].overlapping = hosts_[ranges[widest].row].overlapping = true;
+    }
+    if (ranges[i].end > ranges[widest].end) widest = i;
+  }
+  written_moved_ = false;
+}
+
+bool Plan::run(double grad_scale, int threads) {
+  if (active_rows_ == 0) return true;
+  const auto count = static_cast<int64_t>(rows_.size());
+  {
+    const Unlocked unlocked(active_elements_ > kElementsUnderLock, busy_);
+    prepare_cpu(rows_.data(), count, hypers_.data(), grad_scale, scalars_.data());
+    apply_cpu(*kernels_, rows_.data(), count, scalars_.data(), threads);
+  }
+  release();
+  return true;
+}
+
+PyObject* Plan::touched() {
+  if (active_changed_ || touched_ == nullptr) {
+    PyObject* list = PyList_New(0);
+    if (list == nullptr) return nullptr;
+    for (size_t r = 0; r < rows_.size(); ++r) {
+      if (rows_[r].active && PyList_Append(list, hosts_[r].param) != 0) {
+        Py_DECREF(list);
+        return nullptr;
+      }
+    }
+    Py_XDECREF(touched_);
+    touched_ = list;
+    active_changed_ = false;
+  }
+  Py_INCREF(touched_);
+  return touched_;
+}
+
+void Plan::release() {
+  for (HostRow& host : hosts_) Py_CLEAR(host.grad);
+}
+
+int Plan::traverse(visitproc visit, void* arg) const {
+  for (const HostRow& host : hosts_) {
+    Py_VISIT(host.param);
+    Py_VISIT(host.grad);
+  }
+  for (const Group& group : groups_) {
+    for (const Entry& entry : group.entries) {
+      Py_VISIT(entry.key);
+      Py_VISIT(entry.value);
+    }
+    for (PyObject* value : group.structural) Py_VISIT(value);
+  }
+  for (PyObject* key : structural_keys_) Py_VISIT(key);
+  Py_VISIT(defaults_);
+  Py_VISIT(touched_);
+  return reader_.traverse(visit, arg);
+}
+
+void Plan::clear() {
+  // Emptied before anything is let go of: a destructor may run Python code that meets this plan.
+  std::vector<HostRow> hosts;
+  std::vector<Group> groups;
+  std::vector<PyObject*> keys;
+  hosts.swap(hosts_);
+  groups.swap(groups_);
+  keys.swap(structural_keys_);
+  rows_.clear();
+  for (HostRow& host : hosts) {
+    Py_CLEAR(host.grad);
+    Py_CLEAR(host.param);
+  }
+  for (Group& group : groups) {
+    for (Entry& entry : group.entries) {
+      Py_DECREF(entry.key);
+      Py_DECREF(entry.value);
+    }
+    for (PyObject* value : group.structural) Py_XDECREF(value);
+  }
+  for (PyObject* key : keys) Py_DECREF(key);
+  Py_CLEAR(defaults_);
+  Py_CLEAR(touched_);
+  reader_.clear();
+}
+
+}  // namespace fused_optim

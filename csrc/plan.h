@@ -1,0 +1,120 @@
+// The plan: which memory one optimizer's step reads and writes, with which numbers.
+//
+// Python builds it once from the param groups. Each step calls refresh(), which reads again what a user may
+// have changed: every address and layout, every hyperparameter; then run().
+#pragma once
+
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+
+#include <string>
+#include <vector>
+
+#include "phases_cpu.h"
+#include "row.h"
+#include "tensor_reader.h"
+
+namespace fused_optim {
+
+class Plan {
+ public:
+  Plan() = default;
+  Plan(const Plan&) = delete;
+  Plan& operator=(const Plan&) = delete;
+  ~Plan() { clear(); }
+
+  // All PyObject* results are new references; null means that a Python error is set.
+
+  bool open(PyObject* exchange_api, PyObject* is_plain, PyObject* describe, const CpuKernels* kernels);
+
+  // rules: the rule's name of each group. rows: (group index, param, lr scale, weight decay scale, native) of
+  // each parameter, in the order of the groups. defaults: hyperparameters that a group may lack.
+  // structural: group keys whose change calls for a new plan.
+  bool build(PyObject* rules, PyObject* rows, PyObject* defaults, PyObject* structural);
+
+  // Reads everything again and changes nothing. None: the groups no longer are those of the plan, build a new
+  // one. Otherwise a list of (row index, reason): rows with a gradient that no native backend takes as they are.
+  PyObject* refresh(PyObject* param_groups, PyObject* state);
+
+  // The step of all rows that refresh accepted. False with a Python error set.
+  bool run(double grad_scale, int threads);
+
+  // The parameters that the last run() wrote, in a list that stays the plan's.
+  PyObject* touched();
+
+  // Lets go of the gradients that refresh() holds.
+  void release();
+
+  int64_t active_elements() const { return active_elements_; }
+
+  int traverse(visitproc visit, void* arg) const;
+  void clear();
+
+ private:
+  struct HostRow {
+    PyObject* param = nullptr;
+    PyObject* grad = nullptr;  // held from refresh to the end of run
+    bool native = false;
+    bool overlapping = false;
+    int32_t ndim = 0;
+    size_t layout = 0;  // where shape and strides stand in layouts_
+    dlpack::Device device{};
+    Py_ssize_t state_position = 0;  // where PyDict_Next finds the row's state
+  };
+  struct Entry {
+    PyObject* key;
+    PyObject* value;
+  };
+  struct Group {
+    int rule = 0;
+    size_t first_row = 0, last_row = 0;
+    std::vector<Entry> entries;        // the group's items when it was last read
+    std::vector<PyObject*> structural;  // values of the structural keys then
+    bool constant = false;             // no value can change while its object stays
+  };
+
+  bool row_from_tuple(PyObject* tuple);
+  enum class Read { ok, stale, error };
+  Read refresh_group(PyObject* group, size_t index, PyObject** params);
+  bool parse_group(PyObject* group, size_t index, bool* stale);
+  bool number(PyObject* value, double* out);
+  const char* refresh_row(HostRow& host, Row& row, PyObject* state);
+  const char* read_states(HostRow& host, Row& row, PyObject* state);
+  PyObject* find_state(HostRow& host, PyObject* state);
+  void locate_states(PyObject* state);
+  bool same_layout(const HostRow& host, const TensorView& view, bool exact) const;
+  void find_overlaps();
+
+  TensorReader reader_;
+  const CpuKernels* kernels_ = nullptr;
+  std::vector<HostRow> hosts_;
+  std::vector<Row> rows_;
+  std::vector<int64_t> layouts_;
+  std::vector<Group> groups_;
+  std::vector<GroupHyper> hypers_;
+  std::vector<ScalarsRecord> scalars_;
+  PyObject* defaults_ = nullptr;
+  std::vector<PyObject*> structural_keys_;
+  PyObject* touched_ = nullptr;
+  int64_t active_elements_ = 0;
+  int64_t active_rows_ = 0;
+  bool active_changed_ = true;
+  bool written_moved_ = false;    // an address that the step writes has changed
+  bool states_located_ = false;
+  bool busy_ = false;
+};
+
+// Interned names that never die: group and state keys are compared by identity first.
+struct RuleNames {
+  std::string name;
+  std::vector<PyObject*> state_names;
+  std::vector<bool> per_tensor;
+  struct Hyper {
+    PyObject* key;
+    int index;
+  };
+  std::vector<Hyper> hyper;
+};
+const std::vector<RuleNames>& rule_names();
+
+}  // namespace fused_optim

@@ -1,0 +1,24 @@
+// The list of rules: the only registry in C++. A row's `rule` is an index into it.
+#pragma once
+
+#include "adamw.h"
+
+namespace fused_optim {
+inline namespace FO_INSTRUCTION_SET {
+
+template <class... R>
+struct RuleList {
+  static constexpr int kCount = sizeof...(R);
+};
+
+using Rules = RuleList<Adam<false>, Adam<true>>;
+
+}  // namespace FO_INSTRUCTION_SET
+
+// How many hyperparameters, per-tensor states and element states any rule has at most.
+constexpr int kMaxHyper = 16;
+constexpr int kMaxPerTensorStates = 2;
+// Room for the Scalars of any rule.
+constexpr int kScalarsBytes = 128;
+
+}  // namespace fused_optim

@@ -1,0 +1,71 @@
+// The contract of a rule: the mathematics of one optimizer, floats in, floats out.
+//
+// A rule is a struct with these members, and nothing in it knows a dtype, a device or a thread:
+//
+//   kName      its name, by which Python asks for it
+//   kStates    the per-parameter states in column order, under torch's names; per-tensor ones (`step`) first
+//   kHyper     where each double of Hyper stands in a param group
+//   Hyper      the hyperparameters of a group, all doubles
+//   Scalars<T> what the element update reads: computed once a tensor, in double, rounded once to T
+//   prepare    Hyper and the tensor's context → Scalars; advances the per-tensor states, `tensor.state`
+//   update     one element: param and states in place, from the scaled gradient and the Scalars
+//
+// The eager witness in fused_optim/ and the Triton twin in kernels/ hold the same lines in the same order.
+#pragma once
+
+#include <cmath>
+
+#if defined(__CUDACC__)
+#define FO_HOST_DEVICE __host__ __device__ __forceinline__
+#else
+#define FO_HOST_DEVICE __attribute__((always_inline))
+#endif
+
+// The CPU kernels are compiled once per instruction set. Each build has a namespace of its own, so that the
+// linker can never give code for a newer processor to an older one.
+#if defined(FO_CPU_CAPABILITY)
+#define FO_CONCATENATE_(a, b) a##b
+#define FO_CONCATENATE(a, b) FO_CONCATENATE_(a, b)
+#define FO_INSTRUCTION_SET FO_CONCATENATE(cpu_, FO_CPU_CAPABILITY)
+#else
+#define FO_INSTRUCTION_SET base
+#endif
+
+namespace fused_optim {
+
+struct StateField {
+  const char* name;
+  bool per_tensor;  // one number a tensor instead of one an element
+};
+
+struct HyperField {
+  const char* key;  // key of the param group
+  int index;        // element of a pair such as betas; -1: the value itself
+};
+
+// What prepare knows of one tensor.
+struct TensorContext {
+  double lr_scale;
+  double weight_decay_scale;
+  double grad_scale;  // multiplies every gradient element: 1 / loss scale, clip coefficient
+  double state[2];    // the per-tensor states, read before and stored after prepare
+};
+
+inline namespace FO_INSTRUCTION_SET {
+
+// 1 - base^exponent. The subtraction cancels when base is near 1; expm1 does not.
+FO_HOST_DEVICE inline double one_minus_power(double base, double exponent) {
+  return base == 0 ? (exponent == 0 ? 0.0 : 1.0) : -expm1(exponent * log(base));
+}
+
+FO_HOST_DEVICE inline float square_root(float value) { return sqrtf(value); }
+FO_HOST_DEVICE inline double square_root(double value) { return sqrt(value); }
+
+// The larger of two, or NaN if either is: fmax would drop a NaN.
+template <class T>
+FO_HOST_DEVICE inline T maximum(T a, T b) {
+  return b > a || b != b ? b : a;
+}
+
+}  // namespace FO_INSTRUCTION_SET
+}  // namespace fused_optim

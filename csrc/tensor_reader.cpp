@@ -1,0 +1,104 @@
+#include "tensor_reader.h"
+
+namespace fused_optim {
+namespace {
+
+DType dtype_of(uint8_t code, uint8_t bits) {
+  if (code == dlpack::kFloat && bits == 32) return DType::float32;
+  if (code == dlpack::kBfloat && bits == 16) return DType::bfloat16;
+  if (code == dlpack::kFloat && bits == 16) return DType::float16;
+  if (code == dlpack::kFloat && bits == 64) return DType::float64;
+  return DType::none;
+}
+
+}  // namespace
+
+bool TensorReader::open(PyObject* capsule, PyObject* is_plain, PyObject* describe) {
+  if (capsule != Py_None) {
+    api_ = static_cast<const dlpack::ExchangeApi*>(PyCapsule_GetPointer(capsule, dlpack::kCapsuleName));
+    if (api_ == nullptr) return false;
+    if (api_->header.version.major != dlpack::kMajorVersion || api_->dltensor_from_py_object_no_sync == nullptr) {
+      api_ = nullptr;  // another ABI: the slow way is right whatever the version
+    }
+  }
+  Py_INCREF(is_plain);
+  is_plain_ = is_plain;
+  Py_INCREF(describe);
+  describe_ = describe;
+  return true;
+}
+
+bool TensorReader::is_plain_type(PyTypeObject* type) {
+  for (const KnownType& known : known_types_) {
+    if (known.type == type) return known.plain;
+  }
+  PyObject* answer = PyObject_CallFunctionObjArgs(is_plain_, reinterpret_cast<PyObject*>(type), nullptr);
+  const bool plain = answer != nullptr && PyObject_IsTrue(answer) == 1;
+  Py_XDECREF(answer);
+  if (PyErr_Occurred()) PyErr_Clear();
+  Py_INCREF(type);  // a type that died could leave its address to another
+  known_types_.push_back({type, plain});
+  return plain;
+}
+
+bool TensorReader::read(PyObject* object, TensorView& view) {
+  if (!is_plain_type(Py_TYPE(object))) return false;
+  if (api_ == nullptr) return read_slowly(object, view);
+  dlpack::Tensor tensor;
+  if (api_->dltensor_from_py_object_no_sync(object, &tensor) != 0) {
+    PyErr_Clear();
+    return false;
+  }
+  view.address = reinterpret_cast<uint64_t>(tensor.data) + tensor.byte_offset;
+  view.device = tensor.device;
+  view.dtype = dtype_of(tensor.dtype.code, tensor.dtype.bits);
+  view.ndim = tensor.ndim;
+  view.shape = tensor.shape;
+  view.strides = tensor.strides;
+  return true;
+}
+
+bool TensorReader::read_slowly(PyObject* object, TensorView& view) {
+  PyObject* facts = PyObject_CallFunctionObjArgs(describe_, object, nullptr);
+  unsigned long long address;
+  int device_type, device_id, code, bits;
+  PyObject *shape, *strides;
+  bool good = facts != nullptr && facts != Py_None &&
+              PyArg_ParseTuple(facts, "KiiiiO!O!", &address, &device_type, &device_id, &code, &bits, &PyTuple_Type,
+                               &shape, &PyTuple_Type, &strides);
+  if (good) {
+    const Py_ssize_t ndim = PyTuple_GET_SIZE(shape);
+    slow_sizes_.resize(static_cast<size_t>(2 * ndim));
+    for (Py_ssize_t i = 0; i < ndim; ++i) {
+      slow_sizes_[static_cast<size_t>(i)] = PyLong_AsLongLong(PyTuple_GET_ITEM(shape, i));
+      slow_sizes_[static_cast<size_t>(ndim + i)] = PyLong_AsLongLong(PyTuple_GET_ITEM(strides, i));
+    }
+    view.address = address;
+    view.device = {device_type, device_id};
+    view.dtype = dtype_of(static_cast<uint8_t>(code), static_cast<uint8_t>(bits));
+    view.ndim = static_cast<int32_t>(ndim);
+    view.shape = slow_sizes_.data();
+    view.strides = slow_sizes_.data() + ndim;
+    good = !PyErr_Occurred();
+  }
+  Py_XDECREF(facts);
+  if (PyErr_Occurred()) PyErr_Clear();
+  return good;
+}
+
+int TensorReader::traverse(visitproc visit, void* arg) const {
+  Py_VISIT(is_plain_);
+  Py_VISIT(describe_);
+  for (const KnownType& known : known_types_) Py_VISIT(known.type);
+  return 0;
+}
+
+void TensorReader::clear() {
+  Py_CLEAR(is_plain_);
+  Py_CLEAR(describe_);
+  std::vector<KnownType> types;
+  types.swap(known_types_);
+  for (const KnownType& known : types) Py_DECREF(known.type);
+}
+
+}  // namespace fused_optim

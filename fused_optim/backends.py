@@ -1,0 +1,78 @@
+"""Which backend serves a parameter: the choice, its reasons, and how a user forces it."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterable
+
+import torch
+
+from . import extension
+
+logger = logging.getLogger("fused_optim")
+
+BACKENDS = ("cuda", "triton", "cpu", "eager")
+AUTOMATIC = {"cpu": ("cpu", "eager"), "cuda": ("cuda", "triton", "eager")}
+
+
+def why_missing(backend: str) -> str | None:
+    """Why a backend cannot be used in this process; None if it can."""
+    if backend == "cpu":
+        return extension.missing
+    if backend == "cuda":
+        return extension.missing or "this version of fused_optim has no CUDA kernels"
+    if backend == "triton":
+        return "this version of fused_optim has no Triton kernels"
+    return None
+
+
+def takes(backend: str, device: torch.device) -> bool:
+    """Whether a backend works on tensors of a device at all."""
+    return backend == "eager" or (backend == "triton" and device.type == "cuda") or backend == device.type
+
+
+def requested(backend: str | None) -> str | None:
+    """The backend that the user asked for: the argument, then FUSED_OPTIM_BACKEND, then None.
+
+    Raises:
+        ValueError: the name is not one of ``"cuda"``, ``"triton"``, ``"cpu"``, ``"eager"``.
+    """
+    source = "backend"
+    if backend is None:
+        backend = os.environ.get("FUSED_OPTIM_BACKEND") or None
+        source = "FUSED_OPTIM_BACKEND"
+    if backend is not None and backend not in BACKENDS:
+        raise ValueError(f"{source}={backend!r} is not a backend; choose from {', '.join(BACKENDS)}")
+    return backend
+
+
+def check_forced(backend: str, devices: Iterable[torch.device]) -> None:
+    """Refuse a forced backend that cannot be loaded or has no tensor to work on.
+
+    Raises:
+        RuntimeError: the backend is missing here; the text says why.
+        ValueError: no parameter is on one of its devices.
+    """
+    reason = why_missing(backend)
+    if reason is not None:
+        raise RuntimeError(f"backend={backend!r} cannot be used: {reason}")
+    devices = set(devices)
+    if devices and not any(takes(backend, device) for device in devices):
+        names = ", ".join(sorted(map(str, devices)))
+        raise ValueError(f"backend={backend!r} takes no tensor on {names}; leave backend=None to choose by device")
+
+
+def choose(device: torch.device, forced: str | None = None) -> tuple[str, str | None]:
+    """The backend for tensors of a device, and why a better one is passed over (None if none is)."""
+    if forced is not None:
+        if takes(forced, device):
+            return forced, None
+        return "eager", f"backend={forced!r} takes no tensor on {device}"
+    reasons = []
+    for backend in AUTOMATIC.get(device.type, ("eager",)):
+        reason = why_missing(backend)
+        if reason is None:
+            return backend, "; ".join(reasons) or None
+        reasons.append(f"no {backend} backend: {reason}")
+    raise AssertionError("the eager backend is always there")

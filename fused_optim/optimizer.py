@@ -1,0 +1,249 @@
+"""FusedOptimizer: groups, state and step(), the same for every optimizer. Read this first.
+
+One step:
+
+1. `plan.refresh` reads every address, layout and hyperparameter again and reports the rows that need attention:
+   no state yet, a gradient of another layout, a parameter that no native backend takes.
+2. Those are looked at in Python (`states.py`): wrong input is refused before anything has changed, state is created
+   or brought into shape; what is still not ready goes to the witness (`eager.py`), with one log line.
+3. `plan.run` updates all other rows at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from . import backends, checkpoint, states
+from .eager import step_eager
+from .plan import Plan, Row, make_plan, why_not_native, why_refused
+
+
+class FusedOptimizer(torch.optim.Optimizer):
+    """Base class of the fused optimizers: a ``torch.optim.Optimizer`` whose step is one plan and one launch.
+
+    A subclass gives the mathematics (`prepare` and `update` for the witness, the name of the C++ rule) and the names
+    of its states. It gives no loop, no launcher and no checkpoint code.
+
+    Args:
+        params: parameters, groups, or ``named_parameters()``, as ``torch.optim`` takes them.
+        defaults: the hyperparameters of a group that names none.
+        backend: ``"cuda"``, ``"triton"``, ``"cpu"`` or ``"eager"``; default None: the best for each device, or
+            what the environment variable ``FUSED_OPTIM_BACKEND`` names.
+        state_dtype: dtype of the element states of 16-bit parameters, as ``torch.float32``; default None: the
+            parameter's, as in torch.
+
+    Raises:
+        ValueError: an unknown backend, one that takes none of the parameters, or a ``state_dtype`` that is none.
+        RuntimeError: a forced backend is not available here; the text says why.
+    """
+
+    # Group keys that choose the rule or the backend: a change of theirs calls for a new plan.
+    structural_keys: ClassVar[tuple[str, ...]] = ("differentiable",)
+    # Element states that may be missing in a state that has the others, and then start at zero.
+    late_states: ClassVar[tuple[str, ...]] = ()
+    prepare: ClassVar[Callable[..., Any]]
+    update: ClassVar[Callable[..., Tensor]]
+
+    # GradScaler hands over both tensors for one step (torch's contract) and deletes them again.
+    grad_scale: Tensor | None = None
+    found_inf: Tensor | None = None
+    _step_supports_amp_scaling = True
+
+    # torch's __getstate__ drops instance attributes: each has its default here.
+    _forced_backend: str | None = None
+    _state_dtype: torch.dtype | None = None
+    _plan: Plan | None = None
+    _rows: list[Row] = []
+    _reported: frozenset[str] = frozenset()
+    _loading: dict[str, Any] | None = None
+
+    def __init__(
+        self,
+        params: ParamsT,
+        defaults: dict[str, Any],
+        *,
+        backend: str | None = None,
+        state_dtype: torch.dtype | None = None,
+    ) -> None:
+        self._forced_backend = backends.requested(backend)
+        if state_dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
+            raise ValueError(f"state_dtype={state_dtype} is not torch.float32, torch.bfloat16 or torch.float16")
+        self._state_dtype = state_dtype
+        super().__init__(params, defaults)
+        if self._forced_backend is not None:
+            backends.check_forced(self._forced_backend, self._devices())
+
+    def rule(self, group: dict[str, Any]) -> str:
+        """The name of the C++ rule that a group follows."""
+        raise NotImplementedError
+
+    def state_names(self, group: dict[str, Any]) -> tuple[str, ...]:
+        """The names of a group's states that have one number an element."""
+        raise NotImplementedError
+
+    def _devices(self) -> set[torch.device]:
+        return {param.device for group in self.param_groups for param in group["params"]}
+
+    @property
+    def backend(self) -> str:
+        """The backend that serves the parameters; for parameters on several devices several, as ``"cpu, cuda"``."""
+        return ", ".join(sorted({backends.choose(device, self._forced_backend)[0] for device in self._devices()}))
+
+    def __repr__(self) -> str:
+        return f"{super().__repr__()[:-1]}backend: {self.backend}\n)"
+
+    # One step ---------------------------------------------------------------------------------------------------
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Update every parameter that has a gradient.
+
+        Args:
+            closure: reevaluates the model and returns the loss; called once, with gradients enabled.
+
+        Returns:
+            The closure's loss, or None.
+
+        Raises:
+            RuntimeError, TypeError, KeyError: a gradient, a state or a hyperparameter that cannot be used. The text
+                names the parameter; no parameter, state or step count has changed.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if torch.compiler.is_compiling():
+            self._step_outside_graph()
+        else:
+            self._step()
+        return loss
+
+    @torch._disable_dynamo
+    def _step_outside_graph(self) -> None:
+        self._step()
+
+    def _step(self) -> None:
+        grad_scale = 1.0
+        if self.found_inf is not None and float(self.found_inf) != 0:
+            return
+        if self.grad_scale is not None:
+            grad_scale = 1.0 / float(self.grad_scale)
+        # A torch function mode, as torch.set_default_device sets one, would make reading `.grad` 20 times slower.
+        with torch._C.DisableTorchFunction():
+            attention = self._refresh()
+            witnessed = self._attend(attention) if attention else []
+            for index in witnessed:
+                self._step_witness(self._rows[index], grad_scale)
+            plan = self._plan
+            assert plan is not None
+            plan.run(grad_scale, torch.get_num_threads())
+            # Writing through addresses leaves the version counters alone; a stale graph must still raise.
+            torch._C._increment_version(plan.touched())
+
+    def _refresh(self) -> list[tuple[int, str]]:
+        for _ in range(2):
+            if self._plan is None:
+                self._build_plan()
+            assert self._plan is not None
+            attention = self._plan.refresh(self.param_groups, self.state)
+            if attention is not None:
+                return attention
+            self._plan = None
+        raise RuntimeError("the param groups change while the plan is built from them")
+
+    def _build_plan(self) -> None:
+        groups = [{**self.defaults, **group} for group in self.param_groups]
+        self._rows = []
+        for index, group in enumerate(groups):
+            for position, param in enumerate(group["params"]):
+                backend, passed_over = backends.choose(param.device, self._forced_backend)
+                if passed_over is not None:
+                    self._report(f"parameters on {param.device}", passed_over)
+                refused = why_not_native(param, group, backend)
+                name = states.name_of(group, index, position)
+                self._rows.append(Row(index, param, 1.0, 1.0, refused is None, name, backend, refused))
+        self._plan = make_plan(
+            self._rows, [self.rule(group) for group in groups], self.defaults, self.structural_keys
+        )
+
+    def _attend(self, attention: list[tuple[int, str]]) -> list[int]:
+        """Refuse or repair the state of rows that need attention; return those that the witness takes."""
+        groups = [{**self.defaults, **group} for group in self.param_groups]
+        rows = [self._rows[index] for index, _ in attention]
+        for row in rows:
+            states.check_grad(row, type(self).__name__)
+            states.check_state(row, self.state.get(row.param), groups[row.group], self)
+        taken: dict[int, Tensor] = {}
+        for row in rows:
+            states.repair_state(row, self.state, groups[row.group], self, taken)
+        left = self._refresh()
+        for index, kind in left:
+            row = self._rows[index]
+            if row.backend != "eager":
+                self._report(row.name, row.refused or why_refused(row, kind), kind=row.refused or kind)
+        return [index for index, _ in left]
+
+    def _step_witness(self, row: Row, grad_scale: float) -> None:
+        group = {**self.defaults, **self.param_groups[row.group]}
+        with torch.set_grad_enabled(bool(group["differentiable"])):
+            step_eager(
+                self,
+                group,
+                row.param,
+                self.state[row.param],
+                self.state_names(group),
+                lr_scale=row.lr_scale,
+                weight_decay_scale=row.weight_decay_scale,
+                grad_scale=grad_scale,
+            )
+
+    def _report(self, what: str, reason: str, kind: str | None = None) -> None:
+        """One log line for each kind of fallback of this optimizer."""
+        kind = kind or reason
+        if kind not in self._reported:
+            self._reported = self._reported | {kind}
+            backends.logger.warning("%s: the eager path serves %s: %s", type(self).__name__, what, reason)
+
+    # Checkpoints ------------------------------------------------------------------------------------------------
+
+    @torch._disable_dynamo
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a checkpoint of this class, of its ``torch.optim`` namesake, apex's FusedAdam or DeepSpeed's.
+
+        Unlike torch's, it keeps the dtype of every state tensor and shares no memory with ``state_dict``, so that
+        a resumed run equals the uninterrupted one bit for bit.
+
+        Args:
+            state_dict: what ``state_dict()`` returned.
+
+        Raises:
+            ValueError: something is missing or of another shape; the text names it, and the optimizer is unchanged.
+        """
+        # torch calls pre-hooks in the order of registration: this one sees what the others made of the dict.
+        handle = self.register_load_state_dict_pre_hook(checkpoint.admit)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            handle.remove()
+            self._loading = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {
+            **super().__getstate__(),
+            "_forced_backend": self._forced_backend,
+            "_state_dtype": self._state_dtype,
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._plan = None
+        self._rows = []
+        for group in self.param_groups:
+            for key, value in self.defaults.items():
+                group.setdefault(key, value)
+        if self._loading is not None:
+            checkpoint.restore(self, self._loading)

@@ -1,0 +1,161 @@
+"""The plan as Python sees it: which rows there are, and which of them a native backend may take."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn.parameter import UninitializedTensorMixin
+
+from . import extension
+
+NATIVE_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+NATIVE_BACKENDS = ("cpu",)
+_DLPACK_CODES = {torch.bfloat16: (4, 16), torch.float16: (2, 16), torch.float32: (2, 32), torch.float64: (2, 64)}
+_DLPACK_DEVICES = {"cpu": 1, "cuda": 2}
+
+
+class Row(NamedTuple):
+    """One parameter of the plan."""
+
+    group: int
+    param: Tensor
+    lr_scale: float
+    weight_decay_scale: float
+    native: bool
+    name: str
+    backend: str
+    refused: str | None  # why no native backend takes it
+
+
+class Plan(Protocol):
+    """What `fused_optim._C.Plan` and `EagerPlan` both do; see ``csrc/plan.h``."""
+
+    def refresh(self, param_groups: list[dict[str, Any]], state: dict[Tensor, Any]) -> list[tuple[int, str]] | None: ...
+
+    def run(self, grad_scale: float, threads: int) -> None: ...
+
+    def release(self) -> None: ...
+
+    def touched(self) -> list[Tensor]: ...
+
+    @property
+    def active_elements(self) -> int: ...
+
+
+class EagerPlan:
+    """The plan without the compiled extension: every row with a gradient goes to the witness."""
+
+    active_elements = 0
+
+    def __init__(self, rows: Sequence[Row], group_count: int) -> None:
+        self._params: list[list[Tensor]] = [[] for _ in range(group_count)]
+        for row in rows:
+            self._params[row.group].append(row.param)
+
+    def refresh(self, param_groups: list[dict[str, Any]], state: dict[Tensor, Any]) -> list[tuple[int, str]] | None:
+        if len(param_groups) != len(self._params):
+            return None
+        attention: list[tuple[int, str]] = []
+        index = 0
+        for group, known in zip(param_groups, self._params):
+            params = group["params"]
+            if len(params) != len(known) or any(a is not b for a, b in zip(params, known)):
+                return None
+            for param in params:
+                if param.grad is not None:
+                    attention.append((index, "param"))
+                index += 1
+        return attention
+
+    def run(self, grad_scale: float, threads: int) -> None: ...
+
+    def release(self) -> None: ...
+
+    def touched(self) -> list[Tensor]:
+        return []
+
+
+def is_plain(kind: type) -> bool:
+    """Whether tensors of a type are plain memory: no ``__torch_dispatch__`` stands between them and their data."""
+    return (
+        issubclass(kind, Tensor)
+        and not issubclass(kind, UninitializedTensorMixin)
+        and kind.__torch_dispatch__ is Tensor.__torch_dispatch__
+    )
+
+
+def describe_tensor(tensor: Tensor) -> tuple[int, int, int, int, int, tuple[int, ...], tuple[int, ...]] | None:
+    """Address, device type and index, type code and bits (DLPack's), shape, strides: for a torch without the
+    DLPack C exchange API. None for a tensor that is not plain memory."""
+    if tensor.layout != torch.strided or tensor.is_conj() or tensor.is_neg() or tensor.is_quantized:
+        return None
+    code, bits = _DLPACK_CODES.get(tensor.dtype, (0, 0))
+    device = _DLPACK_DEVICES.get(tensor.device.type)
+    if device is None:
+        return None
+    return tensor.data_ptr(), device, tensor.device.index or 0, code, bits, tuple(tensor.shape), tensor.stride()
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Whether the elements fill one piece of memory, in whatever order of dimensions."""
+    expected = 1
+    for stride, size in sorted((s, n) for s, n in zip(tensor.stride(), tensor.shape) if n != 1):
+        if stride != expected:
+            return tensor.numel() == 0
+        expected *= size
+    return True
+
+
+def why_not_native(param: Tensor, group: dict[str, Any], backend: str) -> str | None:
+    """Why a parameter of this group cannot go through a native backend; None if it can."""
+    if backend not in NATIVE_BACKENDS:
+        return f"its backend is {backend}"
+    if not is_plain(type(param)):
+        return f"it is a {type(param).__name__}, not plain memory"
+    if param.dtype not in NATIVE_DTYPES:
+        return f"its dtype is {param.dtype}"
+    if group["differentiable"]:
+        return "its group is differentiable"
+    if param.layout != torch.strided or param.is_inference():
+        return "it is an inference or a sparse tensor"
+    if not is_dense(param):
+        return f"its strides {tuple(param.stride())} leave gaps in memory or overlap"
+    return None
+
+
+def why_refused(row: Row, kind: str) -> str:
+    """Why the plan did not take a native row at this step, in words."""
+    param, grad = row.param, row.param.grad
+    if kind == "grad" and grad is not None:
+        if not is_plain(type(grad)):
+            return f"its gradient is a {type(grad).__name__}, not plain memory"
+        if grad.stride() != param.stride():
+            return f"its gradient has strides {grad.stride()}, the parameter {param.stride()}"
+        if grad.dtype != param.dtype:
+            return f"its gradient has dtype {grad.dtype}, the parameter {param.dtype}"
+        return "its gradient is a view whose negation is pending, or has no memory"
+    if kind == "overlap":
+        return "it shares memory with another parameter of this optimizer"
+    if kind == "state":
+        return "its state is not in plain memory"
+    return "its memory cannot be read"
+
+
+def make_plan(
+    rows: list[Row], rules: list[str], defaults: dict[str, Any], structural_keys: tuple[str, ...]
+) -> Plan:
+    """The compiled plan, or the eager one where no row is native."""
+    if extension._C is None or not any(row.native for row in rows):
+        return EagerPlan(rows, len(rules))
+    return extension._C.Plan(
+        rules=rules,
+        rows=[tuple(row[:5]) for row in rows],
+        defaults=defaults,
+        structural=structural_keys,
+        exchange_api=getattr(torch.Tensor, "__dlpack_c_exchange_api__", None),
+        is_plain=is_plain,
+        describe=describe_tensor,
+    )

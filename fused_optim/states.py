@@ -1,0 +1,138 @@
+"""The states of one parameter: created, checked, and brought into the shape that the plan reads."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .eager import compute_dtype
+from .plan import Row, is_plain
+
+if TYPE_CHECKING:
+    from .optimizer import FusedOptimizer
+
+
+def name_of(group: dict[str, Any], index: int, position: int) -> str:
+    """How messages name a parameter: its name if the group has names, and its place."""
+    place = f"param_groups[{index}]['params'][{position}]"
+    names = group.get("param_names")
+    return f"{names[position]!r} ({place})" if names and position < len(names) else place
+
+
+def check_grad(row: Row, optimizer: str) -> None:
+    """Refuse a gradient that cannot be used.
+
+    Raises:
+        RuntimeError: sparse, not of a floating or complex dtype, or of another device or shape than the parameter.
+    """
+    param, grad = row.param, row.param.grad
+    assert grad is not None
+    if grad.layout != torch.strided:
+        raise RuntimeError(
+            f"{optimizer} does not support sparse gradients, please consider SparseAdam instead: {row.name} has a "
+            f"gradient of layout {grad.layout}; build its module with sparse=False or step it with "
+            "torch.optim.SparseAdam"
+        )
+    if not (param.is_floating_point() or param.is_complex()):
+        raise RuntimeError(f"{row.name} has dtype {param.dtype}; only floating and complex parameters can be optimized")
+    if not (grad.is_floating_point() or grad.is_complex()):
+        raise RuntimeError(f"the gradient of {row.name} has dtype {grad.dtype}, not a floating or complex one")
+    if grad.is_complex() and not param.is_complex():
+        raise RuntimeError(f"the gradient of {row.name} is complex, the parameter is not; set param.grad to its real part")
+    if grad.device != param.device:
+        raise RuntimeError(
+            f"the gradient of {row.name} is on {grad.device}, the parameter on {param.device}; move one to the other"
+        )
+    if grad.shape != param.shape:
+        raise RuntimeError(
+            f"the gradient of {row.name} has shape {tuple(grad.shape)}, the parameter {tuple(param.shape)}; "
+            "call zero_grad() after the parameter was replaced"
+        )
+
+
+def check_state(row: Row, state: Any, group: dict[str, Any], optimizer: FusedOptimizer) -> None:
+    """Refuse a state that lacks something or has another shape than its parameter.
+
+    Raises:
+        RuntimeError: the text names the parameter and the key.
+    """
+    if not state:
+        return
+    for name in optimizer.state_names(group):
+        if name not in state and name in optimizer.late_states:
+            continue
+        value = state.get(name)
+        if not isinstance(value, Tensor) or value.shape != row.param.shape:
+            found = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+            raise RuntimeError(
+                f"state {name!r} of {row.name} must be a Tensor of shape {tuple(row.param.shape)}, found {found}; "
+                "delete optimizer.state[param] to start it anew"
+            )
+    step = state.get("step", group.get("step"))
+    if isinstance(step, bool) or not (isinstance(step, (int, float)) or (isinstance(step, Tensor) and step.numel() == 1)):
+        raise RuntimeError(
+            f"state 'step' of {row.name} must be a number or a one-element Tensor, found {step!r}; "
+            "delete optimizer.state[param] to start it anew"
+        )
+
+
+def new_step(value: float | Tensor, param: Tensor) -> Tensor:
+    """A step count as the plan reads it: 0-d, float32, on the parameter's device, in memory of its own."""
+    if isinstance(value, Tensor):
+        return value.detach().to(device=param.device, dtype=torch.float32, copy=True).reshape(())
+    return torch.full((), float(value), dtype=torch.float32, device=param.device)
+
+
+def state_dtype_of(param: Tensor, wanted: torch.dtype | None) -> torch.dtype:
+    """The dtype of new element states: the parameter's, or what the user wants for 16-bit parameters."""
+    return wanted if wanted is not None and param.dtype in (torch.bfloat16, torch.float16) else param.dtype
+
+
+def adopted_dtype(param: Tensor, found: torch.dtype) -> torch.dtype:
+    """The dtype in which a state that was found is kept: no bit is lost that the rule could use."""
+    if param.is_complex() or found.is_complex:
+        return param.dtype
+    widest = torch.promote_types(param.dtype, found)
+    return widest if widest != torch.float64 else compute_dtype(param.dtype)
+
+
+def like_param(value: Tensor, param: Tensor, dtype: torch.dtype) -> Tensor:
+    """A copy of a state with the parameter's device and layout."""
+    return torch.empty_like(param, dtype=dtype, requires_grad=False).copy_(value.detach())
+
+
+def repair_state(
+    row: Row,
+    all_states: dict[Tensor, Any],
+    group: dict[str, Any],
+    optimizer: FusedOptimizer,
+    taken: dict[int, Tensor],
+) -> None:
+    """Create what is missing; replace what the plan cannot read by its equal in the right place and layout.
+
+    ``taken`` maps the addresses of the states seen so far to their parameters: two parameters never share one.
+    """
+    param = row.param
+    state = all_states[param]
+    if not isinstance(state.get("step"), Tensor):
+        state["step"] = new_step(state.get("step", group.get("step", 0.0)), param)
+    step = state["step"]
+    if step.shape != () or step.device != param.device or step.dtype not in (torch.float32, torch.float64):
+        state["step"] = new_step(step, param)
+    for name in optimizer.state_names(group):
+        value = state.get(name)
+        if value is None:
+            dtype = state_dtype_of(param, optimizer._state_dtype)
+            state[name] = torch.zeros_like(param, dtype=dtype, requires_grad=False)
+            continue
+        dtype = adopted_dtype(param, value.dtype)
+        same_layout = not row.native or value.stride() == torch.empty_like(param, device="meta").stride()
+        if value.dtype != dtype or value.device != param.device or not same_layout:
+            state[name] = like_param(value, param, dtype)
+    for name in ("step", *optimizer.state_names(group)):
+        value = state[name]
+        if is_plain(type(value)) and value.device.type != "meta" and value.numel() != 0:
+            if taken.setdefault(value.data_ptr(), param) is not param:
+                state[name] = value.clone()

@@ -1,0 +1,29 @@
+"""What every test shares: the only place where a test is skipped, the seed, and how hypothesis searches."""
+
+from __future__ import annotations
+
+import shutil
+
+import hypothesis
+import pytest
+import torch
+
+# The same examples in every run: a failure in CI is one that anyone can repeat. To search for new ones:
+# pytest --hypothesis-profile=explore
+hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=True, print_blob=True)
+hypothesis.settings.register_profile("explore", deadline=None, max_examples=2000, print_blob=True)
+hypothesis.settings.load_profile("repeatable")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+        programs = {program for mark in item.iter_markers("requires") for program in mark.args}
+        if missing := sorted(program for program in programs if shutil.which(program) is None):
+            item.add_marker(pytest.mark.skip(reason=f"needs {', '.join(missing)} on PATH"))
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)

@@ -1,0 +1,237 @@
+"""What is shipped: the files of wheel and sdist, what the module links to, a build without a compiler."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+FOLDERS = ("bench", "csrc", "docs", "examples", "fused_optim", "kernels", "scripts", "tests")
+ROOT_FILES = (
+    ".clang-format",
+    "CHANGELOG.md",
+    "CMakeLists.txt",
+    "CONTRIBUTING.md",
+    "LICENSE",
+    "MANIFEST.in",
+    "Makefile",
+    "README.md",
+    "pyproject.toml",
+    "requirements-dev.txt",
+    "requirements-lock.txt",
+    "setup.py",
+)
+# Folders of the repository and the packages that they are installed as.
+PACKAGES = {"fused_optim": "fused_optim", "kernels": "fused_optim/kernels", "bench": "fused_optim/bench"}
+BUILT = shutil.ignore_patterns(
+    "*.so", "*.pyc", "__pycache__", "_build", ".*_cache", ".hypothesis", "*.egg-info"
+)
+
+
+def files_below(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    """A copy of the repository as it would be checked out, to build in and to break."""
+    copy = tmp_path / "tree"
+    copy.mkdir()
+    for name in ROOT_FILES:
+        shutil.copy(ROOT / name, copy / name)
+    for name in FOLDERS:
+        shutil.copytree(ROOT / name, copy / name, ignore=BUILT)
+    return copy
+
+
+def build(tree: Path, kind: str, out: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """`python -m build`, with the build requirements of this environment: nothing is downloaded."""
+    command = [sys.executable, "-m", "build", "--no-isolation", f"--{kind}", "--outdir", str(out), str(tree)]
+    # Without CUDA, where the test is not about it: the builds are shorter.
+    variables = {**os.environ, "FUSED_OPTIM_CUDA": "OFF", **environment}
+    return subprocess.run(command, env=variables, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+def build_one(tree: Path, kind: str, out: Path, **environment: str) -> Path:
+    result = build(tree, kind, out, **environment)
+    assert result.returncode == 0, result.stdout
+    (archive,) = out.iterdir()
+    return archive
+
+
+def wheel_files(wheel: Path) -> set[str]:
+    with zipfile.ZipFile(wheel) as archive:
+        return set(archive.namelist())
+
+
+def sdist_files(sdist: Path) -> set[str]:
+    with tarfile.open(sdist) as archive:
+        return {member.name.partition("/")[2] for member in archive.getmembers() if member.isfile()}
+
+
+def expected_wheel_files(version: str) -> set[str]:
+    files = {
+        f"{package}/{name}"
+        for folder, package in PACKAGES.items()
+        for name in files_below(ROOT / folder)
+        if name.endswith((".py", ".pyi", "py.typed"))
+    }
+    info = ("METADATA", "RECORD", "WHEEL", "top_level.txt", "licenses/LICENSE")
+    return files | {f"fused_optim-{version}.dist-info/{name}" for name in info}
+
+
+def without_metadata(files: set[str]) -> set[str]:
+    return {name for name in files if name not in ("PKG-INFO", "setup.cfg") and ".egg-info/" not in name}
+
+
+def test_sdist_holds_the_whole_tree_and_nothing_that_was_built(tree: Path, tmp_path: Path) -> None:
+    sdist = build_one(tree, "sdist", tmp_path / "dist")
+    expected = set(ROOT_FILES)
+    for folder in FOLDERS:
+        expected |= {f"{folder}/{name}" for name in files_below(tree / folder)}
+    assert without_metadata(sdist_files(sdist)) == expected
+
+
+@pytest.mark.parametrize(
+    "missing", [{"CXX": "no-such-compiler"}, {"PATH": "", "CXX": ""}], ids=["CXX", "PATH"]
+)
+def test_wheel_without_a_compiler_is_pure_python(tree: Path, tmp_path: Path, missing: dict[str, str]) -> None:
+    version = metadata.version("fused_optim")
+    wheel = build_one(tree, "wheel", tmp_path / "dist", **missing)
+    assert wheel.name == f"fused_optim-{version}-py3-none-any.whl"
+    assert wheel_files(wheel) == expected_wheel_files(version)
+
+
+def test_wheel_without_a_compiler_takes_a_step(tree: Path, tmp_path: Path) -> None:
+    wheel = build_one(tree, "wheel", tmp_path / "dist", CXX="no-such-compiler")
+    subprocess.run([sys.executable, ROOT / "scripts/check_wheel.py", wheel], check=True)
+
+
+def test_compile_error_fails_the_build(tree: Path, tmp_path: Path) -> None:
+    for source in (tree / "csrc").glob("*.cpp"):
+        source.write_text("#error this source does not compile\n")
+    result = build(tree, "wheel", tmp_path / "dist")
+    assert result.returncode != 0
+    assert "this source does not compile" in result.stdout
+    assert not list((tmp_path / "dist").glob("*.whl"))
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        (
+            {"FUSED_OPTIM_CUDA": "ON", "CUDACXX": "no-such-nvcc"},
+            "FUSED_OPTIM_CUDA=ON, but no working nvcc was found",
+        ),
+        ({"FUSED_OPTIM_CUDA": "yes"}, "FUSED_OPTIM_CUDA is AUTO, ON or OFF; got 'yes'"),
+    ],
+    ids=["ON without nvcc", "unknown word"],
+)
+def test_cuda_that_was_asked_for_and_cannot_be_built_fails_the_build(
+    tree: Path, tmp_path: Path, variables: dict[str, str], message: str
+) -> None:
+    (tree / "csrc" / "empty.cu").touch()
+    result = build(tree, "wheel", tmp_path / "dist", **variables)
+    assert result.returncode != 0
+    assert message in result.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_sdist_builds_the_wheel_that_the_tree_builds(tree: Path, tmp_path: Path) -> None:
+    version = metadata.version("fused_optim")
+    from_tree = build_one(tree, "wheel", tmp_path / "from_tree")
+    sdist = build_one(tree, "sdist", tmp_path / "sdist")
+    with tarfile.open(sdist) as archive:
+        archive.extractall(tmp_path / "unpacked", filter="data")
+    (unpacked,) = (tmp_path / "unpacked").iterdir()
+    from_sdist = build_one(unpacked, "wheel", tmp_path / "from_sdist")
+
+    assert from_sdist.name == from_tree.name
+    assert not from_sdist.name.endswith("-none-any.whl")
+    assert wheel_files(from_sdist) == wheel_files(from_tree)
+    (module,) = wheel_files(from_sdist) - expected_wheel_files(version)
+    assert re.fullmatch(r"fused_optim/_C\.[\w.-]+\.so", module)
+    subprocess.run([sys.executable, ROOT / "scripts/check_wheel.py", from_sdist], check=True)
+
+
+def test_metadata_says_what_users_need() -> None:
+    described = metadata.metadata("fused_optim")
+    assert described["License-Expression"] == "BSD-3-Clause"
+    assert described["Requires-Python"] == ">=3.10"
+    needed = [need for need in metadata.requires("fused_optim") or [] if "extra ==" not in need]
+    torch, triton = sorted(needed)
+    assert torch == "torch>=2.8"
+    assert triton.startswith("triton>=3.2")
+    assert 'sys_platform == "linux"' in triton
+
+
+@pytest.fixture(scope="module")
+def module() -> Path:
+    import fused_optim._C
+
+    return Path(fused_optim._C.__file__)
+
+
+def readelf(option: str, file: Path) -> str:
+    return subprocess.check_output(["readelf", "--wide", option, str(file)], text=True)
+
+
+def dynamic_symbols(file: Path, *, defined: bool) -> set[str]:
+    rows = (line.split() for line in readelf("--dyn-syms", file).splitlines())
+    return {
+        row[7] for row in rows if len(row) >= 8 and row[0][:-1].isdigit() and (row[6] != "UND") is defined
+    }
+
+
+@pytest.mark.requires("readelf")
+def test_module_links_to_the_c_and_cpp_runtimes_only(module: Path) -> None:
+    needed = set(re.findall(r"\(NEEDED\).*\[(.*)\]", readelf("--dynamic", module)))
+    runtimes = r"(libstdc\+\+|libm|libgcc_s|libc|libpthread|libdl|librt)\.so\.\d+|ld-linux[\w.-]*\.so\.\d+"
+    assert {library for library in needed if not re.fullmatch(runtimes, library)} == set()
+    assert not re.search(r"\((RPATH|RUNPATH)\)", readelf("--dynamic", module))
+
+
+@pytest.mark.requires("readelf")
+def test_undefined_symbols_are_those_of_python_and_the_runtimes(module: Path) -> None:
+    """None of torch's (c10, at::, THP): that is why one wheel serves every torch."""
+    known = r"_?Py\w*|.*@(GLIBC|GLIBCXX|CXXABI|GCC)_[\d.]+|_ITM_\w+|__gmon_start__|__cxa_finalize"
+    undefined = dynamic_symbols(module, defined=False)
+    assert "PyModule_Create2" in undefined or len(undefined) > 50  # readelf's table was understood
+    assert {symbol for symbol in undefined if not re.fullmatch(known, symbol)} == set()
+
+
+@pytest.mark.requires("readelf")
+def test_module_exports_its_entry_point_only(module: Path) -> None:
+    assert dynamic_symbols(module, defined=True) == {"PyInit__C"}
+
+
+CAPABILITY_FLAGS = {
+    "avx2": ["-mavx2", "-mf16c"],
+    "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"],
+}
+
+
+@pytest.mark.requires("c++", "nm")
+@pytest.mark.parametrize("capability", CAPABILITY_FLAGS if platform.machine() == "x86_64" else [])
+def test_kernels_share_no_function_with_the_rest(tmp_path: Path, capability: str) -> None:
+    """The linker merges weak symbols, and might keep the copy that old machines cannot run."""
+    kernels = tmp_path / "kernels.o"
+    flags = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno"]
+    flags += [*CAPABILITY_FLAGS[capability], f"-DFO_CPU_CAPABILITY={capability}"]
+    source = ROOT / "csrc" / "phases_cpu_kernels.cpp"
+    subprocess.run(["c++", *flags, "-c", source, "-o", kernels], check=True)
+    listing = subprocess.check_output(["nm", "--defined-only", "--extern-only", kernels], text=True)
+    shared = {line.split()[-1] for line in listing.splitlines()}
+    assert shared
+    assert {symbol for symbol in shared if capability not in symbol} == set()
