@@ -94,9 +94,15 @@ PYBIND11_MODULE(_C, module) {
              return owned(plan.refresh(param_groups.ptr(), state.ptr()));
            })
       .def("run",
-           [](Plan& plan, double grad_scale, int threads) {
-             if (!plan.run(grad_scale, threads)) throw py::error_already_set();
-           })
+           [](Plan& plan, double grad_scale, int threads, int clip, double clip_norm, double clip_min,
+              double clip_max) {
+             plan.run({grad_scale, static_cast<Clip>(clip), clip_norm, clip_min, clip_max}, threads);
+           },
+           py::arg("grad_scale"), py::arg("threads"), py::arg("clip") = 0,
+           py::arg("clip_norm") = std::numeric_limits<double>::infinity(), py::arg("clip_min") = 0.0,
+           py::arg("clip_max") = 0.0)
+      .def_property_readonly("grad_norm", &Plan::grad_norm)
+      .def("versions", [](const Plan& plan) { return owned(plan.versions()); })
       .def("release", &Plan::release)
       .def("touched", [](Plan& plan) { return owned(plan.touched()); })
       .def_property_readonly("active_elements", &Plan::active_elements);

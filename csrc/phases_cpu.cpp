@@ -6,7 +6,7 @@
 
 #include <algorithm>
 #include <atomic>
-#include <cstdlib>
+#include <cmath>
 #include <cstring>
 #include <system_error>
 #include <thread>
@@ -15,8 +15,6 @@
 #if defined(__x86_64__)
 #include <xmmintrin.h>
 #endif
-
-#include "storage.h"
 
 namespace fused_optim {
 namespace {
@@ -27,54 +25,30 @@ constexpr int64_t kSerialElements = 64 * 1024;
 constexpr int64_t kTaskElements = 128 * 1024;
 
 struct Task {
-  int64_t first_row, last_row;  // rows [first, last)
-  int64_t begin, end;           // of the elements, where it is one row
+  size_t first_row, last_row;  // rows [first, last)
+  int64_t begin, end;          // of the elements, where it is one row
 };
 
-double load_number(const Row& row, int index) {
-  switch (row.dtype[index]) {
-    case DType::float32:
-      return *column<float>(row, index);
-    case DType::float64:
-      return *column<double>(row, index);
-    case DType::bfloat16:
-      return load(*column<bfloat16>(row, index));
-    case DType::float16:
-      return load(*column<float16>(row, index));
-    case DType::none:
-      break;
-  }
-  return 0;
-}
-
-void store_number(const Row& row, int index, double value) {
-  if (row.dtype[index] == DType::float32) *column<float>(row, index) = static_cast<float>(value);
-  if (row.dtype[index] == DType::float64) *column<double>(row, index) = value;
-}
+using PrepareFunction = void (*)(const Row&, const GroupHyper&, const StepOptions&, const Norms&, double, ScalarsRecord&);
 
 template <class Rule, class T>
-void prepare_row(const Row& row, const GroupHyper& group, double grad_scale, ScalarsRecord& out) {
-  typename Rule::Hyper hyper;
-  static_assert(sizeof hyper <= sizeof group.value, "raise kMaxHyper");
-  std::memcpy(&hyper, group.value, sizeof hyper);
-  TensorContext tensor{row.lr_scale, row.weight_decay_scale, grad_scale, {0, 0}};
-  for (int i = 0; i < Rule::kStateCount && Rule::kStates[i].per_tensor; ++i) {
-    tensor.state[i] = load_number(row, kFirstState + i);
-  }
-  const auto scalars = Rule::template prepare<T>(hyper, tensor);
-  for (int i = 0; i < Rule::kStateCount && Rule::kStates[i].per_tensor; ++i) {
-    store_number(row, kFirstState + i, tensor.state[i]);
-  }
-  std::memcpy(out.bytes, &scalars, sizeof scalars);
+void prepare(const Row& row, const GroupHyper& group, const StepOptions& options, const Norms& norms,
+             double global_norm, ScalarsRecord& out) {
+  const Record<Rule, T> record = prepare_row<Rule, T>(row, group, options, norms, global_norm);
+  std::memcpy(out.bytes, &record, sizeof record);
 }
-
-using PrepareFunction = void (*)(const Row&, const GroupHyper&, double, ScalarsRecord&);
 
 template <class... R>
 PrepareFunction prepare_function(RuleList<R...>, int rule, bool in_double) {
-  static constexpr PrepareFunction in_float_table[] = {prepare_row<R, float>...};
-  static constexpr PrepareFunction in_double_table[] = {prepare_row<R, double>...};
+  static constexpr PrepareFunction in_float_table[] = {prepare<R, float>...};
+  static constexpr PrepareFunction in_double_table[] = {prepare<R, double>...};
   return (in_double ? in_double_table : in_float_table)[rule];
+}
+
+template <class... R>
+unsigned needs_of(RuleList<R...>, int rule) {
+  static constexpr unsigned table[] = {R::kNeeds...};
+  return table[rule];
 }
 
 // torch's own OpenMP runtime, reached without linking one: a second runtime would spin against its workers.
@@ -88,21 +62,16 @@ GompParallel find_openmp() {
 // A forked child has none of its parent's workers, so a pool would wait for ever; fresh threads do not.
 std::atomic<bool> forked{false};
 
+// Threads that take tasks from one list until it is empty.
 struct Team {
-  const CpuKernels* kernels;
-  const Row* rows;
-  const ScalarsRecord* scalars;
-  const std::vector<Task>* tasks;
+  void (*run)(const void* job, size_t task);
+  const void* job;
+  size_t tasks;
   std::atomic<size_t> next{0};
 #if defined(__x86_64__)
   unsigned control = _mm_getcsr();  // denormals and rounding as the caller has them
 #endif
 };
-
-void apply_row(const CpuKernels& kernels, const Row& row, const ScalarsRecord& scalars, int64_t begin, int64_t end) {
-  const auto* table = computes_in_double(row.dtype[kParam]) ? kernels.apply_double : kernels.apply_float;
-  table[row.rule](row, scalars, begin, end);
-}
 
 void work(void* argument) {
   Team& team = *static_cast<Team*>(argument);
@@ -110,32 +79,48 @@ void work(void* argument) {
   const unsigned own = _mm_getcsr();
   _mm_setcsr(team.control);
 #endif
-  for (size_t i; (i = team.next.fetch_add(1, std::memory_order_relaxed)) < team.tasks->size();) {
-    const Task& task = (*team.tasks)[i];
-    for (int64_t r = task.first_row; r < task.last_row; ++r) {
-      const Row& row = team.rows[r];
-      if (!row.active) continue;
-      const int64_t end = task.last_row - task.first_row == 1 ? task.end : row.numel;
-      apply_row(*team.kernels, row, team.scalars[r], task.begin, end);
-    }
-  }
+  for (size_t i; (i = team.next.fetch_add(1, std::memory_order_relaxed)) < team.tasks;) team.run(team.job, i);
 #if defined(__x86_64__)
   _mm_setcsr(own);
 #endif
 }
 
-// Large rows in pieces, runs of small rows together.
-void split(const Row* rows, int64_t count, std::vector<Task>& tasks) {
-  int64_t first = 0, gathered = 0;
-  for (int64_t r = 0; r < count; ++r) {
+template <class Job>
+void run_tasks(const Job& job, size_t tasks, int threads) {
+  Team team{[](const void* job_pointer, size_t task) { (*static_cast<const Job*>(job_pointer))(task); }, &job, tasks};
+  if (threads <= 1 || tasks <= 1) return work(&team);
+  static const int registered = pthread_atfork(nullptr, nullptr, [] { forked = true; });
+  const GompParallel parallel = registered == 0 && !forked ? find_openmp() : nullptr;
+  if (parallel != nullptr) return parallel(work, &team, static_cast<unsigned>(threads), 0);
+  std::vector<std::thread> others;
+  try {
+    for (int i = 1; i < threads; ++i) others.emplace_back(work, &team);
+  } catch (const std::system_error&) {
+    // No more threads to be had: those that started, and this one, do all of it.
+  }
+  work(&team);
+  for (auto& other : others) other.join();
+}
+
+int64_t active_elements(const std::vector<Row>& rows) {
+  int64_t elements = 0;
+  for (const Row& row : rows) elements += row.active ? row.numel : 0;
+  return elements;
+}
+
+// Large rows in pieces, runs of small rows together. A row's pieces begin at multiples of kTaskElements.
+std::vector<Task> split(const std::vector<Row>& rows) {
+  std::vector<Task> tasks;
+  size_t first = 0;
+  int64_t gathered = 0;
+  for (size_t r = 0; r < rows.size(); ++r) {
     const int64_t numel = rows[r].active ? rows[r].numel : 0;
-    if (gathered != 0 && gathered + numel > kTaskElements) {
+    if (gathered + numel > kTaskElements && first < r) {
       tasks.push_back({first, r, 0, rows[first].numel});
       first = r;
       gathered = 0;
     }
     if (numel > kTaskElements) {
-      if (first < r) tasks.push_back({first, r, 0, rows[first].numel});
       for (int64_t begin = 0; begin < numel; begin += kTaskElements) {
         tasks.push_back({r, r + 1, begin, std::min(numel, begin + kTaskElements)});
       }
@@ -144,7 +129,18 @@ void split(const Row* rows, int64_t count, std::vector<Task>& tasks) {
       gathered += numel;
     }
   }
-  if (first < count) tasks.push_back({first, count, 0, rows[first].numel});
+  if (first < rows.size()) tasks.push_back({first, rows.size(), 0, rows[first].numel});
+  return tasks;
+}
+
+// Calls f(row index, begin, end) for what a task covers.
+template <class F>
+void for_each_row(const std::vector<Row>& rows, const Task& task, const F& f) {
+  for (size_t r = task.first_row; r < task.last_row; ++r) {
+    if (!rows[r].active) continue;
+    const bool whole = task.last_row - task.first_row > 1;
+    f(r, whole ? 0 : task.begin, whole ? rows[r].numel : task.end);
+  }
 }
 
 }  // namespace
@@ -170,40 +166,75 @@ const CpuKernels* choose_cpu_kernels(const char* requested) {
   return nullptr;
 }
 
-void prepare_cpu(const Row* rows, int64_t count, const GroupHyper* groups, double grad_scale, ScalarsRecord* out) {
-  for (int64_t r = 0; r < count; ++r) {
-    if (!rows[r].active) continue;
-    const bool in_double = computes_in_double(rows[r].dtype[kParam]);
-    prepare_function(Rules{}, rows[r].rule, in_double)(rows[r], groups[rows[r].group], grad_scale, out[r]);
+unsigned needs_of_rule(int rule) { return needs_of(Rules{}, rule); }
+
+void reduce_cpu(const CpuKernels& kernels, const std::vector<Row>& rows, const std::vector<GroupHyper>& groups,
+                const StepOptions& options, int threads, std::vector<Norms>& out) {
+  const std::vector<Task> tasks = split(rows);
+  std::vector<Norms> partial(tasks.size());
+  const auto sum = [&](size_t r, int64_t begin, int64_t end) {
+    const Row& row = rows[r];
+    const bool clip = row.clipped && (options.clip == Clip::global_norm || options.clip == Clip::norm);
+    const unsigned needs = needs_of_rule(row.rule) | (clip ? static_cast<unsigned>(kNeedsGradSq) : 0u);
+    if (needs == 0) return Norms{0, 0, 0};
+    const auto grad = transform_before_norms<double>(row, groups[static_cast<size_t>(row.group)], options);
+    const bool in_double = computes_in_double(row.dtype[kParam]);
+    return (in_double ? kernels.reduce_double : kernels.reduce_float)(row, grad, needs, begin, end);
+  };
+  const auto job = [&](size_t t) {
+    for_each_row(rows, tasks[t], [&](size_t r, int64_t begin, int64_t end) {
+      const Norms norms = sum(r, begin, end);
+      (begin == 0 && end == rows[r].numel ? out[r] : partial[t]) = norms;
+    });
+  };
+  run_tasks(job, tasks.size(), active_elements(rows) < kSerialElements ? 1 : threads);
+  for (size_t t = 0; t < tasks.size(); ++t) {
+    const Task& task = tasks[t];
+    const bool piece = task.last_row - task.first_row == 1 && task.end - task.begin < rows[task.first_row].numel;
+    if (!piece) continue;
+    Norms& total = out[task.first_row];
+    if (task.begin == 0) total = Norms{0, 0, 0};
+    total.grad_sq += partial[t].grad_sq;
+    total.grad_max = maximum(total.grad_max, partial[t].grad_max);
+    total.param_sq += partial[t].param_sq;
   }
 }
 
-void apply_cpu(const CpuKernels& kernels, const Row* rows, int64_t count, const ScalarsRecord* scalars, int threads) {
-  int64_t elements = 0;
-  for (int64_t r = 0; r < count; ++r) elements += rows[r].active ? rows[r].numel : 0;
-  if (threads <= 1 || elements < kSerialElements) {
-    for (int64_t r = 0; r < count; ++r) {
-      if (rows[r].active) apply_row(kernels, rows[r], scalars[r], 0, rows[r].numel);
+double global_norm_of(const std::vector<Row>& rows, const std::vector<Norms>& norms) {
+  double sum = 0, lost = 0;  // Neumaier's sum: exact enough that the order of the rows does not show
+  for (size_t r = 0; r < rows.size(); ++r) {
+    if (!rows[r].active || !rows[r].clipped) continue;
+    const double term = norms[r].grad_sq, next = sum + term;
+    lost += sum >= term ? (sum - next) + term : (term - next) + sum;
+    sum = next;
+  }
+  return std::sqrt(std::isfinite(sum) ? sum + lost : sum);
+}
+
+void prepare_cpu(const std::vector<Row>& rows, const std::vector<GroupHyper>& groups, const StepOptions& options,
+                 const std::vector<Norms>& norms, double global_norm, std::vector<ScalarsRecord>& out) {
+  for (size_t r = 0; r < rows.size(); ++r) {
+    const Row& row = rows[r];
+    if (!row.active) continue;
+    const auto function = prepare_function(Rules{}, row.rule, computes_in_double(row.dtype[kParam]));
+    function(row, groups[static_cast<size_t>(row.group)], options, norms[r], global_norm, out[r]);
+  }
+}
+
+void apply_cpu(const CpuKernels& kernels, const std::vector<Row>& rows, const std::vector<ScalarsRecord>& records,
+               int threads) {
+  const auto apply = [&](size_t r, int64_t begin, int64_t end) {
+    const auto* table = computes_in_double(rows[r].dtype[kParam]) ? kernels.apply_double : kernels.apply_float;
+    table[rows[r].rule](rows[r], records[r], begin, end);
+  };
+  if (threads <= 1 || active_elements(rows) < kSerialElements) {
+    for (size_t r = 0; r < rows.size(); ++r) {
+      if (rows[r].active) apply(r, 0, rows[r].numel);
     }
     return;
   }
-  static const int registered = pthread_atfork(nullptr, nullptr, [] { forked = true; });
-  std::vector<Task> tasks;
-  split(rows, count, tasks);
-  Team team{&kernels, rows, scalars, &tasks};
-  const GompParallel parallel = registered == 0 && !forked ? find_openmp() : nullptr;
-  if (parallel != nullptr) {
-    parallel(work, &team, static_cast<unsigned>(threads), 0);
-    return;
-  }
-  std::vector<std::thread> others;
-  try {
-    for (int i = 1; i < threads; ++i) others.emplace_back(work, &team);
-  } catch (const std::system_error&) {
-    // No more threads to be had: those that started, and this one, do all of it.
-  }
-  work(&team);
-  for (auto& other : others) other.join();
+  const std::vector<Task> tasks = split(rows);
+  run_tasks([&](size_t t) { for_each_row(rows, tasks[t], apply); }, tasks.size(), threads);
 }
 
 }  // namespace fused_optim

@@ -7,6 +7,7 @@
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
+#include <limits>
 #include <string>
 #include <vector>
 
@@ -18,7 +19,7 @@ namespace fused_optim {
 
 class Plan {
  public:
-  Plan() = default;
+  Plan() : grad_norm_(std::numeric_limits<double>::quiet_NaN()) {}
   Plan(const Plan&) = delete;
   Plan& operator=(const Plan&) = delete;
   ~Plan() { clear(); }
@@ -27,17 +28,24 @@ class Plan {
 
   bool open(PyObject* exchange_api, PyObject* is_plain, PyObject* describe, const CpuKernels* kernels);
 
-  // rules: the rule's name of each group. rows: (group index, param, lr scale, weight decay scale, native) of
-  // each parameter, in the order of the groups. defaults: hyperparameters that a group may lack.
-  // structural: group keys whose change calls for a new plan.
+  // rules: the rule's name of each group. rows: (group index, param, lr scale, weight decay scale, native, clipped,
+  // key of the master's state or None, the param's version when its master was last in step with it or -1) of each
+  // parameter, in the order of the groups. defaults: hyperparameters that a group may lack. structural: group keys
+  // whose change calls for a new plan.
   bool build(PyObject* rules, PyObject* rows, PyObject* defaults, PyObject* structural);
 
   // Reads everything again and changes nothing. None: the groups no longer are those of the plan, build a new
   // one. Otherwise a list of (row index, reason): rows with a gradient that no native backend takes as they are.
   PyObject* refresh(PyObject* param_groups, PyObject* state);
 
-  // The step of all rows that refresh accepted. False with a Python error set.
-  bool run(double grad_scale, int threads);
+  // The step of all rows that refresh accepted.
+  void run(const StepOptions& options, int threads);
+
+  // The gradients' global norm at the last run with a clip that needs norms; NaN before one.
+  double grad_norm() const { return grad_norm_; }
+
+  // The version of each row's parameter after the last run; -1 where it has no master.
+  PyObject* versions() const;
 
   // The parameters that the last run() wrote, in a list that stays the plan's.
   PyObject* touched();
@@ -54,6 +62,10 @@ class Plan {
   struct HostRow {
     PyObject* param = nullptr;
     PyObject* grad = nullptr;  // held from refresh to the end of run
+    PyTypeObject* type = nullptr;  // of the parameter; borrowed, compared only
+    PyGetSetDescrObject* grad_getter = nullptr;  // torch's own, where the type has not replaced it; borrowed
+    PyObject* master_key = nullptr;  // state key of the master weight, if the row has one; immortal
+    int64_t version = -1;            // of the parameter when its master last agreed with it
     bool native = false;
     bool overlapping = false;
     int32_t ndim = 0;
@@ -74,12 +86,15 @@ class Plan {
   };
 
   bool row_from_tuple(PyObject* tuple);
+  PyObject* grad_of(const HostRow& host) const;
   enum class Read { ok, stale, error };
   Read refresh_group(PyObject* group, size_t index, PyObject** params);
   bool parse_group(PyObject* group, size_t index, bool* stale);
   bool number(PyObject* value, double* out);
   const char* refresh_row(HostRow& host, Row& row, PyObject* state);
   const char* read_states(HostRow& host, Row& row, PyObject* state);
+  const char* read_state(const HostRow& host, Row& row, int column, bool per_tensor, PyObject* value);
+  const char* check_version(HostRow& host);
   PyObject* find_state(HostRow& host, PyObject* state);
   void locate_states(PyObject* state);
   bool same_layout(const HostRow& host, const TensorView& view, bool exact) const;
@@ -92,7 +107,10 @@ class Plan {
   std::vector<int64_t> layouts_;
   std::vector<Group> groups_;
   std::vector<GroupHyper> hypers_;
-  std::vector<ScalarsRecord> scalars_;
+  std::vector<Norms> norms_;
+  std::vector<ScalarsRecord> records_;
+  unsigned needs_ = 0;  // norms that some rule reads
+  double grad_norm_;
   PyObject* defaults_ = nullptr;
   std::vector<PyObject*> structural_keys_;
   PyObject* touched_ = nullptr;

@@ -8,6 +8,7 @@ DType dtype_of(uint8_t code, uint8_t bits) {
   if (code == dlpack::kBfloat && bits == 16) return DType::bfloat16;
   if (code == dlpack::kFloat && bits == 16) return DType::float16;
   if (code == dlpack::kFloat && bits == 64) return DType::float64;
+  if (code == dlpack::kInt && bits == 16) return DType::remainder;
   return DType::none;
 }
 

@@ -1,4 +1,4 @@
-"""Train one small vision transformer on handwritten digits with three AdamWs, and compare losses and step times.
+"""Train a small vision transformer on handwritten digits with three AdamWs; compare losses and step times.
 
 The models start from the same weights and see the same batches in lockstep: whatever else the machine does
 meanwhile, it does to all of them. Only the line that makes the optimizer differs.
@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import matplotlib
+import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
 from rich.console import Console
@@ -252,55 +252,55 @@ def check(runs: list[Run], console: Console) -> bool:
 
 
 def plot(runs: list[Run], path: Path, machine: str) -> None:
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, (curves, bars) = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained", width_ratios=(3, 2))
-    colours = [f"C{list(TITLES).index(run.name)}" for run in runs]
-
-    # The curves lie on top of each other: the first is broad and pale, the last thin.
-    for index, (run, colour) in enumerate(zip(runs, colours, strict=True)):
-        style = {"linewidth": 7 / (1 + index * 2), "alpha": 0.4 if index == 0 else 1}
-        curves.plot(
-            range(1, len(run.losses) + 1),
-            run.losses,
-            ("-", "--", "-")[index],
-            color=colour,
-            label=run.title,
-            **style,
-        )
-    curves.set(
-        yscale="log", xlabel="training step", ylabel="cross-entropy of the batch [nat]", title="Training loss"
+    figure = plt.figure(figsize=(12, 5.5), layout="constrained")
+    axes = figure.subplot_mosaic(
+        [["losses", "times"], ["differences", "times"]], width_ratios=(3, 2), height_ratios=(2, 1)
     )
-    curves.grid(alpha=0.3)
-    curves.legend()
+    losses, differences, times = axes["losses"], axes["differences"], axes["times"]
+    colours = [f"C{list(TITLES).index(run.name)}" for run in runs]
+    reference = runs[0]
+    steps = range(1, len(reference.losses) + 1)
+
+    # The curves lie on top of each other: each is drawn thinner than the one before.
+    for run, colour, width in zip(runs, colours, (9, 5, 1.5), strict=False):
+        losses.plot(steps, run.losses, color=colour, linewidth=width, label=run.title)
+    losses.set(yscale="log", ylabel="cross-entropy of the batch [nat]", title="Training loss")
+    losses.tick_params(labelbottom=False)
+    losses.legend()
+
+    for run, colour in zip(runs[1:], colours[1:], strict=True):
+        difference = [
+            100 * abs(loss / other - 1) for loss, other in zip(run.losses, reference.losses, strict=True)
+        ]
+        differences.plot(steps, difference, ".", color=colour, markersize=4)
+    differences.axhline(MAX_LOSS_DIFFERENCE, color="black", linewidth=1, linestyle="--")
+    differences.set(yscale="log", ylim=(1e-6, 10), xlabel="training step", ylabel="loss difference [%]")
+    differences.set_title(f"From {reference.title}; dashed: the bound on the final loss", fontsize="medium")
 
     positions = range(len(runs))
-    bars.barh(positions, [run.step_time for run in runs], color=colours, height=0.6)
+    times.barh(positions, [run.step_time for run in runs], color=colours, height=0.6)
     for position, run in zip(positions, runs, strict=True):
-        deciles = statistics.quantiles(run.step_times, n=10)
-        spread = [[max(0, run.step_time - deciles[0])], [max(0, deciles[-1] - run.step_time)]]
-        bars.errorbar(run.step_time, position, xerr=spread, color="black", capsize=4)
-        host = f", host {run.host_time:.3f} ms" if run.host_times != run.step_times else ""
-        bars.annotate(
+        first, *_, last = statistics.quantiles(run.step_times, n=10)
+        times.plot((first, last), (position, position), color="black", marker="|", markersize=10)
+        host = "" if run.host_times == run.step_times else f"\nhost {run.host_time:.3f} ms"
+        times.annotate(
             f"{run.step_time:.3f} ms{host}",
-            (max(deciles[-1], run.step_time), position),
+            (max(last, run.step_time), position),
             xytext=(8, 0),
             textcoords="offset points",
             verticalalignment="center",
         )
-    bars.set_yticks(positions, [run.title.replace(" AdamW", "\nAdamW") for run in runs])
-    bars.invert_yaxis()
-    bars.margins(x=0.45)
-    bars.set_xlim(left=0)
-    bars.set(
-        xlabel="time of an optimizer step [ms]\nbar: median, whiskers: 10 % to 90 %",
-        title=f"Step time, {machine}",
-    )
-    bars.grid(axis="x", alpha=0.3)
+    times.set_yticks(positions, [run.title.replace(" AdamW", "\nAdamW") for run in runs])
+    times.invert_yaxis()
+    times.margins(x=0.25)
+    times.set_xlim(left=0)
+    times.set(xlabel="time [ms]; bar: median, line: 10 % to 90 %", title=f"Optimizer step, {machine}")
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    for ax in axes.values():
+        ax.grid(alpha=0.3)
+        ax.set_axisbelow(True)
+    figure.savefig(path, format="png", dpi=120)
+    plt.close(figure)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -347,6 +347,8 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> int:
     arguments = parse_arguments()
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    plt.switch_backend("Agg")
     # Lines of a log or a pipe are not to be cut at 80 characters.
     console = Console(width=None if sys.stdout.isatty() else 120, highlight=False, soft_wrap=True)
     device = torch.device(arguments.device)
@@ -365,7 +367,11 @@ def main() -> int:
 
     backend = None if arguments.backend == "auto" else arguments.backend
     total_steps = arguments.epochs * (len(data.train_labels) // BATCH_SIZE)
-    runs = [Run(name, copy.deepcopy(model), total_steps, backend) for name in arguments.optimizer]
+    try:
+        runs = [Run(name, copy.deepcopy(model), total_steps, backend) for name in arguments.optimizer]
+    except (RuntimeError, ValueError) as error:
+        print(f"{Path(__file__).name}: {error}", file=sys.stderr)
+        return 2
     train(runs, data, arguments.epochs, arguments.seed, console)
 
     print_table(runs, console)

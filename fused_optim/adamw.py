@@ -23,7 +23,6 @@ def prepare(group: dict[str, Any], tensor: TensorContext) -> SimpleNamespace:
     bias_correction1 = one_minus_power(beta1, step)
     bias_correction2 = one_minus_power(beta2, step)
     return SimpleNamespace(
-        grad_scale=-tensor.grad_scale if group["maximize"] else tensor.grad_scale,
         weight_decay=0.0 if decoupled else weight_decay,
         decay=1 - lr * weight_decay if decoupled else 1.0,
         beta1=beta1,

@@ -24,7 +24,6 @@ class TensorContext:
     step: Number
     lr_scale: float
     weight_decay_scale: float
-    grad_scale: Number
 
 
 class Rule(Protocol):
@@ -100,7 +99,6 @@ def step_eager(
         step=step.to(torch.float64) if on_device or differentiable else step.item(),
         lr_scale=lr_scale,
         weight_decay_scale=weight_decay_scale,
-        grad_scale=grad_scale,
     )
     s = rule.prepare(group, tensor)
     dtype = compute_dtype(_real(param).dtype)
@@ -109,7 +107,7 @@ def step_eager(
             setattr(s, name, value.to(dtype))
     # A clone where autograd records: it keeps what it saved safe from the stores below.
     wide = {name: _real(state[name]).to(dtype, copy=differentiable) for name in names}
-    grad = s.grad_scale * _real(param.grad).to(dtype)
+    grad = (-grad_scale if group["maximize"] else grad_scale) * _real(param.grad).to(dtype)
     result = rule.update(_real(param).to(dtype, copy=differentiable), grad, wide, s)
     for name, value in wide.items():
         _real(state[name]).copy_(value)

@@ -152,7 +152,7 @@ def make_plan(
         return EagerPlan(rows, len(rules))
     return extension._C.Plan(
         rules=rules,
-        rows=[tuple(row[:5]) for row in rows],
+        rows=[(*row[:5], True, None, -1) for row in rows],
         defaults=defaults,
         structural=structural_keys,
         exchange_api=getattr(torch.Tensor, "__dlpack_c_exchange_api__", None),

@@ -75,7 +75,7 @@ def check(wheel: Path) -> None:
             for name, value in os.environ.items()
             if name not in ("FUSED_OPTIM_BACKEND", "PYTHONPATH")
         }
-        command = [python, "-c", STEP, backend, environment]
+        command = [str(python), "-c", STEP, backend, str(environment)]
         subprocess.run(command, check=True, cwd=elsewhere, env=clean)
     print(f"{wheel.name}: good")
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
+from collections.abc import Iterator
 
 import hypothesis
 import pytest
@@ -27,3 +29,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def fallbacks(caplog: pytest.LogCaptureFixture) -> list[logging.LogRecord]:
+    """The lines about fallbacks logged so far; the list grows."""
+    caplog.set_level(logging.DEBUG, logger="fused_optim")
+    return caplog.records
+
+
+@pytest.fixture
+def all_native(fallbacks: list[logging.LogRecord]) -> Iterator[None]:
+    """Fails a test in which the witness served a parameter of a fused backend: it would judge itself."""
+    yield
+    assert [record.getMessage() for record in fallbacks] == []

@@ -10,19 +10,19 @@ template <bool kAmsgrad>
 struct Adam {
   static constexpr const char* kName = kAmsgrad ? "amsgrad" : "adamw";
   static constexpr int kStateCount = kAmsgrad ? 4 : 3;
+  static constexpr unsigned kNeeds = 0;
   static constexpr StateField kStates[] = {
       {"step", true}, {"exp_avg", false}, {"exp_avg_sq", false}, {"max_exp_avg_sq", false}};
 
   struct Hyper {
-    double lr, beta1, beta2, eps, weight_decay, decoupled_weight_decay, maximize;
+    double lr, beta1, beta2, eps, weight_decay, decoupled_weight_decay;
   };
   static constexpr HyperField kHyper[] = {
-      {"lr", -1},           {"betas", 0},   {"betas", 1}, {"eps", -1},
-      {"weight_decay", -1}, {"decoupled_weight_decay", -1}, {"maximize", -1}};
+      {"lr", -1}, {"betas", 0}, {"betas", 1}, {"eps", -1}, {"weight_decay", -1}, {"decoupled_weight_decay", -1}};
 
   template <class T>
   struct Scalars {
-    T grad_scale, weight_decay, decay, beta1, one_minus_beta1, beta2, one_minus_beta2;
+    T weight_decay, decay, beta1, one_minus_beta1, beta2, one_minus_beta2;
     T inverse_sqrt_bias_correction2, eps, step_size;
   };
 
@@ -36,7 +36,6 @@ struct Adam {
     const double bias_correction1 = one_minus_power(hyper.beta1, step);
     const double bias_correction2 = one_minus_power(hyper.beta2, step);
     Scalars<T> s;
-    s.grad_scale = static_cast<T>(hyper.maximize != 0 ? -tensor.grad_scale : tensor.grad_scale);
     s.weight_decay = static_cast<T>(decoupled ? 0 : weight_decay);
     s.decay = static_cast<T>(decoupled ? 1 - lr * weight_decay : 1);
     s.beta1 = static_cast<T>(hyper.beta1);

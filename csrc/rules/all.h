@@ -14,11 +14,4 @@ struct RuleList {
 using Rules = RuleList<Adam<false>, Adam<true>>;
 
 }  // namespace FO_INSTRUCTION_SET
-
-// How many hyperparameters, per-tensor states and element states any rule has at most.
-constexpr int kMaxHyper = 16;
-constexpr int kMaxPerTensorStates = 2;
-// Room for the Scalars of any rule.
-constexpr int kScalarsBytes = 128;
-
 }  // namespace fused_optim

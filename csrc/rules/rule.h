@@ -2,14 +2,17 @@
 //
 // A rule is a struct with these members, and nothing in it knows a dtype, a device or a thread:
 //
-//   kName      its name, by which Python asks for it
-//   kStates    the per-parameter states in column order, under torch's names; per-tensor ones (`step`) first
-//   kHyper     where each double of Hyper stands in a param group
-//   Hyper      the hyperparameters of a group, all doubles
-//   Scalars<T> what the element update reads: computed once a tensor, in double, rounded once to T
-//   prepare    Hyper and the tensor's context → Scalars; advances the per-tensor states, `tensor.state`
-//   update     one element: param and states in place, from the scaled gradient and the Scalars
+//   kName        its name, by which Python asks for it
+//   kStates      the per-parameter states in column order, under torch's names; per-tensor ones (`step`) first
+//   kStateCount  how many of them it has
+//   kNeeds       which norms prepare reads (the Need bits); 0 where it reads none
+//   kHyper       where each double of Hyper stands in a param group
+//   Hyper        the hyperparameters of a group, all doubles
+//   Scalars<T>   what the element update reads: computed once a tensor, in double, rounded once to T
+//   prepare      Hyper and the tensor's context → Scalars; advances the per-tensor states, `tensor.state`
+//   update       one element: param and states in place, from the gradient and the Scalars
 //
+// The mechanism around it (prepare.h) has applied maximize, the loss scale and clipping to the gradient already.
 // The eager witness in fused_optim/ and the Triton twin in kernels/ hold the same lines in the same order.
 #pragma once
 
@@ -43,17 +46,27 @@ struct HyperField {
   int index;        // element of a pair such as betas; -1: the value itself
 };
 
+// Norms that a rule or a clip may ask the reduce phase for.
+enum Need : unsigned { kNeedsGradSq = 1, kNeedsParamSq = 2, kNeedsGradMax = 4 };
+
+// Limits that the tables are laid out for; static_asserts hold the rules to them.
+constexpr int kMaxHyper = 15;
+constexpr int kMaxPerTensorStates = 2;
+constexpr int kScalarsBytes = 192;
+
 // What prepare knows of one tensor.
 struct TensorContext {
   double lr_scale;
   double weight_decay_scale;
-  double grad_scale;  // multiplies every gradient element: 1 / loss scale, clip coefficient
-  double state[2];    // the per-tensor states, read before and stored after prepare
+  double grad_norm;   // L2 norm of the gradient as update will see it, if the rule needs it
+  double grad_max;    // its largest magnitude, likewise
+  double param_norm;  // L2 norm of the parameter (of the master, where there is one)
+  double state[kMaxPerTensorStates];  // the per-tensor states, read before and stored after prepare
 };
 
 inline namespace FO_INSTRUCTION_SET {
 
-// 1 - base^exponent. The subtraction cancels when base is near 1; expm1 does not.
+// 1 - base^exponent. The subtraction would cancel when base is near 1; expm1 does not.
 FO_HOST_DEVICE inline double one_minus_power(double base, double exponent) {
   return base == 0 ? (exponent == 0 ? 0.0 : 1.0) : -expm1(exponent * log(base));
 }

@@ -1,0 +1,279 @@
+"""The table: one row an optimizer, one column a backend. Every property test crosses them.
+
+A new optimizer is one more `Case`, a new backend one more entry in `BACKENDS`; no test names either.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+import fused_optim
+from fused_optim import FusedOptimizer
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+# Mathematics ----------------------------------------------------------------------------------------------------
+#
+# One step of one parameter in extended precision, from the stored state; written from the published formulas and
+# sharing nothing with the package. Each result comes with the sum of the magnitudes of its terms, which is what
+# rounding errors are relative to: after cancellation, an error in units of the result means nothing.
+
+
+@dataclass
+class Exact:
+    value: np.ndarray
+    magnitude: np.ndarray
+
+
+def exact_adam(
+    param: np.ndarray, grad: np.ndarray, state: dict[str, np.ndarray], group: dict[str, Any]
+) -> dict[str, Exact]:
+    """Adam (Kingma & Ba), AdamW (Loshchilov & Hutter), AMSGrad (Reddi et al.); `state["step"]`: steps before."""
+    step = state["step"] + 1
+    lr, eps = (np.longdouble(float(group[key])) for key in ("lr", "eps"))
+    weight_decay = np.longdouble(float(group["weight_decay"]))
+    beta1, beta2 = (np.longdouble(float(beta)) for beta in group["betas"])
+    if group["maximize"]:
+        grad = -grad
+    grad_size = np.abs(grad)
+    decayed, decayed_size = param, np.abs(param)
+    if group["decoupled_weight_decay"]:
+        decayed = param - lr * weight_decay * param
+        decayed_size = np.abs(param) * (1 + lr * weight_decay)
+    else:
+        grad = grad + weight_decay * param
+        grad_size = grad_size + np.abs(weight_decay * param)
+    first = beta1 * state["exp_avg"] + (1 - beta1) * grad
+    first_size = np.abs(beta1 * state["exp_avg"]) + (1 - beta1) * grad_size
+    second = beta2 * state["exp_avg_sq"] + (1 - beta2) * grad**2
+    second_size = beta2 * state["exp_avg_sq"] + (1 - beta2) * grad_size**2
+    result = {"exp_avg": Exact(first, first_size), "exp_avg_sq": Exact(second, second_size)}
+    if group["amsgrad"]:
+        second_size = np.maximum(state["max_exp_avg_sq"], second_size)
+        second = np.maximum(state["max_exp_avg_sq"], second)
+        result["max_exp_avg_sq"] = Exact(second, second_size)
+    denom = np.sqrt(second / (1 - beta2**step)) + eps
+    scale = lr / (1 - beta1**step) / denom
+    # The relative error of the second moment, halved by the root, comes in as one of the quotient.
+    amplified = np.divide(second_size, second, out=np.ones_like(second), where=second != 0) / 2
+    size = decayed_size + scale * (first_size + np.abs(first) * (amplified + 1))
+    result["param"] = Exact(decayed - scale * first, size)
+    return result
+
+
+# Rows -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Case:
+    optimizer: type[FusedOptimizer]
+    reference: type[torch.optim.Optimizer]
+    exact: Callable[..., dict[str, Exact]]
+    # Constructor arguments by the name of the variant; each is also an argument of the reference.
+    variants: dict[str, dict[str, Any]]
+    golden: tuple[str, ...] = ()
+    # The native roots and powers that make two right float64 implementations differ, in units of 2^-53.
+    float64_units: float = 4.7
+    bad_arguments: tuple[dict[str, Any], ...] = field(default=())
+
+    @property
+    def name(self) -> str:
+        return self.optimizer.__name__
+
+    def options(self, variant: str) -> dict[str, Any]:
+        """The arguments of a variant, with tensors of its own."""
+        return {key: _cloned(value) for key, value in self.variants[variant].items()}
+
+    def make(self, params: Any, variant: str = "default", **options: Any) -> FusedOptimizer:
+        return self.optimizer(params, **{**self.options(variant), **options})
+
+    def make_reference(self, params: Any, variant: str = "default", **options: Any) -> torch.optim.Optimizer:
+        return self.reference(params, **{**self.options(variant), "foreach": False, **options})
+
+
+def _cloned(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return tuple(map(_cloned, value))
+    return value.clone() if isinstance(value, Tensor) else value
+
+
+ADAM_VARIANTS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "decay": {"lr": 3e-2, "weight_decay": 0.3},
+    "no decay": {"lr": 1e-2, "weight_decay": 0.0},
+    "amsgrad": {"lr": 1e-2, "weight_decay": 0.1, "amsgrad": True},
+    "maximize": {"lr": 1e-2, "weight_decay": 0.1, "maximize": True},
+    "all": {"lr": 1e-2, "betas": (0.8, 0.95), "eps": 1e-3, "weight_decay": 0.1, "amsgrad": True, "maximize": True},
+    "zero eps": {"lr": 1e-2, "eps": 0.0},
+    "zero betas": {"lr": 1e-2, "betas": (0.0, 0.0)},
+    "large eps": {"lr": 1e-2, "eps": 1e-1},
+    "tensor lr": {"lr": torch.tensor(1e-2)},
+    "tensor betas": {"lr": 1e-2, "betas": (torch.tensor(0.9), torch.tensor(0.99))},
+}
+ADAM_BAD_ARGUMENTS: tuple[dict[str, Any], ...] = (
+    {"lr": -1.0},
+    {"lr": float("nan")},
+    {"lr": torch.tensor(-1.0)},
+    {"lr": torch.tensor([1e-3, 1e-3])},
+    {"lr": torch.tensor(1e-3), "foreach": True},
+    {"eps": -1e-8},
+    {"betas": (1.0, 0.999)},
+    {"betas": (-0.1, 0.999)},
+    {"betas": (0.9, 1.0)},
+    {"betas": (0.9, 2.0)},
+    {"betas": (0.9, torch.tensor(0.999))},
+    {"betas": (0, 0.999)},
+    {"betas": (torch.tensor([0.9, 0.9]), torch.tensor(0.999))},
+    {"betas": (torch.tensor(0.9), torch.tensor([0.999, 0.999]))},
+    {"betas": (torch.tensor(0.9), torch.tensor(0.999)), "foreach": True},
+    {"betas": (0.9,)},
+    {"betas": 0.9},
+    {"weight_decay": -0.1},
+    {"lr": None},
+    {"lr": "1e-3"},
+    {"fused": True, "foreach": True},
+    {"fused": True, "differentiable": True},
+    {"unknown": 1},
+)
+
+CASES = (
+    Case(
+        fused_optim.AdamW,
+        torch.optim.AdamW,
+        exact_adam,
+        ADAM_VARIANTS,
+        golden=("torch_adamw_default", "torch_adamw_bigeps", "paddle33_adamw_default"),
+        bad_arguments=ADAM_BAD_ARGUMENTS,
+    ),
+    Case(
+        fused_optim.Adam,
+        torch.optim.Adam,
+        exact_adam,
+        {**ADAM_VARIANTS, "decoupled": {"lr": 1e-2, "weight_decay": 0.1, "decoupled_weight_decay": True}},
+        bad_arguments=ADAM_BAD_ARGUMENTS,
+    ),
+)
+
+# The fused backends and the device that each is tested on; all are held to the witness, "eager".
+BACKENDS = {"cpu": "cpu"}
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+each_variant = pytest.mark.parametrize(
+    ("case", "variant"),
+    [pytest.param(case, variant, id=f"{case.name}-{variant}") for case in CASES for variant in case.variants],
+)
+each_backend = pytest.mark.parametrize("backend", BACKENDS)
+each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+# The witness is a backend too: what holds for every implementation holds for it.
+each_implementation = pytest.mark.parametrize("backend", (*BACKENDS, "eager"))
+
+
+# Parameters and gradients ---------------------------------------------------------------------------------------
+
+# Empty, one element in several forms, less and more than a SIMD register, a tile of 1,024 and more, two dimensions.
+SHAPES: tuple[tuple[int, ...], ...] = ((), (0,), (1,), (1, 1), (3,), (7, 5), (1024,), (3, 1031), (2, 3, 3, 3), (64, 64))
+
+
+def device_of(backend: str) -> str:
+    return BACKENDS.get(backend, "cpu")
+
+
+def new_params(
+    dtype: torch.dtype = torch.float32,
+    shapes: Iterable[Sequence[int]] = SHAPES,
+    device: str = "cpu",
+    seed: int = 7,
+) -> list[Parameter]:
+    """Parameters that are the same for the same arguments, also across dtypes up to rounding."""
+    generator = torch.Generator().manual_seed(seed)
+    values = (torch.randn(tuple(shape), generator=generator, dtype=torch.float64) for shape in shapes)
+    return [Parameter(value.to(device=device, dtype=dtype)) for value in values]
+
+
+def new_grad(param: Tensor, step: int, position: int = 0, scale: float = 1.0) -> Tensor:
+    """A gradient whose elements span eight decades and hold zeros, the same for the same arguments."""
+    generator = torch.Generator().manual_seed(1_000_003 * (step + 1) + position)
+    shape = tuple(param.shape)
+    value = torch.randn(shape, generator=generator, dtype=torch.float64)
+    decade = torch.randint(-6, 2, shape, generator=generator)
+    zero = torch.rand(shape, generator=generator) < 0.05
+    value = torch.where(zero, 0.0, value * 10.0**decade * scale)
+    return value.to(device=param.device, dtype=param.dtype)
+
+
+def set_grads(params: Iterable[Tensor], step: int, scale: float = 1.0) -> None:
+    for position, param in enumerate(params):
+        param.grad = new_grad(param, step, position, scale)
+
+
+def train(optimizer: torch.optim.Optimizer, params: Sequence[Tensor], steps: int, first: int = 0) -> None:
+    for step in range(first, first + steps):
+        set_grads(params, step)
+        optimizer.step()
+
+
+# Comparison -----------------------------------------------------------------------------------------------------
+
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def bits(tensor: Tensor) -> Tensor:
+    """The numbers of a tensor as integers, so that -0.0 differs from 0.0 and NaN equals itself."""
+    tensor = tensor.detach()
+    tensor = torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+    return tensor.resolve_neg().clone(memory_format=torch.contiguous_format).view(_INTEGERS[tensor.element_size()])
+
+
+def same_bits(one: Tensor, other: Tensor) -> bool:
+    return one.dtype == other.dtype and one.shape == other.shape and torch.equal(bits(one), bits(other))
+
+
+def assert_same_bits(one: Tensor, other: Tensor, what: str = "tensor") -> None:
+    assert one.dtype == other.dtype, f"{what}: {one.dtype} and {other.dtype}"
+    assert one.shape == other.shape, f"{what}: {tuple(one.shape)} and {tuple(other.shape)}"
+    if not torch.equal(bits(one), bits(other)):
+        differ = bits(one) != bits(other)
+        raise AssertionError(
+            f"{what}: {int(differ.sum())} of {one.numel()} elements differ, as {one.detach().flatten()[:4]} and "
+            f"{other.detach().flatten()[:4]} (the first four)"
+        )
+
+
+def snapshot(optimizer: torch.optim.Optimizer) -> list[dict[str, Tensor]]:
+    """Copies of every parameter and its state."""
+    return [
+        {"param": param.detach().clone()}
+        | {
+            key: value.detach().clone() if isinstance(value, Tensor) else value
+            for key, value in optimizer.state.get(param, {}).items()
+        }
+        for group in optimizer.param_groups
+        for param in group["params"]
+    ]
+
+
+def assert_same_snapshots(one: list[dict[str, Any]], other: list[dict[str, Any]]) -> None:
+    assert len(one) == len(other)
+    for index, (mine, theirs) in enumerate(zip(one, other, strict=True)):
+        assert mine.keys() == theirs.keys(), f"parameter {index}: {sorted(mine)} and {sorted(theirs)}"
+        for key, value in mine.items():
+            if isinstance(value, Tensor):
+                assert_same_bits(value, theirs[key], f"{key} of parameter {index}")
+            else:
+                assert value == theirs[key]
+
+
+def assert_same_results(one: torch.optim.Optimizer, other: torch.optim.Optimizer) -> None:
+    """Every parameter, state and step count of two optimizers is the same, bit for bit."""
+    assert_same_snapshots(snapshot(one), snapshot(other))
