@@ -14,6 +14,7 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 
@@ -51,6 +52,15 @@ def find_build_tool(name: str) -> str:
     if found is None:
         raise SystemExit(f"fused_optim's build found the package {name}, but no program in it")
     return found
+
+
+class FreshBuild(build_py):
+    """build_py into an empty folder: a module that an earlier build left there would reach the wheel."""
+
+    def run(self) -> None:
+        if not self.editable_mode:
+            shutil.rmtree(self.build_lib, ignore_errors=True)
+        super().run()
 
 
 class CMakeBuild(build_ext):
@@ -103,4 +113,4 @@ if find_cxx_compiler() is None:
     )
     extensions = []
 
-setup(ext_modules=extensions, cmdclass={"build_ext": CMakeBuild})
+setup(ext_modules=extensions, cmdclass={"build_py": FreshBuild, "build_ext": CMakeBuild})

@@ -153,11 +153,11 @@ const CpuKernels* choose_cpu_kernels(const char* requested) {
   available[count++] = &cpu_kernels_default;
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c")) available[count++] = &cpu_kernels_avx2;
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
-    available[count++] = &cpu_kernels_avx512;
-  }
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c");
+  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  if (avx2) available[count++] = &cpu_kernels_avx2;
+  if (avx2 && avx512) available[count++] = &cpu_kernels_avx512;
 #endif
   if (requested == nullptr || *requested == '\0') return available[count - 1];
   for (int i = 0; i < count; ++i) {

@@ -59,7 +59,8 @@ FO_HOST_DEVICE inline void store(float16& out, float value) {
   const uint32_t bits = bits_of(value);
   const uint32_t sign = bits & 0x80000000u;
   const uint32_t magnitude = bits ^ sign;
-  const uint32_t infinite = magnitude > 0x7f800000u ? 0x7e00u : 0x7c00u;
+  // A NaN keeps its upper bits and becomes quiet, as the processor's own conversion has it.
+  const uint32_t infinite = magnitude > 0x7f800000u ? 0x7e00u | ((magnitude >> 13) & 0x3ffu) : 0x7c00u;
   // Adding one half lets the float adder round a subnormal result to nearest even.
   const uint32_t subnormal = bits_of(float_of(magnitude) + 0.5f) - bits_of(0.5f);
   const uint32_t normal = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;

@@ -323,15 +323,13 @@ def parse_arguments() -> argparse.Namespace:
         "--optimizer",
         nargs="+",
         choices=("all", *TITLES),
-        default=["all"],
+        default="all",
         help="what to train with; the first is the reference of the others",
     )
     parser.add_argument(
         "--seed", type=int, default=0, help="of the split, the weights and the order of the batches"
     )
-    parser.add_argument(
-        "--output", type=Path, default=Path("demo/train_digits.png"), help="where the plot goes"
-    )
+    parser.add_argument("--output", type=Path, default=Path("demo/train_digits.png"), help="the plot, a PNG")
     arguments = parser.parse_args()
     if arguments.epochs < 1:
         parser.error("--epochs must be at least 1")

@@ -229,10 +229,13 @@ _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def bits(tensor: Tensor) -> Tensor:
-    """The numbers of a tensor as integers, so that -0.0 differs from 0.0 and NaN equals itself."""
+    """The numbers of a tensor as integers, so that -0.0 differs from 0.0. Every NaN is the same."""
     tensor = tensor.detach()
     tensor = torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
-    return tensor.resolve_neg().clone(memory_format=torch.contiguous_format).view(_INTEGERS[tensor.element_size()])
+    tensor = tensor.resolve_neg().clone(memory_format=torch.contiguous_format)
+    if tensor.is_floating_point():
+        tensor[tensor.isnan()] = torch.nan
+    return tensor.view(_INTEGERS[tensor.element_size()])
 
 
 def same_bits(one: Tensor, other: Tensor) -> bool:

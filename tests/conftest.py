@@ -31,15 +31,29 @@ def seed() -> None:
     torch.manual_seed(0)
 
 
-@pytest.fixture
-def fallbacks(caplog: pytest.LogCaptureFixture) -> list[logging.LogRecord]:
-    """The lines about fallbacks logged so far; the list grows."""
-    caplog.set_level(logging.DEBUG, logger="fused_optim")
-    return caplog.records
+class Collector(logging.Handler):
+    """Keeps the text of each line that it is handed."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.DEBUG)
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(f"{record.levelname}: {record.getMessage()}")
 
 
 @pytest.fixture
-def all_native(fallbacks: list[logging.LogRecord]) -> Iterator[None]:
+def fallbacks() -> Iterator[list[str]]:
+    """What the package has logged since the test began, one text a line; the list grows."""
+    collector = Collector()
+    logger = logging.getLogger("fused_optim")
+    logger.addHandler(collector)
+    yield collector.lines
+    logger.removeHandler(collector)
+
+
+@pytest.fixture
+def all_native(fallbacks: list[str]) -> Iterator[None]:
     """Fails a test in which the witness served a parameter of a fused backend: it would judge itself."""
     yield
-    assert [record.getMessage() for record in fallbacks] == []
+    assert fallbacks == []
