@@ -51,6 +51,12 @@ unsigned needs_of(RuleList<R...>, int rule) {
   return table[rule];
 }
 
+template <class... R>
+int per_tensor_states_of(RuleList<R...>, int rule) {
+  static constexpr int table[] = {per_tensor_states<R>()...};
+  return table[rule];
+}
+
 // torch's own OpenMP runtime, reached without linking one: a second runtime would spin against its workers.
 using GompParallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
 
@@ -213,11 +219,34 @@ double global_norm_of(const std::vector<Row>& rows, const std::vector<Norms>& no
 
 void prepare_cpu(const std::vector<Row>& rows, const std::vector<GroupHyper>& groups, const StepOptions& options,
                  const std::vector<Norms>& norms, double global_norm, std::vector<ScalarsRecord>& out) {
+  // Rows of equal hyperparameters, scales and step have equal scalars: nearly always the row before has them.
+  // Logarithms and exponentials are dearer than the comparison.
+  const Row* before = nullptr;
+  size_t source = 0;
+  double state_before[kMaxPerTensorStates] = {}, state_after[kMaxPerTensorStates] = {};
   for (size_t r = 0; r < rows.size(); ++r) {
     const Row& row = rows[r];
     if (!row.active) continue;
+    const GroupHyper& group = groups[static_cast<size_t>(row.group)];
+    const int per_tensor = per_tensor_states_of(Rules{}, row.rule);
+    double state[kMaxPerTensorStates] = {};
+    for (int i = 0; i < per_tensor; ++i) state[i] = load_number(row, kFirstState + i);
+    const bool alike = before != nullptr && before->rule == row.rule && before->dtype[kParam] == row.dtype[kParam] &&
+                       before->lr_scale == row.lr_scale && before->weight_decay_scale == row.weight_decay_scale &&
+                       before->clipped == row.clipped && std::equal(state, state + per_tensor, state_before) &&
+                       std::memcmp(&groups[static_cast<size_t>(before->group)], &group, sizeof group) == 0;
+    if (alike) {
+      for (int i = 0; i < per_tensor; ++i) store_number(row, kFirstState + i, state_after[i]);
+      out[r] = out[source];
+      continue;
+    }
     const auto function = prepare_function(Rules{}, row.rule, computes_in_double(row.dtype[kParam]));
-    function(row, groups[static_cast<size_t>(row.group)], options, norms[r], global_norm, out[r]);
+    function(row, group, options, norms[r], global_norm, out[r]);
+    if (needs_of_rule(row.rule) != 0 || options.clip == Clip::norm) continue;
+    before = &row;
+    source = r;
+    std::copy(state, state + per_tensor, state_before);
+    for (int i = 0; i < per_tensor; ++i) state_after[i] = load_number(row, kFirstState + i);
   }
 }
 

@@ -311,16 +311,16 @@ PyObject* Plan::refresh(PyObject* param_groups, PyObject* state) {
       !PyDict_Check(state)) {
     Py_RETURN_NONE;
   }
-  PyObject* attention = PyList_New(0);
-  if (attention == nullptr) return nullptr;
+  PyObject* attention = nullptr;  // a list, once there is a row for it
   states_located_ = false;
   active_elements_ = active_rows_ = 0;
   const auto leave = [&](PyObject* result) {
-    Py_DECREF(attention);
+    Py_XDECREF(attention);
     release();
     return result;
   };
   const auto attend = [&](size_t r, const char* reason) {
+    if (attention == nullptr && (attention = PyList_New(0)) == nullptr) return false;
     PyObject* entry = Py_BuildValue("(ns)", static_cast<Py_ssize_t>(r), reason);
     const bool good = entry != nullptr && PyList_Append(attention, entry) == 0;
     Py_XDECREF(entry);
@@ -370,7 +370,7 @@ PyObject* Plan::refresh(PyObject* param_groups, PyObject* state) {
     --active_rows_;
     if (!attend(r, "overlap")) return leave(nullptr);
   }
-  return attention;
+  return attention != nullptr ? attention : PyTuple_New(0);
 }
 
 bool Plan::same_layout(const HostRow& host, const TensorView& view, bool exact) const {

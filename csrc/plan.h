@@ -35,7 +35,7 @@ class Plan {
   bool build(PyObject* rules, PyObject* rows, PyObject* defaults, PyObject* structural);
 
   // Reads everything again and changes nothing. None: the groups no longer are those of the plan, build a new
-  // one. Otherwise a list of (row index, reason): rows with a gradient that no native backend takes as they are.
+  // one. Otherwise a sequence of (row index, reason): rows with a gradient that no native backend takes as they are.
   PyObject* refresh(PyObject* param_groups, PyObject* state);
 
   // The step of all rows that refresh accepted.

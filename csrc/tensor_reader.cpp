@@ -29,10 +29,7 @@ bool TensorReader::open(PyObject* capsule, PyObject* is_plain, PyObject* describ
   return true;
 }
 
-bool TensorReader::is_plain_type(PyTypeObject* type) {
-  for (const KnownType& known : known_types_) {
-    if (known.type == type) return known.plain;
-  }
+bool TensorReader::ask_whether_plain(PyTypeObject* type) {
   PyObject* answer = PyObject_CallFunctionObjArgs(is_plain_, reinterpret_cast<PyObject*>(type), nullptr);
   const bool plain = answer != nullptr && PyObject_IsTrue(answer) == 1;
   Py_XDECREF(answer);
@@ -40,6 +37,13 @@ bool TensorReader::is_plain_type(PyTypeObject* type) {
   Py_INCREF(type);  // a type that died could leave its address to another
   known_types_.push_back({type, plain});
   return plain;
+}
+
+inline bool TensorReader::is_plain_type(PyTypeObject* type) {
+  for (const KnownType& known : known_types_) {
+    if (known.type == type) return known.plain;
+  }
+  return ask_whether_plain(type);
 }
 
 bool TensorReader::read(PyObject* object, TensorView& view) {

@@ -39,6 +39,7 @@ class TensorReader {
 
  private:
   bool is_plain_type(PyTypeObject* type);
+  bool ask_whether_plain(PyTypeObject* type);
   bool read_slowly(PyObject* object, TensorView& view);
 
   const dlpack::ExchangeApi* api_ = nullptr;

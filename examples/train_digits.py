@@ -234,7 +234,7 @@ def check(runs: list[Run], console: Console) -> bool:
 
     def report(claim: str, kept: bool) -> None:
         holds.append(kept)
-        console.print(f"{'ok    ' if kept else 'FAILED'} {claim}")
+        console.print(f"{'ok    ' if kept else 'MISSED'} {claim}")
 
     for run in runs:
         report(
@@ -252,30 +252,41 @@ def check(runs: list[Run], console: Console) -> bool:
 
 
 def plot(runs: list[Run], path: Path, machine: str) -> None:
-    figure = plt.figure(figsize=(12, 5.5), layout="constrained")
-    axes = figure.subplot_mosaic(
-        [["losses", "times"], ["differences", "times"]], width_ratios=(3, 2), height_ratios=(2, 1)
+    panels = [["losses", "times"], ["differences", "times"]] if len(runs) > 1 else [["losses", "times"]]
+    figure, axes = plt.subplot_mosaic(
+        panels,
+        figsize=(12, 5.5),
+        layout="constrained",
+        width_ratios=(3, 2),
+        height_ratios=(2, 1)[: len(panels)],
     )
-    losses, differences, times = axes["losses"], axes["differences"], axes["times"]
+    losses, times = axes["losses"], axes["times"]
     colours = [f"C{list(TITLES).index(run.name)}" for run in runs]
     reference = runs[0]
     steps = range(1, len(reference.losses) + 1)
 
     # The curves lie on top of each other: each is drawn thinner than the one before.
-    for run, colour, width in zip(runs, colours, (9, 5, 1.5), strict=False):
+    for run, colour, width in zip(runs, colours, (9, 5, 1.5)[-len(runs) :], strict=True):
         losses.plot(steps, run.losses, color=colour, linewidth=width, label=run.title)
-    losses.set(yscale="log", ylabel="cross-entropy of the batch [nat]", title="Training loss")
-    losses.tick_params(labelbottom=False)
+    losses.set(
+        yscale="log", xlabel="training step", ylabel="cross-entropy of the batch [nat]", title="Training loss"
+    )
     losses.legend()
 
     for run, colour in zip(runs[1:], colours[1:], strict=True):
         difference = [
             100 * abs(loss / other - 1) for loss, other in zip(run.losses, reference.losses, strict=True)
         ]
-        differences.plot(steps, difference, ".", color=colour, markersize=4)
-    differences.axhline(MAX_LOSS_DIFFERENCE, color="black", linewidth=1, linestyle="--")
-    differences.set(yscale="log", ylim=(1e-6, 10), xlabel="training step", ylabel="loss difference [%]")
-    differences.set_title(f"From {reference.title}; dashed: the bound on the final loss", fontsize="medium")
+        axes["differences"].plot(steps, difference, ".", color=colour, markersize=4)
+    if len(runs) > 1:
+        losses.set_xlabel("")
+        axes["differences"].axhline(MAX_LOSS_DIFFERENCE, color="black", linewidth=1, linestyle="--")
+        axes["differences"].set(
+            yscale="log", ylim=(1e-6, 10), xlabel="training step", ylabel="loss difference [%]"
+        )
+        axes["differences"].set_title(
+            f"From {reference.title}; dashed: the bound on the final loss", fontsize="medium"
+        )
 
     positions = range(len(runs))
     times.barh(positions, [run.step_time for run in runs], color=colours, height=0.6)
@@ -292,7 +303,7 @@ def plot(runs: list[Run], path: Path, machine: str) -> None:
         )
     times.set_yticks(positions, [run.title.replace(" AdamW", "\nAdamW") for run in runs])
     times.invert_yaxis()
-    times.margins(x=0.25)
+    times.margins(x=0.4)
     times.set_xlim(left=0)
     times.set(xlabel="time [ms]; bar: median, line: 10 % to 90 %", title=f"Optimizer step, {machine}")
 

@@ -11,7 +11,7 @@ One step:
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -144,7 +144,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             # Writing through addresses leaves the version counters alone; a stale graph must still raise.
             torch._C._increment_version(plan.touched())
 
-    def _refresh(self) -> list[tuple[int, str]]:
+    def _refresh(self) -> Sequence[tuple[int, str]]:
         for _ in range(2):
             if self._plan is None:
                 self._build_plan()
@@ -170,7 +170,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             self._rows, [self.rule(group) for group in groups], self.defaults, self.structural_keys
         )
 
-    def _attend(self, attention: list[tuple[int, str]]) -> list[int]:
+    def _attend(self, attention: Sequence[tuple[int, str]]) -> list[int]:
         """Refuse or repair the state of rows that need attention; return those that the witness takes."""
         groups = [{**self.defaults, **group} for group in self.param_groups]
         rows = [self._rows[index] for index, _ in attention]
