@@ -98,4 +98,5 @@ format: $(PINS)
 
 clean:
 	rm -rf build dist docs/_build *.egg-info .venv/installed.stamp
-	find fused_optim kernels bench tests -name '*.so' -delete -o -name __pycache__ -prune -exec rm -rf {} +
+	rm -f fused_optim/*.so
+	find fused_optim kernels bench tests examples scripts -name __pycache__ -exec rm -rf {} +

@@ -53,9 +53,10 @@ const CpuKernels* requested_kernels() {
   const char* requested = std::getenv("FUSED_OPTIM_CPU_CAPABILITY");
   const CpuKernels* kernels = choose_cpu_kernels(requested);
   if (kernels == nullptr) {
-    throw py::value_error(std::string("FUSED_OPTIM_CPU_CAPABILITY=") + requested +
-                          " names no instruction set that was built and that this processor runs; choose from " +
-                          FO_CPU_CAPABILITIES);
+    throw py::value_error(
+        std::string("FUSED_OPTIM_CPU_CAPABILITY=") + requested +
+        " names no instruction set that was built and that this processor runs; choose from " +
+        FO_CPU_CAPABILITIES);
   }
   return kernels;
 }
@@ -93,14 +94,15 @@ PYBIND11_MODULE(_C, module) {
            [](Plan& plan, const py::object& param_groups, const py::object& state) {
              return owned(plan.refresh(param_groups.ptr(), state.ptr()));
            })
-      .def("run",
-           [](Plan& plan, double grad_scale, int threads, int clip, double clip_norm, double clip_min,
-              double clip_max) {
-             plan.run({grad_scale, static_cast<Clip>(clip), clip_norm, clip_min, clip_max}, threads);
-           },
-           py::arg("grad_scale"), py::arg("threads"), py::arg("clip") = 0,
-           py::arg("clip_norm") = std::numeric_limits<double>::infinity(), py::arg("clip_min") = 0.0,
-           py::arg("clip_max") = 0.0)
+      .def(
+          "run",
+          [](Plan& plan, double grad_scale, int threads, int clip, double clip_norm, double clip_min,
+             double clip_max) {
+            plan.run({grad_scale, static_cast<Clip>(clip), clip_norm, clip_min, clip_max}, threads);
+          },
+          py::arg("grad_scale"), py::arg("threads"), py::arg("clip") = 0,
+          py::arg("clip_norm") = std::numeric_limits<double>::infinity(), py::arg("clip_min") = 0.0,
+          py::arg("clip_max") = 0.0)
       .def_property_readonly("grad_norm", &Plan::grad_norm)
       .def("versions", [](const Plan& plan) { return owned(plan.versions()); })
       .def("release", &Plan::release)

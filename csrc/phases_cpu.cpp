@@ -29,7 +29,8 @@ struct Task {
   int64_t begin, end;          // of the elements, where it is one row
 };
 
-using PrepareFunction = void (*)(const Row&, const GroupHyper&, const StepOptions&, const Norms&, double, ScalarsRecord&);
+using PrepareFunction = void (*)(const Row&, const GroupHyper&, const StepOptions&, const Norms&, double,
+                                 ScalarsRecord&);
 
 template <class Rule, class T>
 void prepare(const Row& row, const GroupHyper& group, const StepOptions& options, const Norms& norms,
@@ -93,7 +94,8 @@ void work(void* argument) {
 
 template <class Job>
 void run_tasks(const Job& job, size_t tasks, int threads) {
-  Team team{[](const void* job_pointer, size_t task) { (*static_cast<const Job*>(job_pointer))(task); }, &job, tasks};
+  Team team{[](const void* job_pointer, size_t task) { (*static_cast<const Job*>(job_pointer))(task); }, &job,
+            tasks};
   if (threads <= 1 || tasks <= 1) return work(&team);
   static const int registered = pthread_atfork(nullptr, nullptr, [] { forked = true; });
   const GompParallel parallel = registered == 0 && !forked ? find_openmp() : nullptr;
@@ -174,8 +176,9 @@ const CpuKernels* choose_cpu_kernels(const char* requested) {
 
 unsigned needs_of_rule(int rule) { return needs_of(Rules{}, rule); }
 
-void reduce_cpu(const CpuKernels& kernels, const std::vector<Row>& rows, const std::vector<GroupHyper>& groups,
-                const StepOptions& options, int threads, std::vector<Norms>& out) {
+void reduce_cpu(const CpuKernels& kernels, const std::vector<Row>& rows,
+                const std::vector<GroupHyper>& groups, const StepOptions& options, int threads,
+                std::vector<Norms>& out) {
   const std::vector<Task> tasks = split(rows);
   std::vector<Norms> partial(tasks.size());
   const auto sum = [&](size_t r, int64_t begin, int64_t end) {
@@ -196,7 +199,8 @@ void reduce_cpu(const CpuKernels& kernels, const std::vector<Row>& rows, const s
   run_tasks(job, tasks.size(), active_elements(rows) < kSerialElements ? 1 : threads);
   for (size_t t = 0; t < tasks.size(); ++t) {
     const Task& task = tasks[t];
-    const bool piece = task.last_row - task.first_row == 1 && task.end - task.begin < rows[task.first_row].numel;
+    const bool piece =
+        task.last_row - task.first_row == 1 && task.end - task.begin < rows[task.first_row].numel;
     if (!piece) continue;
     Norms& total = out[task.first_row];
     if (task.begin == 0) total = Norms{0, 0, 0};
@@ -217,8 +221,9 @@ double global_norm_of(const std::vector<Row>& rows, const std::vector<Norms>& no
   return std::sqrt(std::isfinite(sum) ? sum + lost : sum);
 }
 
-void prepare_cpu(const std::vector<Row>& rows, const std::vector<GroupHyper>& groups, const StepOptions& options,
-                 const std::vector<Norms>& norms, double global_norm, std::vector<ScalarsRecord>& out) {
+void prepare_cpu(const std::vector<Row>& rows, const std::vector<GroupHyper>& groups,
+                 const StepOptions& options, const std::vector<Norms>& norms, double global_norm,
+                 std::vector<ScalarsRecord>& out) {
   // Rows of equal hyperparameters, scales and step have equal scalars: nearly always the row before has them.
   // Logarithms and exponentials are dearer than the comparison.
   const Row* before = nullptr;
@@ -231,10 +236,11 @@ void prepare_cpu(const std::vector<Row>& rows, const std::vector<GroupHyper>& gr
     const int per_tensor = per_tensor_states_of(Rules{}, row.rule);
     double state[kMaxPerTensorStates] = {};
     for (int i = 0; i < per_tensor; ++i) state[i] = load_number(row, kFirstState + i);
-    const bool alike = before != nullptr && before->rule == row.rule && before->dtype[kParam] == row.dtype[kParam] &&
-                       before->lr_scale == row.lr_scale && before->weight_decay_scale == row.weight_decay_scale &&
-                       before->clipped == row.clipped && std::equal(state, state + per_tensor, state_before) &&
-                       std::memcmp(&groups[static_cast<size_t>(before->group)], &group, sizeof group) == 0;
+    const bool alike =
+        before != nullptr && before->rule == row.rule && before->dtype[kParam] == row.dtype[kParam] &&
+        before->lr_scale == row.lr_scale && before->weight_decay_scale == row.weight_decay_scale &&
+        before->clipped == row.clipped && std::equal(state, state + per_tensor, state_before) &&
+        std::memcmp(&groups[static_cast<size_t>(before->group)], &group, sizeof group) == 0;
     if (alike) {
       for (int i = 0; i < per_tensor; ++i) store_number(row, kFirstState + i, state_after[i]);
       out[r] = out[source];
@@ -250,10 +256,11 @@ void prepare_cpu(const std::vector<Row>& rows, const std::vector<GroupHyper>& gr
   }
 }
 
-void apply_cpu(const CpuKernels& kernels, const std::vector<Row>& rows, const std::vector<ScalarsRecord>& records,
-               int threads) {
+void apply_cpu(const CpuKernels& kernels, const std::vector<Row>& rows,
+               const std::vector<ScalarsRecord>& records, int threads) {
   const auto apply = [&](size_t r, int64_t begin, int64_t end) {
-    const auto* table = computes_in_double(rows[r].dtype[kParam]) ? kernels.apply_double : kernels.apply_float;
+    const auto* table =
+        computes_in_double(rows[r].dtype[kParam]) ? kernels.apply_double : kernels.apply_float;
     table[rows[r].rule](rows[r], records[r], begin, end);
   };
   if (threads <= 1 || active_elements(rows) < kSerialElements) {

@@ -20,8 +20,9 @@
 namespace fused_optim {
 namespace {
 
-// Elements of a tile. Scratch tiles lie an odd number of cache lines apart: a power of two would put them all, and
-// page-aligned tensors with them, into the same few sets of the first-level cache (half the speed, measured).
+// Elements of a tile. Scratch tiles lie an odd number of cache lines apart: a power of two would put them
+// all, and page-aligned tensors with them, into the same few sets of the first-level cache (half the speed,
+// measured).
 constexpr int64_t kTile = 512;
 constexpr int64_t kScratch = kTile + 48;
 
@@ -36,7 +37,8 @@ void narrow(const T* __restrict in, Storage* out, int64_t n) {
 }
 
 #if defined(__F16C__)
-// The processor's own conversions: the compiler does not find them, and the portable ones take three times as long.
+// The processor's own conversions: the compiler does not find them, and the portable ones take three times as
+// long.
 void widen(const float16* in, float* __restrict out, int64_t n) {
   int64_t i = 0;
 #if defined(__AVX512F__)
@@ -54,12 +56,14 @@ void narrow(const float* __restrict in, float16* out, int64_t n) {
   int64_t i = 0;
 #if defined(__AVX512F__)
   for (; i + 16 <= n; i += 16) {
-    const __m256i rounded = _mm512_cvtps_ph(_mm512_loadu_ps(in + i), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    const __m256i rounded =
+        _mm512_cvtps_ph(_mm512_loadu_ps(in + i), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + i), rounded);
   }
 #endif
   for (; i + 8 <= n; i += 8) {
-    const __m128i rounded = _mm256_cvtps_ph(_mm256_loadu_ps(in + i), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    const __m128i rounded =
+        _mm256_cvtps_ph(_mm256_loadu_ps(in + i), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     _mm_storeu_si128(reinterpret_cast<__m128i*>(out + i), rounded);
   }
   for (; i < n; ++i) store(out[i], in[i]);
@@ -141,8 +145,8 @@ void store_param(const Row& row, int64_t begin, int64_t n, const T* tile) {
   if (row.dtype[kParam] == DType::float16) narrow_ties_away(tile, column<float16>(row, kParam) + begin, n);
 }
 
-// The element loop. Conversions stand in the same loop as the mathematics, so that they run in the shadow of its
-// root and division; where all columns are T they are nothing.
+// The element loop. Conversions stand in the same loop as the mathematics, so that they run in the shadow of
+// its root and division; where all columns are T they are nothing.
 template <class Rule, class T, int kStates, class Param, class Grad, class State>
 void update(Param* __restrict param, const Grad* __restrict grad, State* const (&states)[kStates],
             const Record<Rule, T>& record, int64_t n) {
@@ -171,15 +175,17 @@ void update_in_place(const Row& row, const Record<Rule, float>& record, int64_t 
   constexpr int kFirst = kFirstState + per_tensor_states<Rule>();
   State* states[kStates];
   for (int k = 0; k < kStates; ++k) states[k] = column<State>(row, kFirst + k) + begin;
-  update<Rule, float, kStates>(column<Param>(row, kParam) + begin, column<Param>(row, kGrad) + begin, states, record, n);
+  update<Rule, float, kStates>(column<Param>(row, kParam) + begin, column<Param>(row, kGrad) + begin, states,
+                               record, n);
 }
 
-// Asks for the next tile of every column while this one is computed: the processor's prefetchers lose the thread where
-// a row is walked in short runs of each column in turn.
+// Asks for the next tile of every column while this one is computed: the processor's prefetchers lose the
+// thread where a row is walked in short runs of each column in turn.
 void prefetch_tile(const Row& row, int64_t begin, int64_t end) {
   const int64_t last = begin + kTile < end ? begin + kTile : end;
   for (int c = 0; c < kColumns; ++c) {
-    if (row.dtype[c] == DType::none || row.dtype[c] == DType::float32 || row.dtype[c] == DType::float64) continue;
+    if (row.dtype[c] == DType::none || row.dtype[c] == DType::float32 || row.dtype[c] == DType::float64)
+      continue;
     const char* base = column<const char>(row, c);
     for (int64_t byte = begin * 2; byte < last * 2; byte += 64) __builtin_prefetch(base + byte, 1);
   }
@@ -263,7 +269,8 @@ double max_tile(const T* __restrict values, const GradTransform<T>& grad, int64_
 
 template <class T>
 Norms reduce(const Row& row, const GradTransform<double>& grad, unsigned needs, int64_t begin, int64_t end) {
-  const GradTransform<T> of_grad{static_cast<T>(grad.scale), static_cast<T>(grad.min), static_cast<T>(grad.max)};
+  const GradTransform<T> of_grad{static_cast<T>(grad.scale), static_cast<T>(grad.min),
+                                 static_cast<T>(grad.max)};
   const GradTransform<T> of_param{1, static_cast<T>(-HUGE_VAL), static_cast<T>(HUGE_VAL)};
   alignas(64) T scratch[kTile];
   Norms norms{0, 0, 0};
@@ -272,7 +279,8 @@ Norms reduce(const Row& row, const GradTransform<double>& grad, unsigned needs, 
     if ((needs & (kNeedsGradSq | kNeedsGradMax)) != 0) {
       const T* values = load_tile<T>(row, kGrad, i, n, scratch);
       if ((needs & kNeedsGradSq) != 0) norms.grad_sq += sum_tile<T>(values, of_grad, n);
-      if ((needs & kNeedsGradMax) != 0) norms.grad_max = maximum(norms.grad_max, max_tile<T>(values, of_grad, n));
+      if ((needs & kNeedsGradMax) != 0)
+        norms.grad_max = maximum(norms.grad_max, max_tile<T>(values, of_grad, n));
     }
     if ((needs & kNeedsParamSq) != 0) {
       norms.param_sq += sum_tile<T>(load_param<T>(row, i, n, scratch), of_param, n);
@@ -283,7 +291,11 @@ Norms reduce(const Row& row, const GradTransform<double>& grad, unsigned needs, 
 
 template <class... R>
 constexpr CpuKernels kernels_of(RuleList<R...>) {
-  return {FO_STRINGIFY(FO_CPU_CAPABILITY), {apply<R, float>...}, {apply<R, double>...}, reduce<float>, reduce<double>};
+  return {FO_STRINGIFY(FO_CPU_CAPABILITY),
+          {apply<R, float>...},
+          {apply<R, double>...},
+          reduce<float>,
+          reduce<double>};
 }
 
 }  // namespace

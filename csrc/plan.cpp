@@ -32,7 +32,8 @@ bool is_number(DType dtype) { return dtype != DType::none && dtype != DType::rem
 
 // Objects of these types cannot change while they are the same object.
 bool is_constant(PyObject* value) {
-  if (PyFloat_CheckExact(value) || PyLong_CheckExact(value) || PyBool_Check(value) || value == Py_None) return true;
+  if (PyFloat_CheckExact(value) || PyLong_CheckExact(value) || PyBool_Check(value) || value == Py_None)
+    return true;
   if (!PyTuple_CheckExact(value)) return false;
   for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(value); ++i) {
     if (!is_constant(PyTuple_GET_ITEM(value, i))) return false;
@@ -96,7 +97,8 @@ bool Plan::build(PyObject* rules, PyObject* rows, PyObject* defaults, PyObject* 
     const char* name = PyUnicode_AsUTF8(PyList_GET_ITEM(rules, g));
     if (name == nullptr) return false;
     const auto& known = rule_names();
-    const auto found = std::find_if(known.begin(), known.end(), [&](const RuleNames& r) { return r.name == name; });
+    const auto found =
+        std::find_if(known.begin(), known.end(), [&](const RuleNames& r) { return r.name == name; });
     if (found == known.end()) {
       PyErr_Format(PyExc_ValueError, "no rule is named %s", name);
       return false;
@@ -131,8 +133,8 @@ bool Plan::row_from_tuple(PyObject* tuple) {
   long long version;
   PyObject *param, *master;
   Row row{};
-  if (!PyArg_ParseTuple(tuple, "iOddppOL", &group, &param, &row.lr_scale, &row.weight_decay_scale, &native, &clipped,
-                        &master, &version)) {
+  if (!PyArg_ParseTuple(tuple, "iOddppOL", &group, &param, &row.lr_scale, &row.weight_decay_scale, &native,
+                        &clipped, &master, &version)) {
     return false;
   }
   HostRow host;
@@ -232,7 +234,8 @@ bool Plan::parse_group(PyObject* group, size_t index, bool* stale) {
     if (value == nullptr && !PyErr_Occurred()) value = PyDict_GetItemWithError(defaults_, key);
     if (PyErr_Occurred()) return false;
     if (value == nullptr) {
-      PyErr_Format(PyExc_KeyError, "param_groups[%zu] has no %R and the optimizer no default for it", index, key);
+      PyErr_Format(PyExc_KeyError, "param_groups[%zu] has no %R and the optimizer no default for it", index,
+                   key);
       return false;
     }
     constant = constant && is_constant(value);
@@ -245,8 +248,8 @@ bool Plan::parse_group(PyObject* group, size_t index, bool* stale) {
     const bool good = item != nullptr && number(item, &hyper[i]);
     Py_XDECREF(item);
     if (!good) {
-      PyErr_Format(PyExc_TypeError, "param_groups[%zu][%R] must hold numbers or one-element Tensors, got %R", index, key,
-                   value);
+      PyErr_Format(PyExc_TypeError, "param_groups[%zu][%R] must hold numbers or one-element Tensors, got %R",
+                   index, key, value);
       return false;
     }
   }
@@ -387,11 +390,13 @@ bool Plan::same_layout(const HostRow& host, const TensorView& view, bool exact) 
   return true;
 }
 
-// Null: the row is ready. "": the parameter is no longer what the plan was built for. Otherwise what is wrong.
+// Null: the row is ready. "": the parameter is no longer what the plan was built for. Otherwise what is
+// wrong.
 const char* Plan::refresh_row(HostRow& host, Row& row, PyObject* state) {
   if (!host.native) return "param";
   TensorView view;
-  if (!reader_.read(host.param, view) || !same_layout(host, view, true) || view.dtype != row.dtype[kParam]) return "";
+  if (!reader_.read(host.param, view) || !same_layout(host, view, true) || view.dtype != row.dtype[kParam])
+    return "";
   if (view.address == 0 && row.numel != 0) return "param";
   if (row.address[kParam] != view.address) {
     row.address[kParam] = view.address;
@@ -452,7 +457,8 @@ const char* Plan::read_state(const HostRow& host, Row& row, int column, bool per
     if (!same_layout(host, view, false) || view.dtype == DType::none) return "state";
     if (view.dtype == DType::float64 && !computes_in_double(row.dtype[kParam])) return "state";
     const bool split = view.dtype == DType::remainder;
-    if (column == kMaster ? !(split ? row.dtype[kParam] == DType::bfloat16 : view.dtype == DType::float32) : split) {
+    if (column == kMaster ? !(split ? row.dtype[kParam] == DType::bfloat16 : view.dtype == DType::float32)
+                          : split) {
       return "state";
     }
   }
@@ -476,8 +482,9 @@ const char* Plan::check_version(HostRow& host) {
   return overwritten ? "master" : nullptr;
 }
 
-// The parameters' states stand in a dict whose keys hash slowly (Tensor.__hash__ is Python). The row remembers
-// where PyDict_Next found its state; only if that is no longer so, all positions are looked up again.
+// The parameters' states stand in a dict whose keys hash slowly (Tensor.__hash__ is Python). The row
+// remembers where PyDict_Next found its state; only if that is no longer so, all positions are looked up
+// again.
 PyObject* Plan::find_state(HostRow& host, PyObject* state) {
   for (int attempt = 0; attempt < 2; ++attempt) {
     PyObject *key, *value;
@@ -516,7 +523,8 @@ void Plan::find_overlaps() {
     for (int c = 0; c < kColumns; ++c) {
       if (c == kGrad || rows_[r].address[c] == 0) continue;
       const bool per_tensor =
-          c >= kFirstState && rule_names()[static_cast<size_t>(rows_[r].rule)].per_tensor[static_cast<size_t>(c - kFirstState)];
+          c >= kFirstState &&
+          rule_names()[static_cast<size_t>(rows_[r].rule)].per_tensor[static_cast<size_t>(c - kFirstState)];
       const auto bytes = static_cast<uint64_t>(per_tensor ? 1 : rows_[r].numel) *
                          static_cast<uint64_t>(size_of(rows_[r].dtype[c]));
       if (bytes != 0) ranges.push_back({rows_[r].address[c], rows_[r].address[c] + bytes, r});
@@ -546,7 +554,8 @@ void Plan::run(const StepOptions& options, int threads) {
     apply_cpu(*kernels_, rows_, records_, threads);
   }
   for (size_t r = 0; r < rows_.size(); ++r) {
-    if (rows_[r].active && hosts_[r].master_key != nullptr) ++hosts_[r].version;  // the caller counts this step's write
+    if (rows_[r].active && hosts_[r].master_key != nullptr)
+      ++hosts_[r].version;  // the caller counts this step's write
   }
   release();
 }

@@ -28,14 +28,15 @@ class Plan {
 
   bool open(PyObject* exchange_api, PyObject* is_plain, PyObject* describe, const CpuKernels* kernels);
 
-  // rules: the rule's name of each group. rows: (group index, param, lr scale, weight decay scale, native, clipped,
-  // key of the master's state or None, the param's version when its master was last in step with it or -1) of each
-  // parameter, in the order of the groups. defaults: hyperparameters that a group may lack. structural: group keys
-  // whose change calls for a new plan.
+  // rules: the rule's name of each group. rows: (group index, param, lr scale, weight decay scale, native,
+  // clipped, key of the master's state or None, the param's version when its master was last in step with it
+  // or -1) of each parameter, in the order of the groups. defaults: hyperparameters that a group may lack.
+  // structural: group keys whose change calls for a new plan.
   bool build(PyObject* rules, PyObject* rows, PyObject* defaults, PyObject* structural);
 
   // Reads everything again and changes nothing. None: the groups no longer are those of the plan, build a new
-  // one. Otherwise a sequence of (row index, reason): rows with a gradient that no native backend takes as they are.
+  // one. Otherwise a sequence of (row index, reason): rows with a gradient that no native backend takes as
+  // they are.
   PyObject* refresh(PyObject* param_groups, PyObject* state);
 
   // The step of all rows that refresh accepted.
@@ -61,8 +62,8 @@ class Plan {
  private:
   struct HostRow {
     PyObject* param = nullptr;
-    PyObject* grad = nullptr;  // held from refresh to the end of run
-    PyTypeObject* type = nullptr;  // of the parameter; borrowed, compared only
+    PyObject* grad = nullptr;                    // held from refresh to the end of run
+    PyTypeObject* type = nullptr;                // of the parameter; borrowed, compared only
     PyGetSetDescrObject* grad_getter = nullptr;  // torch's own, where the type has not replaced it; borrowed
     PyObject* master_key = nullptr;  // state key of the master weight, if the row has one; immortal
     int64_t version = -1;            // of the parameter when its master last agreed with it
@@ -80,9 +81,9 @@ class Plan {
   struct Group {
     int rule = 0;
     size_t first_row = 0, last_row = 0;
-    std::vector<Entry> entries;        // the group's items when it was last read
+    std::vector<Entry> entries;         // the group's items when it was last read
     std::vector<PyObject*> structural;  // values of the structural keys then
-    bool constant = false;             // no value can change while its object stays
+    bool constant = false;              // no value can change while its object stays
   };
 
   bool row_from_tuple(PyObject* tuple);
@@ -117,7 +118,7 @@ class Plan {
   int64_t active_elements_ = 0;
   int64_t active_rows_ = 0;
   bool active_changed_ = true;
-  bool written_moved_ = false;    // an address that the step writes has changed
+  bool written_moved_ = false;  // an address that the step writes has changed
   bool states_located_ = false;
   bool busy_ = false;
 };

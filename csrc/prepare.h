@@ -69,7 +69,8 @@ FO_HOST_DEVICE inline GradTransform<T> transform_before_norms(const Row& row, co
                                                               const StepOptions& options) {
   const bool clamped = options.clip == Clip::value && row.clipped;
   return {static_cast<T>(group.maximize != 0 ? -options.grad_scale : options.grad_scale),
-          static_cast<T>(clamped ? options.clip_min : -HUGE_VAL), static_cast<T>(clamped ? options.clip_max : HUGE_VAL)};
+          static_cast<T>(clamped ? options.clip_min : -HUGE_VAL),
+          static_cast<T>(clamped ? options.clip_max : HUGE_VAL)};
 }
 
 FO_HOST_DEVICE inline double clip_coefficient(const Row& row, const StepOptions& options, const Norms& norms,
@@ -99,8 +100,9 @@ FO_HOST_DEVICE inline void store_number(const Row& row, int index, double value)
 }
 
 template <class Rule, class T>
-FO_HOST_DEVICE inline Record<Rule, T> prepare_row(const Row& row, const GroupHyper& group, const StepOptions& options,
-                                                  const Norms& norms, double global_norm) {
+FO_HOST_DEVICE inline Record<Rule, T> prepare_row(const Row& row, const GroupHyper& group,
+                                                  const StepOptions& options, const Norms& norms,
+                                                  double global_norm) {
   constexpr int kPerTensor = per_tensor_states<Rule>();
   static_assert(kPerTensor <= kMaxPerTensorStates && Rule::kStateCount <= kMaxStates, "raise the limit");
   static_assert(sizeof(typename Rule::Hyper) <= sizeof group.rule, "raise kMaxHyper");
@@ -119,7 +121,8 @@ FO_HOST_DEVICE inline Record<Rule, T> prepare_row(const Row& row, const GroupHyp
   record.scalars = Rule::template prepare<T>(hyper, tensor);
   for (int i = 0; i < kPerTensor; ++i) store_number(row, kFirstState + i, tensor.state[i]);
   record.grad = transform_before_norms<T>(row, group, options);
-  record.grad.scale = static_cast<T>(coefficient * (group.maximize != 0 ? -options.grad_scale : options.grad_scale));
+  record.grad.scale =
+      static_cast<T>(coefficient * (group.maximize != 0 ? -options.grad_scale : options.grad_scale));
   return record;
 }
 

@@ -5,15 +5,16 @@
 
 namespace fused_optim {
 
-// How a number lies in memory. `none` marks a column that a row does not have; `remainder` holds the lower half
-// of a float32 master weight whose upper half is the bfloat16 parameter.
+// How a number lies in memory. `none` marks a column that a row does not have; `remainder` holds the lower
+// half of a float32 master weight whose upper half is the bfloat16 parameter.
 enum class DType : uint8_t { none = 0, float32, float64, bfloat16, float16, remainder };
 
 constexpr int size_of(DType dtype) {
   return dtype == DType::none ? 0 : dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2;
 }
 
-// Columns of a row: param, grad, master weight where there is one, then the rule's states in the rule's order.
+// Columns of a row: param, grad, master weight where there is one, then the rule's states in the rule's
+// order.
 constexpr int kParam = 0;
 constexpr int kGrad = 1;
 constexpr int kMaster = 2;

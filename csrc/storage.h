@@ -68,8 +68,9 @@ FO_HOST_DEVICE inline void store(float16& out, float value) {
   out.bits = static_cast<uint16_t>(result | sign >> 16);
 }
 
-// A bfloat16 parameter beside a master weight is rounded to nearest, ties away from zero: then the float32 bits
-// are the parameter's bits plus a signed 16-bit remainder, and a split master is the float32 master bit for bit.
+// A bfloat16 parameter beside a master weight is rounded to nearest, ties away from zero: then the float32
+// bits are the parameter's bits plus a signed 16-bit remainder, and a split master is the float32 master bit
+// for bit.
 FO_HOST_DEVICE inline void store_ties_away(bfloat16& out, float value) {
   const uint32_t bits = bits_of(value);
   const bool nan = (bits & 0x7fffffffu) > 0x7f800000u;
@@ -79,7 +80,8 @@ FO_HOST_DEVICE inline void store_ties_away(bfloat16& out, float value) {
 FO_HOST_DEVICE inline void store_ties_away(float16& out, float value) { store(out, value); }
 
 FO_HOST_DEVICE inline float load_split(bfloat16 param, int16_t remainder) {
-  return float_of((static_cast<uint32_t>(param.bits) << 16) + static_cast<uint32_t>(static_cast<int32_t>(remainder)));
+  return float_of((static_cast<uint32_t>(param.bits) << 16) +
+                  static_cast<uint32_t>(static_cast<int32_t>(remainder)));
 }
 
 FO_HOST_DEVICE inline void store_split(bfloat16& param, int16_t& remainder, float value) {

@@ -18,7 +18,8 @@ bool TensorReader::open(PyObject* capsule, PyObject* is_plain, PyObject* describ
   if (capsule != Py_None) {
     api_ = static_cast<const dlpack::ExchangeApi*>(PyCapsule_GetPointer(capsule, dlpack::kCapsuleName));
     if (api_ == nullptr) return false;
-    if (api_->header.version.major != dlpack::kMajorVersion || api_->dltensor_from_py_object_no_sync == nullptr) {
+    if (api_->header.version.major != dlpack::kMajorVersion ||
+        api_->dltensor_from_py_object_no_sync == nullptr) {
       api_ = nullptr;  // another ABI: the slow way is right whatever the version
     }
   }
@@ -69,8 +70,8 @@ bool TensorReader::read_slowly(PyObject* object, TensorView& view) {
   int device_type, device_id, code, bits;
   PyObject *shape, *strides;
   bool good = facts != nullptr && facts != Py_None &&
-              PyArg_ParseTuple(facts, "KiiiiO!O!", &address, &device_type, &device_id, &code, &bits, &PyTuple_Type,
-                               &shape, &PyTuple_Type, &strides);
+              PyArg_ParseTuple(facts, "KiiiiO!O!", &address, &device_type, &device_id, &code, &bits,
+                               &PyTuple_Type, &shape, &PyTuple_Type, &strides);
   if (good) {
     const Py_ssize_t ndim = PyTuple_GET_SIZE(shape);
     slow_sizes_.resize(static_cast<size_t>(2 * ndim));

@@ -33,7 +33,7 @@ BATCH_SIZE = 64
 LEARNING_RATE = 2e-3
 WEIGHT_DECAY = 0.1
 
-# What the default run must show. Rounding alone moved the final loss by less than 0.001 % in trials.
+# What the default run must show. Rounding moved the final loss by at most 0.0035 % over five seeds.
 MIN_ACCURACY = 95.0  # %
 MAX_LOSS_DIFFERENCE = 1.0  # %
 MAX_ACCURACY_DIFFERENCE = 0.5  # percentage points
@@ -67,9 +67,7 @@ def load_data(seed: int, device: torch.device) -> Digits:
     split = train_test_split(
         images.reshape(-1, 8, 8) / 8 - 1, labels, test_size=0.2, stratify=labels, random_state=seed
     )
-    train_images, test_images, train_labels, test_labels = (
-        torch.from_numpy(part).to(device) for part in split
-    )
+    train_images, test_images, train_labels, test_labels = (torch.from_numpy(part).to(device) for part in split)
     return Digits(train_images.float(), train_labels.long(), test_images.float(), test_labels.long())
 
 
@@ -107,7 +105,7 @@ class VisionTransformer(nn.Module):
     def __init__(self, width: int = 64, depth: int = 6, heads: int = 4) -> None:
         super().__init__()
         self.patch_embedding = nn.Linear(4, width)
-        # With the usual 0.02 the order of the patches is learnt late: 92 % after 15 epochs instead of 98 %.
+        # With the usual 0.02 the order of the patches is learnt late: 91 % after 15 epochs instead of 98 %.
         self.position = nn.Parameter(0.5 * torch.randn(16, width))
         self.blocks = nn.Sequential(*(Block(width, heads) for _ in range(depth)))
         self.norm = nn.LayerNorm(width)
@@ -237,9 +235,7 @@ def check(runs: list[Run], console: Console) -> bool:
         console.print(f"{'ok    ' if kept else 'MISSED'} {claim}")
 
     for run in runs:
-        report(
-            f"{run.title}: {run.accuracy:.2f} % >= {MIN_ACCURACY:g} % accuracy", run.accuracy >= MIN_ACCURACY
-        )
+        report(f"{run.title}: {run.accuracy:.2f} % >= {MIN_ACCURACY:g} % accuracy", run.accuracy >= MIN_ACCURACY)
     for run in runs[1:]:
         loss = 100 * abs(run.final_loss / reference.final_loss - 1)
         accuracy = abs(run.accuracy - reference.accuracy)
@@ -268,25 +264,17 @@ def plot(runs: list[Run], path: Path, machine: str) -> None:
     # The curves lie on top of each other: each is drawn thinner than the one before.
     for run, colour, width in zip(runs, colours, (9, 5, 1.5)[-len(runs) :], strict=True):
         losses.plot(steps, run.losses, color=colour, linewidth=width, label=run.title)
-    losses.set(
-        yscale="log", xlabel="training step", ylabel="cross-entropy of the batch [nat]", title="Training loss"
-    )
+    losses.set(yscale="log", xlabel="training step", ylabel="cross-entropy of the batch [nat]", title="Training loss")
     losses.legend()
 
     for run, colour in zip(runs[1:], colours[1:], strict=True):
-        difference = [
-            100 * abs(loss / other - 1) for loss, other in zip(run.losses, reference.losses, strict=True)
-        ]
+        difference = [100 * abs(loss / other - 1) for loss, other in zip(run.losses, reference.losses, strict=True)]
         axes["differences"].plot(steps, difference, ".", color=colour, markersize=4)
     if len(runs) > 1:
         losses.set_xlabel("")
         axes["differences"].axhline(MAX_LOSS_DIFFERENCE, color="black", linewidth=1, linestyle="--")
-        axes["differences"].set(
-            yscale="log", ylim=(1e-6, 10), xlabel="training step", ylabel="loss difference [%]"
-        )
-        axes["differences"].set_title(
-            f"From {reference.title}; dashed: the bound on the final loss", fontsize="medium"
-        )
+        axes["differences"].set(yscale="log", ylim=(1e-6, 10), xlabel="training step", ylabel="loss difference [%]")
+        axes["differences"].set_title(f"From {reference.title}; dashed: the bound on the final loss", fontsize="medium")
 
     positions = range(len(runs))
     times.barh(positions, [run.step_time for run in runs], color=colours, height=0.6)
@@ -303,7 +291,7 @@ def plot(runs: list[Run], path: Path, machine: str) -> None:
         )
     times.set_yticks(positions, [run.title.replace(" AdamW", "\nAdamW") for run in runs])
     times.invert_yaxis()
-    times.margins(x=0.4)
+    times.margins(x=0.5)
     times.set_xlim(left=0)
     times.set(xlabel="time [ms]; bar: median, line: 10 % to 90 %", title=f"Optimizer step, {machine}")
 
@@ -315,9 +303,7 @@ def plot(runs: list[Run], path: Path, machine: str) -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument(
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda where there is a GPU"
     )
@@ -327,9 +313,7 @@ def parse_arguments() -> argparse.Namespace:
         default="auto",
         help="what computes the steps of fused_optim",
     )
-    parser.add_argument(
-        "--epochs", type=int, default=EPOCHS, help="the bounds are enforced for the default alone"
-    )
+    parser.add_argument("--epochs", type=int, default=EPOCHS, help="the bounds are enforced for the default alone")
     parser.add_argument(
         "--optimizer",
         nargs="+",
@@ -337,9 +321,7 @@ def parse_arguments() -> argparse.Namespace:
         default="all",
         help="what to train with; the first is the reference of the others",
     )
-    parser.add_argument(
-        "--seed", type=int, default=0, help="of the split, the weights and the order of the batches"
-    )
+    parser.add_argument("--seed", type=int, default=0, help="of the split, the weights and the order of the batches")
     parser.add_argument("--output", type=Path, default=Path("demo/train_digits.png"), help="the plot, a PNG")
     arguments = parser.parse_args()
     if arguments.epochs < 1:
@@ -361,9 +343,7 @@ def main() -> int:
     # Lines of a log or a pipe are not to be cut at 80 characters.
     console = Console(width=None if sys.stdout.isatty() else 120, highlight=False, soft_wrap=True)
     device = torch.device(arguments.device)
-    machine = (
-        torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    )
+    machine = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
 
     data = load_data(arguments.seed, device)
     torch.manual_seed(arguments.seed)
@@ -388,9 +368,7 @@ def main() -> int:
     console.print(f"Plot: {arguments.output}")
     kept = check(runs, console)
     if arguments.epochs != EPOCHS:
-        console.print(
-            f"The bounds hold for {EPOCHS} epochs; with {arguments.epochs} they are shown, not enforced."
-        )
+        console.print(f"The bounds hold for {EPOCHS} epochs; with {arguments.epochs} they are shown, not enforced.")
         return 0
     return 0 if kept else 1
 

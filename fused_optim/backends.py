@@ -69,7 +69,7 @@ def choose(device: torch.device, forced: str | None = None) -> tuple[str, str | 
         if takes(forced, device):
             return forced, None
         return "eager", f"backend={forced!r} takes no tensor on {device}"
-    reasons = []
+    reasons: list[str] = []
     for backend in AUTOMATIC.get(device.type, ("eager",)):
         reason = why_missing(backend)
         if reason is None:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from .optimizer import FusedOptimizer
 
 
-def admit(optimizer: FusedOptimizer, state_dict: dict[str, Any]) -> None:
+def admit(optimizer: Any, state_dict: dict[str, Any]) -> None:
     """A ``load_state_dict`` pre-hook: refuse what cannot be loaded, before anything has changed.
 
     Raises:

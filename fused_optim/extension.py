@@ -8,7 +8,7 @@ _C: ModuleType | None
 missing: str | None
 
 try:
-    from . import _C  # type: ignore[no-redef]
+    from . import _C
 
     missing = None
 except ImportError as error:

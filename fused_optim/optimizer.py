@@ -58,7 +58,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     _forced_backend: str | None = None
     _state_dtype: torch.dtype | None = None
     _plan: Plan | None = None
-    _rows: list[Row] = []
+    _rows: Sequence[Row] = ()
     _reported: frozenset[str] = frozenset()
     _loading: dict[str, Any] | None = None
 
@@ -157,7 +157,7 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def _build_plan(self) -> None:
         groups = [{**self.defaults, **group} for group in self.param_groups]
-        self._rows = []
+        rows = []
         for index, group in enumerate(groups):
             for position, param in enumerate(group["params"]):
                 backend, passed_over = backends.choose(param.device, self._forced_backend)
@@ -165,10 +165,9 @@ class FusedOptimizer(torch.optim.Optimizer):
                     self._report(f"parameters on {param.device}", passed_over)
                 refused = why_not_native(param, group, backend)
                 name = states.name_of(group, index, position)
-                self._rows.append(Row(index, param, 1.0, 1.0, refused is None, name, backend, refused))
-        self._plan = make_plan(
-            self._rows, [self.rule(group) for group in groups], self.defaults, self.structural_keys
-        )
+                rows.append(Row(index, param, 1.0, 1.0, refused is None, name, backend, refused))
+        self._rows = rows
+        self._plan = make_plan(rows, [self.rule(group) for group in groups], self.defaults, self.structural_keys)
 
     def _attend(self, attention: Sequence[tuple[int, str]]) -> list[int]:
         """Refuse or repair the state of rows that need attention; return those that the witness takes."""
@@ -241,7 +240,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._plan = None
-        self._rows = []
+        self._rows = ()
         for group in self.param_groups:
             for key, value in self.defaults.items():
                 group.setdefault(key, value)

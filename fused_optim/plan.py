@@ -7,13 +7,18 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 
 from . import extension
 
 NATIVE_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 NATIVE_BACKENDS = ("cpu",)
-_DLPACK_CODES = {torch.bfloat16: (4, 16), torch.float16: (2, 16), torch.float32: (2, 32), torch.float64: (2, 64)}
+_DLPACK_CODES = {
+    torch.bfloat16: (4, 16),
+    torch.float16: (2, 16),
+    torch.float32: (2, 32),
+    torch.float64: (2, 64),
+}
 _DLPACK_DEVICES = {"cpu": 1, "cuda": 2}
 
 
@@ -33,7 +38,9 @@ class Row(NamedTuple):
 class Plan(Protocol):
     """What `fused_optim._C.Plan` and `EagerPlan` both do; see ``csrc/plan.h``."""
 
-    def refresh(self, param_groups: list[dict[str, Any]], state: dict[Tensor, Any]) -> Sequence[tuple[int, str]] | None: ...
+    def refresh(
+        self, param_groups: list[dict[str, Any]], state: dict[Tensor, Any]
+    ) -> Sequence[tuple[int, str]] | None: ...
 
     def run(self, grad_scale: float, threads: int) -> None: ...
 
@@ -87,7 +94,9 @@ def is_plain(kind: type) -> bool:
     )
 
 
-def describe_tensor(tensor: Tensor) -> tuple[int, int, int, int, int, tuple[int, ...], tuple[int, ...]] | None:
+def describe_tensor(
+    tensor: Tensor,
+) -> tuple[int, int, int, int, int, tuple[int, ...], tuple[int, ...]] | None:
     """Address, device type and index, type code and bits (DLPack's), shape, strides: for a torch without the
     DLPack C exchange API. None for a tensor that is not plain memory."""
     if tensor.layout != torch.strided or tensor.is_conj() or tensor.is_neg() or tensor.is_quantized:
@@ -96,7 +105,15 @@ def describe_tensor(tensor: Tensor) -> tuple[int, int, int, int, int, tuple[int,
     device = _DLPACK_DEVICES.get(tensor.device.type)
     if device is None:
         return None
-    return tensor.data_ptr(), device, tensor.device.index or 0, code, bits, tuple(tensor.shape), tensor.stride()
+    return (
+        tensor.data_ptr(),
+        device,
+        tensor.device.index or 0,
+        code,
+        bits,
+        tuple(tensor.shape),
+        tensor.stride(),
+    )
 
 
 def is_dense(tensor: Tensor) -> bool:
@@ -144,9 +161,7 @@ def why_refused(row: Row, kind: str) -> str:
     return "its memory cannot be read"
 
 
-def make_plan(
-    rows: list[Row], rules: list[str], defaults: dict[str, Any], structural_keys: tuple[str, ...]
-) -> Plan:
+def make_plan(rows: list[Row], rules: list[str], defaults: dict[str, Any], structural_keys: tuple[str, ...]) -> Plan:
     """The compiled plan, or the eager one where no row is native."""
     if extension._C is None or not any(row.native for row in rows):
         return EagerPlan(rows, len(rules))

@@ -40,7 +40,9 @@ def check_grad(row: Row, optimizer: str) -> None:
     if not (grad.is_floating_point() or grad.is_complex()):
         raise RuntimeError(f"the gradient of {row.name} has dtype {grad.dtype}, not a floating or complex one")
     if grad.is_complex() and not param.is_complex():
-        raise RuntimeError(f"the gradient of {row.name} is complex, the parameter is not; set param.grad to its real part")
+        raise RuntimeError(
+            f"the gradient of {row.name} is complex, the parameter is not; set param.grad to its real part"
+        )
     if grad.device != param.device:
         raise RuntimeError(
             f"the gradient of {row.name} is on {grad.device}, the parameter on {param.device}; move one to the other"
@@ -71,7 +73,9 @@ def check_state(row: Row, state: Any, group: dict[str, Any], optimizer: FusedOpt
                 "delete optimizer.state[param] to start it anew"
             )
     step = state.get("step", group.get("step"))
-    if isinstance(step, bool) or not (isinstance(step, (int, float)) or (isinstance(step, Tensor) and step.numel() == 1)):
+    if isinstance(step, bool) or not (
+        isinstance(step, (int, float)) or (isinstance(step, Tensor) and step.numel() == 1)
+    ):
         raise RuntimeError(
             f"state 'step' of {row.name} must be a number or a one-element Tensor, found {step!r}; "
             "delete optimizer.state[param] to start it anew"
@@ -133,6 +137,6 @@ def repair_state(
             state[name] = like_param(value, param, dtype)
     for name in ("step", *optimizer.state_names(group)):
         value = state[name]
-        if is_plain(type(value)) and value.device.type != "meta" and value.numel() != 0:
-            if taken.setdefault(value.data_ptr(), param) is not param:
-                state[name] = value.clone()
+        addressed = is_plain(type(value)) and value.device.type != "meta" and value.numel() != 0
+        if addressed and taken.setdefault(value.data_ptr(), param) is not param:
+            state[name] = value.clone()

@@ -52,9 +52,7 @@ def test_short_training_prints_the_table_and_writes_the_plot(device: str, tmp_pa
         "torch AdamW (fused=True)",
         "fused_optim AdamW, " + rows[-1][1].split()[-1],
     ]
-    losses, accuracies, *times, ratios = zip(
-        *([float(value) for value in row[2:]] for row in rows), strict=True
-    )
+    losses, accuracies, *times, ratios = zip(*([float(value) for value in row[2:]] for row in rows), strict=True)
     # One epoch leaves rounding no time to grow.
     assert losses == pytest.approx([losses[0]] * 3, rel=1e-3)
     assert 0 < losses[0] < 2.4
@@ -103,9 +101,7 @@ def test_help_names_the_options(
         (float("nan"), 98.0, False),
     ],
 )
-def test_bounds_tell_runs_that_differ(
-    train_digits: ModuleType, loss: float, accuracy: float, keeps: bool
-) -> None:
+def test_bounds_tell_runs_that_differ(train_digits: ModuleType, loss: float, accuracy: float, keeps: bool) -> None:
     stock = SimpleNamespace(title="stock", final_loss=0.01, accuracy=98.0)
     other = SimpleNamespace(title="other", final_loss=loss, accuracy=accuracy)
     assert train_digits.check([stock, other], Console(quiet=True)) is keeps

@@ -17,8 +17,8 @@ struct Adam {
   struct Hyper {
     double lr, beta1, beta2, eps, weight_decay, decoupled_weight_decay;
   };
-  static constexpr HyperField kHyper[] = {
-      {"lr", -1}, {"betas", 0}, {"betas", 1}, {"eps", -1}, {"weight_decay", -1}, {"decoupled_weight_decay", -1}};
+  static constexpr HyperField kHyper[] = {{"lr", -1},  {"betas", 0},         {"betas", 1},
+                                          {"eps", -1}, {"weight_decay", -1}, {"decoupled_weight_decay", -1}};
 
   template <class T>
   struct Scalars {

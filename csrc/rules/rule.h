@@ -3,17 +3,17 @@
 // A rule is a struct with these members, and nothing in it knows a dtype, a device or a thread:
 //
 //   kName        its name, by which Python asks for it
-//   kStates      the per-parameter states in column order, under torch's names; per-tensor ones (`step`) first
-//   kStateCount  how many of them it has
-//   kNeeds       which norms prepare reads (the Need bits); 0 where it reads none
-//   kHyper       where each double of Hyper stands in a param group
-//   Hyper        the hyperparameters of a group, all doubles
-//   Scalars<T>   what the element update reads: computed once a tensor, in double, rounded once to T
-//   prepare      Hyper and the tensor's context → Scalars; advances the per-tensor states, `tensor.state`
-//   update       one element: param and states in place, from the gradient and the Scalars
+//   kStates      the per-parameter states in column order, under torch's names; per-tensor ones (`step`)
+//   first kStateCount  how many of them it has kNeeds       which norms prepare reads (the Need bits); 0
+//   where it reads none kHyper       where each double of Hyper stands in a param group Hyper        the
+//   hyperparameters of a group, all doubles Scalars<T>   what the element update reads: computed once a
+//   tensor, in double, rounded once to T prepare      Hyper and the tensor's context → Scalars; advances the
+//   per-tensor states, `tensor.state` update       one element: param and states in place, from the gradient
+//   and the Scalars
 //
-// The mechanism around it (prepare.h) has applied maximize, the loss scale and clipping to the gradient already.
-// The eager witness in fused_optim/ and the Triton twin in kernels/ hold the same lines in the same order.
+// The mechanism around it (prepare.h) has applied maximize, the loss scale and clipping to the gradient
+// already. The eager witness in fused_optim/ and the Triton twin in kernels/ hold the same lines in the same
+// order.
 #pragma once
 
 #include <cmath>
@@ -58,9 +58,9 @@ constexpr int kScalarsBytes = 192;
 struct TensorContext {
   double lr_scale;
   double weight_decay_scale;
-  double grad_norm;   // L2 norm of the gradient as update will see it, if the rule needs it
-  double grad_max;    // its largest magnitude, likewise
-  double param_norm;  // L2 norm of the parameter (of the master, where there is one)
+  double grad_norm;                   // L2 norm of the gradient as update will see it, if the rule needs it
+  double grad_max;                    // its largest magnitude, likewise
+  double param_norm;                  // L2 norm of the parameter (of the master, where there is one)
   double state[kMaxPerTensorStates];  // the per-tensor states, read before and stored after prepare
 };
 
