@@ -108,9 +108,7 @@ class CMakeBuild(build_ext):
 
 extensions = [Extension("fused_optim._C", sources=[])]
 if find_cxx_compiler() is None:
-    print(
-        "warning: no C++ compiler was found (CXX, c++, g++, clang++): installing pure Python", file=sys.stderr
-    )
+    print("warning: no C++ compiler was found (CXX, c++, g++, clang++): installing pure Python", file=sys.stderr)
     extensions = []
 
 setup(ext_modules=extensions, cmdclass={"build_py": FreshBuild, "build_ext": CMakeBuild})

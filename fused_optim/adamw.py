@@ -53,6 +53,70 @@ def update(param: Tensor, grad: Tensor, states: dict[str, Tensor], s: SimpleName
 
 
 class Adam(FusedOptimizer):
+    r"""Adam; takes the place of ``torch.optim.Adam``.
+
+    .. math::
+
+        g_t &= \nabla f_t(\theta_{t-1}) + \lambda\,\theta_{t-1} \\
+        m_t &= \beta_1 m_{t-1} + (1 - \beta_1)\, g_t \\
+        v_t &= \beta_2 v_{t-1} + (1 - \beta_2)\, g_t^2 \\
+        \theta_t &= \theta_{t-1}
+            - \frac{\gamma}{1 - \beta_1^t} \, \frac{m_t}{\sqrt{v_t} / \sqrt{1 - \beta_2^t} + \epsilon}
+
+    Here :math:`\theta` is ``param``, :math:`g` its gradient, :math:`m` ``exp_avg``, :math:`v` ``exp_avg_sq``,
+    :math:`\gamma` ``lr``, :math:`\lambda` ``weight_decay``, :math:`\epsilon` ``eps``, and :math:`t = 1, 2, \dots`
+    ``step``, which counts the steps of that parameter alone.
+
+    With ``amsgrad``, :math:`v_t` in the last line is replaced by :math:`\max(v_1, \dots, v_t)`, which is kept as
+    ``max_exp_avg_sq``. With ``maximize`` the sign of :math:`g` is changed first. A parameter whose ``grad`` is None
+    is left alone: no update, no decay, no step.
+
+    Shapes and dtypes:
+        Parameters are float32, float64, bfloat16 or float16, of any shape. Each has the states ``exp_avg``,
+        ``exp_avg_sq`` (and ``max_exp_avg_sq``) of its own shape and dtype, and ``step``, a 0-d float32 tensor on its
+        device. The computation is in float32 (float64 for float64 parameters), and each result is rounded once when
+        it is stored. Complex parameters go through the eager path.
+
+    Args:
+        params: parameters, a list of group dicts, or ``named_parameters()``.
+        lr: learning rate :math:`\gamma \ge 0`, change per step in the parameter's own unit; a number or a one-element
+            Tensor. Default 1e-3.
+        betas: decay rates :math:`\beta_1, \beta_2 \in [0, 1)` of the averages, per step. Default (0.9, 0.999).
+        eps: added to the denominator, in the gradient's unit. Default 1e-8.
+        weight_decay: L2 penalty :math:`\lambda \ge 0`, added to the gradient. Default 0.
+        amsgrad: divide by the root of the largest :math:`v_t` so far.
+        maximize: ascend instead of descend.
+        foreach, fused: accepted for scripts and checkpoints that carry them; they choose nothing, ``backend`` does.
+        capturable: kept in the groups; without effect on CPU tensors.
+        differentiable: record the step with autograd; it then runs on the eager path.
+        decoupled_weight_decay: decay as :class:`AdamW` does. Default False; loading a checkpoint replaces it.
+        backend: ``"cuda"``, ``"triton"``, ``"cpu"`` or ``"eager"``; default None: what the environment variable
+            ``FUSED_OPTIM_BACKEND`` names, otherwise the best there is for each device.
+        state_dtype: dtype of the states of bfloat16 and float16 parameters, such as ``torch.float32``; default None:
+            the parameter's, as in torch.
+
+    Raises:
+        ValueError: ``lr``, ``betas``, ``eps`` or ``weight_decay`` out of range, with torch's texts; an unknown
+            ``backend``, or one that takes none of the parameters; a ``state_dtype`` that is none.
+        RuntimeError: ``foreach`` and ``fused`` both true, or ``differentiable`` with ``fused`` (torch's texts); a
+            forced backend that cannot be used here.
+
+    Example:
+        >>> import torch
+        >>> import fused_optim
+        >>> model = torch.nn.Linear(2, 1)
+        >>> optimizer = fused_optim.Adam(model.parameters(), lr=1e-2)
+        >>> model(torch.ones(4, 2)).sum().backward()
+        >>> optimizer.step()
+        >>> sorted(optimizer.state[model.weight])
+        ['exp_avg', 'exp_avg_sq', 'step']
+
+    References:
+        Kingma and Ba, `Adam: A Method for Stochastic Optimization <https://arxiv.org/abs/1412.6980>`_, 2015.
+        Reddi, Kale and Kumar, `On the Convergence of Adam and Beyond <https://arxiv.org/abs/1904.09237>`_, 2018
+        (AMSGrad).
+    """
+
     structural_keys = ("amsgrad", "differentiable")
     late_states = ("max_exp_avg_sq",)
     prepare = staticmethod(prepare)
@@ -100,6 +164,70 @@ class Adam(FusedOptimizer):
 
 
 class AdamW(Adam):
+    r"""Adam with decoupled weight decay; takes the place of ``torch.optim.AdamW``.
+
+    .. math::
+
+        g_t &= \nabla f_t(\theta_{t-1}) \\
+        m_t &= \beta_1 m_{t-1} + (1 - \beta_1)\, g_t \\
+        v_t &= \beta_2 v_{t-1} + (1 - \beta_2)\, g_t^2 \\
+        \theta_t &= (1 - \gamma\lambda)\,\theta_{t-1}
+            - \frac{\gamma}{1 - \beta_1^t} \, \frac{m_t}{\sqrt{v_t} / \sqrt{1 - \beta_2^t} + \epsilon}
+
+    Here :math:`\theta` is ``param``, :math:`g` its gradient, :math:`m` ``exp_avg``, :math:`v` ``exp_avg_sq``,
+    :math:`\gamma` ``lr``, :math:`\lambda` ``weight_decay``, :math:`\epsilon` ``eps``, and :math:`t = 1, 2, \dots`
+    ``step``, which counts the steps of that parameter alone.
+
+    With ``amsgrad``, :math:`v_t` in the last line is replaced by :math:`\max(v_1, \dots, v_t)`, which is kept as
+    ``max_exp_avg_sq``. With ``maximize`` the sign of :math:`g` is changed first. A parameter whose ``grad`` is None
+    is left alone: no update, no decay, no step.
+
+    Shapes and dtypes:
+        Parameters are float32, float64, bfloat16 or float16, of any shape. Each has the states ``exp_avg``,
+        ``exp_avg_sq`` (and ``max_exp_avg_sq``) of its own shape and dtype, and ``step``, a 0-d float32 tensor on its
+        device. The computation is in float32 (float64 for float64 parameters), and each result is rounded once when
+        it is stored. Complex parameters go through the eager path.
+
+    Args:
+        params: parameters, a list of group dicts, or ``named_parameters()``.
+        lr: learning rate :math:`\gamma \ge 0`, change per step in the parameter's own unit; a number or a one-element
+            Tensor. Default 1e-3.
+        betas: decay rates :math:`\beta_1, \beta_2 \in [0, 1)` of the averages, per step. Default (0.9, 0.999).
+        eps: added to the denominator, in the gradient's unit. Default 1e-8.
+        weight_decay: :math:`\lambda \ge 0`; each step shrinks the parameter by the factor
+            :math:`1 - \gamma\lambda`. Default 1e-2.
+        amsgrad: divide by the root of the largest :math:`v_t` so far.
+        maximize: ascend instead of descend.
+        foreach, fused: accepted for scripts and checkpoints that carry them; they choose nothing, ``backend`` does.
+        capturable: kept in the groups; without effect on CPU tensors.
+        differentiable: record the step with autograd; it then runs on the eager path.
+        backend: ``"cuda"``, ``"triton"``, ``"cpu"`` or ``"eager"``; default None: what the environment variable
+            ``FUSED_OPTIM_BACKEND`` names, otherwise the best there is for each device.
+        state_dtype: dtype of the states of bfloat16 and float16 parameters, such as ``torch.float32``; default None:
+            the parameter's, as in torch.
+
+    Raises:
+        ValueError: ``lr``, ``betas``, ``eps`` or ``weight_decay`` out of range, with torch's texts; an unknown
+            ``backend``, or one that takes none of the parameters; a ``state_dtype`` that is none.
+        RuntimeError: ``foreach`` and ``fused`` both true, or ``differentiable`` with ``fused`` (torch's texts); a
+            forced backend that cannot be used here.
+
+    Example:
+        >>> import torch
+        >>> import fused_optim
+        >>> model = torch.nn.Linear(2, 1)
+        >>> optimizer = fused_optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
+        >>> model(torch.ones(4, 2)).sum().backward()
+        >>> optimizer.step()
+        >>> optimizer.state[model.weight]["step"]
+        tensor(1.)
+
+    References:
+        Loshchilov and Hutter, `Decoupled Weight Decay Regularization <https://arxiv.org/abs/1711.05101>`_, 2019.
+        Reddi, Kale and Kumar, `On the Convergence of Adam and Beyond <https://arxiv.org/abs/1904.09237>`_, 2018
+        (AMSGrad).
+    """
+
     def __init__(
         self,
         params: ParamsT,

@@ -70,20 +70,14 @@ def check(wheel: Path) -> None:
         elsewhere.mkdir()
         backend = "eager" if wheel.name.endswith("-none-any.whl") else "cpu"
         # A forced backend or a PYTHONPATH of the caller's would decide what is checked here.
-        clean = {
-            name: value
-            for name, value in os.environ.items()
-            if name not in ("FUSED_OPTIM_BACKEND", "PYTHONPATH")
-        }
+        clean = {name: value for name, value in os.environ.items() if name not in ("FUSED_OPTIM_BACKEND", "PYTHONPATH")}
         command = [str(python), "-c", STEP, backend, str(environment)]
         subprocess.run(command, check=True, cwd=elsewhere, env=clean)
     print(f"{wheel.name}: good")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("wheel", nargs="+", type=Path)
     for wheel in parser.parse_args().wheel:
         check(wheel)

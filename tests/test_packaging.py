@@ -33,9 +33,7 @@ ROOT_FILES = (
 )
 # Folders of the repository and the packages that they are installed as.
 PACKAGES = {"fused_optim": "fused_optim", "kernels": "fused_optim/kernels", "bench": "fused_optim/bench"}
-BUILT = shutil.ignore_patterns(
-    "*.so", "*.pyc", "__pycache__", "_build", ".*_cache", ".hypothesis", "*.egg-info"
-)
+BUILT = shutil.ignore_patterns("*.so", "*.pyc", "__pycache__", "_build", ".*_cache", ".hypothesis", "*.egg-info")
 
 
 def files_below(folder: Path) -> set[str]:
@@ -102,9 +100,7 @@ def test_sdist_holds_the_whole_tree_and_nothing_that_was_built(tree: Path, tmp_p
     assert without_metadata(sdist_files(sdist)) == expected
 
 
-@pytest.mark.parametrize(
-    "missing", [{"CXX": "no-such-compiler"}, {"PATH": "", "CXX": ""}], ids=["CXX", "PATH"]
-)
+@pytest.mark.parametrize("missing", [{"CXX": "no-such-compiler"}, {"PATH": "", "CXX": ""}], ids=["CXX", "PATH"])
 def test_wheel_without_a_compiler_is_pure_python(tree: Path, tmp_path: Path, missing: dict[str, str]) -> None:
     version = metadata.version("fused_optim")
     left_over = tree / "build" / "lib" / "fused_optim" / "removed_since.py"
@@ -192,9 +188,7 @@ def readelf(option: str, file: Path) -> str:
 
 def dynamic_symbols(file: Path, *, defined: bool) -> set[str]:
     rows = (line.split() for line in readelf("--dyn-syms", file).splitlines())
-    return {
-        row[7] for row in rows if len(row) >= 8 and row[0][:-1].isdigit() and (row[6] != "UND") is defined
-    }
+    return {row[7] for row in rows if len(row) >= 8 and row[0][:-1].isdigit() and (row[6] != "UND") is defined}
 
 
 @pytest.mark.requires("readelf")
@@ -221,7 +215,7 @@ def test_module_exports_its_entry_point_only(module: Path) -> None:
 
 CAPABILITY_FLAGS = {
     "avx2": ["-mavx2", "-mf16c"],
-    "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"],
+    "avx512": ["-mf16c", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"],
 }
 
 
