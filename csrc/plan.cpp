@@ -454,13 +454,12 @@ const char* Plan::read_state(const HostRow& host, Row& row, int column, bool per
     }
     if (view.dtype != DType::float32 && view.dtype != DType::float64) return "state";
   } else {
-    if (!same_layout(host, view, false) || view.dtype == DType::none) return "state";
-    if (view.dtype == DType::float64 && !computes_in_double(row.dtype[kParam])) return "state";
-    const bool split = view.dtype == DType::remainder;
-    if (column == kMaster ? !(split ? row.dtype[kParam] == DType::bfloat16 : view.dtype == DType::float32)
-                          : split) {
-      return "state";
-    }
+    if (!same_layout(host, view, false)) return "state";
+    const DType param = row.dtype[kParam];
+    const bool narrow = size_of(param) == 2;  // 16-bit parameters may have wider states; others have their own dtype
+    const bool number = is_number(view.dtype) && (narrow ? view.dtype != DType::float64 : view.dtype == param);
+    const bool master = view.dtype == DType::float32 || (view.dtype == DType::remainder && param == DType::bfloat16);
+    if (column == kMaster ? !master : !number) return "state";
   }
   if (view.address == 0 && (per_tensor || row.numel != 0)) return "state";
   if (row.address[column] != view.address) {

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from .states import adopted_dtype, like_param, name_of, new_step, state_dtype_of
+from .states import kept_dtype, like_param, name_of, new_step, state_dtype_of
 
 if TYPE_CHECKING:
     from .optimizer import FusedOptimizer
@@ -66,7 +66,7 @@ def restore(optimizer: FusedOptimizer, state_dict: dict[str, Any]) -> None:
         state: dict[str, Any] = {"step": new_step(saved.get("step", group.get("step", 0.0)), param)}
         for name in names:
             if name in saved:
-                dtype = adopted_dtype(param, saved[name].dtype)
+                dtype = kept_dtype(param, saved[name].dtype)
                 if optimizer._state_dtype is not None:
                     dtype = state_dtype_of(param, optimizer._state_dtype)
                 state[name] = like_param(saved[name], param, dtype)

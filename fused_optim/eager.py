@@ -74,7 +74,7 @@ def _scalar(value: Any, device: torch.device, keep: bool) -> Any:
 
 
 def _real(tensor: Tensor) -> Tensor:
-    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
 
 
 def step_eager(

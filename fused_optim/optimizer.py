@@ -49,9 +49,10 @@ class FusedOptimizer(torch.optim.Optimizer):
     prepare: ClassVar[Callable[..., Any]]
     update: ClassVar[Callable[..., Tensor]]
 
-    # GradScaler hands over both tensors for one step (torch's contract) and deletes them again.
-    grad_scale: Tensor | None = None
-    found_inf: Tensor | None = None
+    # GradScaler sets both for one step and deletes them again (torch's contract); it multiplies by what it finds, so
+    # the class must not have them.
+    grad_scale: Tensor | None
+    found_inf: Tensor | None
     _step_supports_amp_scaling = True
 
     # torch's __getstate__ drops instance attributes: each has its default here.
@@ -127,11 +128,10 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._step()
 
     def _step(self) -> None:
-        grad_scale = 1.0
-        if self.found_inf is not None and float(self.found_inf) != 0:
+        found_inf, scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
+        if found_inf is not None and float(found_inf) != 0:
             return
-        if self.grad_scale is not None:
-            grad_scale = 1.0 / float(self.grad_scale)
+        grad_scale = 1.0 if scale is None else 1.0 / float(scale)
         # A torch function mode, as torch.set_default_device sets one, would make reading `.grad` 20 times slower.
         with torch._C.DisableTorchFunction():
             attention = self._refresh()

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .eager import compute_dtype
 from .plan import Row, is_plain
 
 if TYPE_CHECKING:
@@ -94,12 +93,11 @@ def state_dtype_of(param: Tensor, wanted: torch.dtype | None) -> torch.dtype:
     return wanted if wanted is not None and param.dtype in (torch.bfloat16, torch.float16) else param.dtype
 
 
-def adopted_dtype(param: Tensor, found: torch.dtype) -> torch.dtype:
-    """The dtype in which a state that was found is kept: no bit is lost that the rule could use."""
-    if param.is_complex() or found.is_complex:
-        return param.dtype
-    widest = torch.promote_types(param.dtype, found)
-    return widest if widest != torch.float64 else compute_dtype(param.dtype)
+def kept_dtype(param: Tensor, found: torch.dtype) -> torch.dtype:
+    """The dtype in which a found or loaded state is kept: its own beside 16-bit parameters, else the parameter's."""
+    if param.dtype in (torch.bfloat16, torch.float16):
+        return found if found in (torch.float32, torch.bfloat16, torch.float16) else torch.float32
+    return param.dtype
 
 
 def like_param(value: Tensor, param: Tensor, dtype: torch.dtype) -> Tensor:
@@ -131,7 +129,7 @@ def repair_state(
             dtype = state_dtype_of(param, optimizer._state_dtype)
             state[name] = torch.zeros_like(param, dtype=dtype, requires_grad=False)
             continue
-        dtype = adopted_dtype(param, value.dtype)
+        dtype = kept_dtype(param, value.dtype)
         same_layout = not row.native or value.stride() == torch.empty_like(param, device="meta").stride()
         if value.dtype != dtype or value.device != param.device or not same_layout:
             state[name] = like_param(value, param, dtype)

@@ -177,7 +177,7 @@ each_variant = pytest.mark.parametrize(
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 # The witness is a backend too: what holds for every implementation holds for it.
-each_implementation = pytest.mark.parametrize("backend", (*BACKENDS, "eager"))
+each_implementation = pytest.mark.parametrize("backend", [*BACKENDS, "eager"])
 
 
 # Parameters and gradients ---------------------------------------------------------------------------------------

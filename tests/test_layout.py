@@ -200,7 +200,9 @@ def test_negation_that_autograd_leaves_pending(case: Case, backend: str) -> None
 @each_case
 def test_conjugate_gradient_of_a_complex_parameter(case: Case, backend: str) -> None:
     params = [Parameter(torch.view_as_complex(values((5, 3, 2)))), Parameter(torch.view_as_complex(values((1, 2))))]
-    compare_with_contiguous(case, backend, params, lambda p, s, i: torch.view_as_complex(values((*p.shape, 2), seed=s)).conj())
+    compare_with_contiguous(
+        case, backend, params, lambda p, s, i: torch.view_as_complex(values((*p.shape, 2), seed=s)).conj()
+    )
 
 
 @each_implementation
@@ -279,7 +281,11 @@ def test_states_are_taken_in_any_layout(case: Case, layout: str, backend: str) -
     """A checkpoint's state is contiguous where the parameter is not, and the other way round."""
     _, view = LAYOUTS[layout](torch.float32)
     results = []
-    for relayout in (lambda t: t, lambda t: t.clone(memory_format=torch.contiguous_format), lambda t: torch.stack([t, t], -1)[..., 0]):
+    for relayout in (
+        lambda t: t,
+        lambda t: t.clone(memory_format=torch.contiguous_format),
+        lambda t: torch.stack([t, t], -1)[..., 0],
+    ):
         param = Parameter(view.clone())
         optimizer = case.make([param], backend=backend)
         for step in range(3):

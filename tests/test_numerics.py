@@ -41,6 +41,8 @@ SUBNORMAL = {
     torch.bfloat16: np.longdouble(2) ** -134,
     torch.float16: np.longdouble(2) ** -25,
 }
+
+
 def array(tensor: Tensor) -> np.ndarray:
     return tensor.detach().cpu().to(torch.float64).numpy().astype(np.longdouble)
 
@@ -348,9 +350,7 @@ def test_narrow_step_is_nearer_to_float64_than_torchs(case: Case, dtype: torch.d
 @each_case
 @pytest.mark.parametrize("amsgrad", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_nan_and_inf_in_gradients_end_as_torchs(
-    case: Case, dtype: torch.dtype, amsgrad: bool, backend: str
-) -> None:
+def test_nan_and_inf_in_gradients_end_as_torchs(case: Case, dtype: torch.dtype, amsgrad: bool, backend: str) -> None:
     device = device_of(backend)
     poison = torch.tensor([float("nan"), float("inf"), -float("inf"), 0.0, 1.0, -3.0] * 7, device=device)
     calm = torch.tensor([1.0, 0.5, -1.0, 0.25, -0.5, 1.0] * 7, device=device)
@@ -406,7 +406,9 @@ def test_golden_trajectory(case: Case, golden: str, dtype: torch.dtype, backend:
         pieces = torch.from_numpy(flat).to(device=device_of(backend), dtype=dtype).split(sizes)
         return [piece.reshape(shape).clone() for piece, shape in zip(pieces, shapes, strict=True)]
 
-    named = [(str(name), torch.nn.Parameter(value)) for name, value in zip(data["names"], split(data["p0"]), strict=True)]
+    named = [
+        (str(name), torch.nn.Parameter(value)) for name, value in zip(data["names"], split(data["p0"]), strict=True)
+    ]
     options = {key: value for key, value in meta["hyper"].items() if key != "lr"}
     optimizer = case.optimizer(named, float(data["lr"][0]), backend=backend, **options)
     for lr, grads, expected in zip(data["lr"], data["g"], data["p"], strict=True):
