@@ -5,6 +5,7 @@
 #include <cstdlib>
 #include <memory>
 #include <string>
+#include <tuple>
 
 #include "plan.h"
 
@@ -72,6 +73,13 @@ std::unique_ptr<Plan> make_plan(const py::list& rules, const py::list& rows, con
   return plan;
 }
 
+using ClipTuple = std::tuple<int, double, double, double>;  // ClipOptions in fused_optim/clip.py
+
+StepOptions options_of(double grad_scale, const ClipTuple& clip) {
+  return {grad_scale, static_cast<Clip>(std::get<0>(clip)), std::get<1>(clip), std::get<2>(clip),
+          std::get<3>(clip)};
+}
+
 py::dict build_info() {
   py::dict info;
   info["version"] = FO_VERSION;
@@ -94,20 +102,12 @@ PYBIND11_MODULE(_C, module) {
            [](Plan& plan, const py::object& param_groups, const py::object& state) {
              return owned(plan.refresh(param_groups.ptr(), state.ptr()));
            })
-      .def(
-          "run",
-          [](Plan& plan, double grad_scale, int threads, int clip, double clip_norm, double clip_min,
-             double clip_max) {
-            plan.run({grad_scale, static_cast<Clip>(clip), clip_norm, clip_min, clip_max}, threads);
-          },
-          py::arg("grad_scale"), py::arg("threads"), py::arg("clip") = 0,
-          py::arg("clip_norm") = std::numeric_limits<double>::infinity(), py::arg("clip_min") = 0.0,
-          py::arg("clip_max") = 0.0)
-      .def_property_readonly("grad_norm", &Plan::grad_norm)
+      .def("reduce", [](Plan& plan, double grad_scale, int threads,
+                        const ClipTuple& clip) { return plan.reduce(options_of(grad_scale, clip), threads); })
+      .def("run", [](Plan& plan, double grad_scale, int threads, const ClipTuple& clip,
+                     double global_norm) { plan.run(options_of(grad_scale, clip), threads, global_norm); })
       .def("versions", [](const Plan& plan) { return owned(plan.versions()); })
-      .def("release", &Plan::release)
-      .def("touched", [](Plan& plan) { return owned(plan.touched()); })
-      .def_property_readonly("active_elements", &Plan::active_elements);
+      .def("touched", [](Plan& plan) { return owned(plan.touched()); });
   module.def("build_info", &build_info);
   module.def("cpu_capability", [] { return requested_kernels()->capability; });
   module.def("has_openmp", &has_openmp);

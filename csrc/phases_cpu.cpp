@@ -210,7 +210,7 @@ void reduce_cpu(const CpuKernels& kernels, const std::vector<Row>& rows,
   }
 }
 
-double global_norm_of(const std::vector<Row>& rows, const std::vector<Norms>& norms) {
+double sum_of_squares(const std::vector<Row>& rows, const std::vector<Norms>& norms) {
   double sum = 0, lost = 0;  // Neumaier's sum: exact enough that the order of the rows does not show
   for (size_t r = 0; r < rows.size(); ++r) {
     if (!rows[r].active || !rows[r].clipped) continue;
@@ -218,7 +218,7 @@ double global_norm_of(const std::vector<Row>& rows, const std::vector<Norms>& no
     lost += sum >= term ? (sum - next) + term : (term - next) + sum;
     sum = next;
   }
-  return std::sqrt(std::isfinite(sum) ? sum + lost : sum);
+  return std::isfinite(sum) ? sum + lost : sum;
 }
 
 void prepare_cpu(const std::vector<Row>& rows, const std::vector<GroupHyper>& groups,

@@ -46,8 +46,8 @@ void reduce_cpu(const CpuKernels& kernels, const std::vector<Row>& rows,
                 const std::vector<GroupHyper>& groups, const StepOptions& options, int threads,
                 std::vector<Norms>& out);
 
-// sqrt of the sum over all active, clipped rows; the split into groups does not change it.
-double global_norm_of(const std::vector<Row>& rows, const std::vector<Norms>& norms);
+// The sum over all active, clipped rows; the split into groups does not change it.
+double sum_of_squares(const std::vector<Row>& rows, const std::vector<Norms>& norms);
 
 // Per-tensor scalars of every active row: advances `step`, computes bias corrections and clip coefficients.
 void prepare_cpu(const std::vector<Row>& rows, const std::vector<GroupHyper>& groups,

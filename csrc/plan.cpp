@@ -310,6 +310,7 @@ PyObject* Plan::refresh(PyObject* param_groups, PyObject* state) {
     return nullptr;
   }
   release();
+  reduced_ = false;
   if (!PyList_Check(param_groups) || static_cast<size_t>(PyList_GET_SIZE(param_groups)) != groups_.size() ||
       !PyDict_Check(state)) {
     Py_RETURN_NONE;
@@ -456,9 +457,12 @@ const char* Plan::read_state(const HostRow& host, Row& row, int column, bool per
   } else {
     if (!same_layout(host, view, false)) return "state";
     const DType param = row.dtype[kParam];
-    const bool narrow = size_of(param) == 2;  // 16-bit parameters may have wider states; others have their own dtype
-    const bool number = is_number(view.dtype) && (narrow ? view.dtype != DType::float64 : view.dtype == param);
-    const bool master = view.dtype == DType::float32 || (view.dtype == DType::remainder && param == DType::bfloat16);
+    const bool narrow =
+        size_of(param) == 2;  // 16-bit parameters may have wider states; others have their own dtype
+    const bool number =
+        is_number(view.dtype) && (narrow ? view.dtype != DType::float64 : view.dtype == param);
+    const bool master =
+        view.dtype == DType::float32 || (view.dtype == DType::remainder && param == DType::bfloat16);
     if (column == kMaster ? !master : !number) return "state";
   }
   if (view.address == 0 && (per_tensor || row.numel != 0)) return "state";
@@ -540,16 +544,19 @@ void Plan::find_overlaps() {
   written_moved_ = false;
 }
 
-void Plan::run(const StepOptions& options, int threads) {
+double Plan::reduce(const StepOptions& options, int threads) {
+  const Unlocked unlocked(active_elements_ > kElementsUnderLock, busy_);
+  reduce_cpu(*kernels_, rows_, hypers_, options, threads, norms_);
+  reduced_ = true;
+  return sum_of_squares(rows_, norms_);
+}
+
+void Plan::run(const StepOptions& options, int threads, double global_norm) {
   if (active_rows_ == 0) return;
+  if (needs_ != 0 && !reduced_) reduce(options, threads);
   {
     const Unlocked unlocked(active_elements_ > kElementsUnderLock, busy_);
-    const bool measured = options.clip == Clip::global_norm || options.clip == Clip::norm;
-    if (measured || needs_ != 0) {
-      reduce_cpu(*kernels_, rows_, hypers_, options, threads, norms_);
-      if (measured) grad_norm_ = global_norm_of(rows_, norms_);
-    }
-    prepare_cpu(rows_, hypers_, options, norms_, grad_norm_, records_);
+    prepare_cpu(rows_, hypers_, options, norms_, global_norm, records_);
     apply_cpu(*kernels_, rows_, records_, threads);
   }
   for (size_t r = 0; r < rows_.size(); ++r) {

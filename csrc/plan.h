@@ -7,7 +7,6 @@
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
-#include <limits>
 #include <string>
 #include <vector>
 
@@ -19,7 +18,7 @@ namespace fused_optim {
 
 class Plan {
  public:
-  Plan() : grad_norm_(std::numeric_limits<double>::quiet_NaN()) {}
+  Plan() = default;
   Plan(const Plan&) = delete;
   Plan& operator=(const Plan&) = delete;
   ~Plan() { clear(); }
@@ -39,22 +38,19 @@ class Plan {
   // they are.
   PyObject* refresh(PyObject* param_groups, PyObject* state);
 
-  // The step of all rows that refresh accepted.
-  void run(const StepOptions& options, int threads);
+  // The norms that a clip or a rule needs, of all rows that refresh accepted: the sum of squares over those
+  // that take part in clipping.
+  double reduce(const StepOptions& options, int threads);
 
-  // The gradients' global norm at the last run with a clip that needs norms; NaN before one.
-  double grad_norm() const { return grad_norm_; }
+  // The step of all rows that refresh accepted; global_norm: of all gradients, those that others step
+  // included.
+  void run(const StepOptions& options, int threads, double global_norm);
 
   // The version of each row's parameter after the last run; -1 where it has no master.
   PyObject* versions() const;
 
   // The parameters that the last run() wrote, in a list that stays the plan's.
   PyObject* touched();
-
-  // Lets go of the gradients that refresh() holds.
-  void release();
-
-  int64_t active_elements() const { return active_elements_; }
 
   int traverse(visitproc visit, void* arg) const;
   void clear();
@@ -86,6 +82,7 @@ class Plan {
     bool constant = false;              // no value can change while its object stays
   };
 
+  void release();  // lets go of the gradients that refresh() holds
   bool row_from_tuple(PyObject* tuple);
   PyObject* grad_of(const HostRow& host) const;
   enum class Read { ok, stale, error };
@@ -110,8 +107,8 @@ class Plan {
   std::vector<GroupHyper> hypers_;
   std::vector<Norms> norms_;
   std::vector<ScalarsRecord> records_;
-  unsigned needs_ = 0;  // norms that some rule reads
-  double grad_norm_;
+  unsigned needs_ = 0;    // norms that some rule reads
+  bool reduced_ = false;  // norms_ are those of the gradients that refresh() found
   PyObject* defaults_ = nullptr;
   std::vector<PyObject*> structural_keys_;
   PyObject* touched_ = nullptr;

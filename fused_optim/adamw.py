@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from .clip import GradClip
 from .eager import TensorContext, one_minus_power, square_root
 from .optimizer import FusedOptimizer
+from .scales import Scale
 
 
 def prepare(group: dict[str, Any], tensor: TensorContext) -> SimpleNamespace:
@@ -92,6 +94,15 @@ class Adam(FusedOptimizer):
         decoupled_weight_decay: decay as :class:`AdamW` does. Default False; loading a checkpoint replaces it.
         backend: ``"cuda"``, ``"triton"``, ``"cpu"`` or ``"eager"``; default None: what the environment variable
             ``FUSED_OPTIM_BACKEND`` names, otherwise the best there is for each device.
+        lr_scale, weight_decay_scale: factors of ``lr`` and of ``weight_decay`` per parameter, at no launch and no
+            param group: a callable ``(name, param) -> float`` (names take ``named_parameters()``), a mapping by
+            parameter or by name pattern (first match wins, unmatched 1.0), or a sequence in the order of the
+            parameters. Default None: 1.0.
+        grad_clip: :class:`ClipGradByGlobalNorm`, :class:`ClipGradByNorm` or :class:`ClipGradByValue`, applied inside
+            the update; ``param.grad`` is not written. Default None: no clipping.
+        master_weights: ``"float32"``: a float32 master of each 16-bit parameter in the state (``master_param``);
+            ``"split"``: the 16 bits that a bfloat16 parameter lacks of it (``param_remainder``, int16), the same run
+            bit for bit. Default None: none.
         state_dtype: dtype of the states of bfloat16 and float16 parameters, such as ``torch.float32``; default None:
             the parameter's, as in torch.
 
@@ -138,6 +149,10 @@ class Adam(FusedOptimizer):
         fused: bool | None = None,
         decoupled_weight_decay: bool = False,
         backend: str | None = None,
+        lr_scale: Scale | None = None,
+        weight_decay_scale: Scale | None = None,
+        grad_clip: GradClip | None = None,
+        master_weights: str | None = None,
         state_dtype: torch.dtype | None = None,
     ) -> None:
         torch_optimizer = torch.optim.Adam(
@@ -154,7 +169,16 @@ class Adam(FusedOptimizer):
             fused=fused,
             decoupled_weight_decay=decoupled_weight_decay,
         )
-        super().__init__(params, torch_optimizer.defaults, backend=backend, state_dtype=state_dtype)
+        super().__init__(
+            params,
+            torch_optimizer.defaults,
+            backend=backend,
+            lr_scale=lr_scale,
+            weight_decay_scale=weight_decay_scale,
+            grad_clip=grad_clip,
+            master_weights=master_weights,
+            state_dtype=state_dtype,
+        )
 
     def rule(self, group: dict[str, Any]) -> str:
         return "amsgrad" if group["amsgrad"] else "adamw"
@@ -203,6 +227,15 @@ class AdamW(Adam):
         differentiable: record the step with autograd; it then runs on the eager path.
         backend: ``"cuda"``, ``"triton"``, ``"cpu"`` or ``"eager"``; default None: what the environment variable
             ``FUSED_OPTIM_BACKEND`` names, otherwise the best there is for each device.
+        lr_scale, weight_decay_scale: factors of ``lr`` and of ``weight_decay`` per parameter, at no launch and no
+            param group: a callable ``(name, param) -> float`` (names take ``named_parameters()``), a mapping by
+            parameter or by name pattern (first match wins, unmatched 1.0), or a sequence in the order of the
+            parameters. Default None: 1.0.
+        grad_clip: :class:`ClipGradByGlobalNorm`, :class:`ClipGradByNorm` or :class:`ClipGradByValue`, applied inside
+            the update; ``param.grad`` is not written. Default None: no clipping.
+        master_weights: ``"float32"``: a float32 master of each 16-bit parameter in the state (``master_param``);
+            ``"split"``: the 16 bits that a bfloat16 parameter lacks of it (``param_remainder``, int16), the same run
+            bit for bit. Default None: none.
         state_dtype: dtype of the states of bfloat16 and float16 parameters, such as ``torch.float32``; default None:
             the parameter's, as in torch.
 
@@ -243,6 +276,10 @@ class AdamW(Adam):
         differentiable: bool = False,
         fused: bool | None = None,
         backend: str | None = None,
+        lr_scale: Scale | None = None,
+        weight_decay_scale: Scale | None = None,
+        grad_clip: GradClip | None = None,
+        master_weights: str | None = None,
         state_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(
@@ -259,6 +296,10 @@ class AdamW(Adam):
             fused=fused,
             decoupled_weight_decay=True,
             backend=backend,
+            lr_scale=lr_scale,
+            weight_decay_scale=weight_decay_scale,
+            grad_clip=grad_clip,
+            master_weights=master_weights,
             state_dtype=state_dtype,
         )
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from . import masters
 from .states import kept_dtype, like_param, name_of, new_step, state_dtype_of
 
 if TYPE_CHECKING:
@@ -70,8 +71,15 @@ def restore(optimizer: FusedOptimizer, state_dict: dict[str, Any]) -> None:
                 if optimizer._state_dtype is not None:
                     dtype = state_dtype_of(param, optimizer._state_dtype)
                 state[name] = like_param(saved[name], param, dtype)
+        master = masters.key_for(param, optimizer._master_weights, "a parameter")
+        if master is not None:
+            value = saved.get(master)
+            value = masters.converted(saved, param, master) if value is None else value
+            if value is not None:  # otherwise the next step builds it from the parameter
+                state[master] = like_param(value, param, value.dtype)
+                optimizer._versions[param] = param._version
         for name, value in saved.items():
-            if name not in state:
+            if name not in state and name not in masters.KEYS.values():
                 state[name] = value.clone() if isinstance(value, Tensor) else value
         optimizer.state[param] = state
     for group in optimizer.param_groups:

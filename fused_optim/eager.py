@@ -14,6 +14,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from . import masters
+
 Number = float | Tensor
 
 
@@ -62,6 +64,11 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def squares_dtype(tensor: Tensor) -> torch.dtype:
+    """The dtype in which a sum of squares neither overflows nor loses its smallest terms."""
+    return torch.complex128 if tensor.is_complex() else torch.float64
+
+
 def _scalar(value: Any, device: torch.device, keep: bool) -> Any:
     """A hyperparameter as a float; as a 0-d float64 tensor where reading it would wait or cut a graph."""
     if isinstance(value, (tuple, list)):
@@ -87,8 +94,14 @@ def step_eager(
     lr_scale: float,
     weight_decay_scale: float,
     grad_scale: Number,
+    bounds: tuple[float, float] | None,
+    master: str | None,
 ) -> None:
-    """Update one parameter and its states in place from ``param.grad``; ``names``: the states of an element each."""
+    """Update one parameter and its states in place from ``param.grad``.
+
+    ``names``: the states of an element each. ``bounds``: what gradient elements are clamped to. ``master``: the state
+    key of the master weight.
+    """
     assert param.grad is not None
     differentiable = bool(group["differentiable"])
     on_device = param.device.type != "cpu"
@@ -108,7 +121,13 @@ def step_eager(
     # A clone where autograd records: it keeps what it saved safe from the stores below.
     wide = {name: _real(state[name]).to(dtype, copy=differentiable) for name in names}
     grad = (-grad_scale if group["maximize"] else grad_scale) * _real(param.grad).to(dtype)
-    result = rule.update(_real(param).to(dtype, copy=differentiable), grad, wide, s)
+    if bounds is not None:
+        grad = grad.clamp(*bounds)
+    whole = _real(param) if master is None else masters.read(param, state, master)
+    result = rule.update(whole.to(dtype, copy=differentiable), grad, wide, s)
     for name, value in wide.items():
         _real(state[name]).copy_(value)
-    _real(param).copy_(result)
+    if master is None:
+        _real(param).copy_(result)
+    else:
+        masters.write(param, state, master, result)

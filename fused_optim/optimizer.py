@@ -11,6 +11,7 @@ One step:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
@@ -18,9 +19,11 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from . import backends, checkpoint, states
-from .eager import step_eager
+from . import backends, checkpoint, masters, states
+from .clip import GLOBAL_NORM, NO_CLIP, NORM, VALUE, GradClip
+from .eager import squares_dtype, step_eager
 from .plan import Plan, Row, make_plan, why_not_native, why_refused
+from .scales import Scale, ScaleColumn
 
 
 class FusedOptimizer(torch.optim.Optimizer):
@@ -34,11 +37,19 @@ class FusedOptimizer(torch.optim.Optimizer):
         defaults: the hyperparameters of a group that names none.
         backend: ``"cuda"``, ``"triton"``, ``"cpu"`` or ``"eager"``; default None: the best for each device, or
             what the environment variable ``FUSED_OPTIM_BACKEND`` names.
+        lr_scale, weight_decay_scale: factors of the learning rate and of the weight decay per parameter: a callable
+            ``(name, param) -> float``, a mapping by parameter or name pattern, or a sequence in the order of the
+            parameters. Default None: 1.0.
+        grad_clip: `ClipGradByGlobalNorm`, `ClipGradByNorm` or `ClipGradByValue`; default None: no clipping.
+        master_weights: ``"float32"`` keeps a float32 master of each 16-bit parameter in the state, ``"split"`` the 16
+            bits that a bfloat16 parameter lacks of it. Default None: none.
         state_dtype: dtype of the element states of 16-bit parameters, as ``torch.float32``; default None: the
-            parameter's, as in torch.
+            parameter's, as in torch, or float32 where there are master weights.
 
     Raises:
-        ValueError: an unknown backend, one that takes none of the parameters, or a ``state_dtype`` that is none.
+        ValueError: an unknown backend, one that takes none of the parameters, a ``state_dtype`` or ``master_weights``
+            that is none, a factor that is negative or not finite, a pattern that matches nothing, a missing name.
+        TypeError: a scale, a factor or a clip of the wrong kind.
         RuntimeError: a forced backend is not available here; the text says why.
     """
 
@@ -58,8 +69,13 @@ class FusedOptimizer(torch.optim.Optimizer):
     # torch's __getstate__ drops instance attributes: each has its default here.
     _forced_backend: str | None = None
     _state_dtype: torch.dtype | None = None
+    _master_weights: str | None = None
+    _grad_clip: GradClip | None = None
+    _scales: tuple[ScaleColumn, ...] = ()  # of lr, of weight_decay, of clipping (1 or 0)
     _plan: Plan | None = None
     _rows: Sequence[Row] = ()
+    _versions: dict[Tensor, int]
+    _grad_norm: float | None = None
     _reported: frozenset[str] = frozenset()
     _loading: dict[str, Any] | None = None
 
@@ -69,15 +85,43 @@ class FusedOptimizer(torch.optim.Optimizer):
         defaults: dict[str, Any],
         *,
         backend: str | None = None,
+        lr_scale: Scale | None = None,
+        weight_decay_scale: Scale | None = None,
+        grad_clip: GradClip | None = None,
+        master_weights: str | None = None,
         state_dtype: torch.dtype | None = None,
     ) -> None:
         self._forced_backend = backends.requested(backend)
         if state_dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
             raise ValueError(f"state_dtype={state_dtype} is not torch.float32, torch.bfloat16 or torch.float16")
-        self._state_dtype = state_dtype
+        masters.check_option(master_weights)
+        if grad_clip is not None and not isinstance(grad_clip, GradClip):
+            raise TypeError(
+                f"grad_clip must be ClipGradByGlobalNorm, ClipGradByNorm or ClipGradByValue, got {grad_clip!r}"
+            )
+        self._state_dtype = torch.float32 if master_weights is not None and state_dtype is None else state_dtype
+        self._master_weights = master_weights
+        self._grad_clip = grad_clip
+        self._versions = {}
         super().__init__(params, defaults)
         if self._forced_backend is not None:
             backends.check_forced(self._forced_backend, self._devices())
+        named = [
+            (states.own_name(group, position), states.name_of(group, index, position), param)
+            for index, group in enumerate(self.param_groups)
+            for position, param in enumerate(group["params"])
+        ]
+        need_clip = None if grad_clip is None else grad_clip.need_clip
+        scales = (
+            ScaleColumn("lr_scale", lr_scale),
+            ScaleColumn("weight_decay_scale", weight_decay_scale),
+            ScaleColumn("need_clip", need_clip),
+        )
+        for column in scales:
+            column.resolve(named)
+        for _, place, param in named:
+            masters.key_for(param, master_weights, place)
+        self._scales = scales
 
     def rule(self, group: dict[str, Any]) -> str:
         """The name of the C++ rule that a group follows."""
@@ -94,6 +138,33 @@ class FusedOptimizer(torch.optim.Optimizer):
     def backend(self) -> str:
         """The backend that serves the parameters; for parameters on several devices several, as ``"cpu, cuda"``."""
         return ", ".join(sorted({backends.choose(device, self._forced_backend)[0] for device in self._devices()}))
+
+    @property
+    def last_grad_norm(self) -> Tensor | None:
+        """The global norm of the gradients at the last step, unscaled and before clipping: a 0-d float32 tensor.
+
+        None before a step with ``grad_clip=ClipGradByGlobalNorm(…)``; ``math.inf`` as its threshold only measures.
+        """
+        return None if self._grad_norm is None else torch.tensor(self._grad_norm, dtype=torch.float32)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group; its parameters' factors are asked for like those of the constructor.
+
+        Raises:
+            ValueError: a factor that cannot be had; the group is not added.
+        """
+        super().add_param_group(param_group)
+        index, group = len(self.param_groups) - 1, self.param_groups[-1]
+        try:
+            for position, param in enumerate(group["params"]):
+                place = states.name_of(group, index, position)
+                for column in self._scales:
+                    column.of(states.own_name(group, position), place, param)
+                masters.key_for(param, self._master_weights, place)
+        except (TypeError, ValueError):
+            if self._scales:
+                del self.param_groups[index]
+                raise
 
     def __repr__(self) -> str:
         return f"{super().__repr__()[:-1]}backend: {self.backend}\n)"
@@ -136,11 +207,21 @@ class FusedOptimizer(torch.optim.Optimizer):
         with torch._C.DisableTorchFunction():
             attention = self._refresh()
             witnessed = self._attend(attention) if attention else []
-            for index in witnessed:
-                self._step_witness(self._rows[index], grad_scale)
             plan = self._plan
             assert plan is not None
-            plan.run(grad_scale, torch.get_num_threads())
+            clip, global_norm = NO_CLIP, 0.0
+            threads = torch.get_num_threads()
+            if self._grad_clip is not None:
+                clip = self._grad_clip.options
+                if clip.kind == GLOBAL_NORM:
+                    sums = [self._sum_of_squares(self._rows[index]) for index in witnessed]
+                    total = math.fsum(sums) * grad_scale**2 if all(map(math.isfinite, sums)) else sum(sums)
+                    self._grad_norm = global_norm = math.sqrt(total + plan.reduce(grad_scale, threads, clip))
+                elif clip.kind == NORM:
+                    plan.reduce(grad_scale, threads, clip)
+            for index in witnessed:
+                self._step_witness(self._rows[index], grad_scale, global_norm)
+            plan.run(grad_scale, threads, clip, global_norm)
             # Writing through addresses leaves the version counters alone; a stale graph must still raise.
             torch._C._increment_version(plan.touched())
 
@@ -152,7 +233,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             attention = self._plan.refresh(self.param_groups, self.state)
             if attention is not None:
                 return attention
-            self._plan = None
+            self._drop_plan()
         raise RuntimeError("the param groups change while the plan is built from them")
 
     def _build_plan(self) -> None:
@@ -164,10 +245,47 @@ class FusedOptimizer(torch.optim.Optimizer):
                 if passed_over is not None:
                     self._report(f"parameters on {param.device}", passed_over)
                 refused = why_not_native(param, group, backend)
-                name = states.name_of(group, index, position)
-                rows.append(Row(index, param, 1.0, 1.0, refused is None, name, backend, refused))
+                place = states.name_of(group, index, position)
+                lr_scale, weight_decay_scale, clipped = (
+                    column.of(states.own_name(group, position), place, param) for column in self._scales
+                )
+                rows.append(
+                    Row(
+                        group=index,
+                        param=param,
+                        lr_scale=lr_scale,
+                        weight_decay_scale=weight_decay_scale,
+                        native=refused is None,
+                        clipped=clipped != 0,
+                        master=masters.key_for(param, self._master_weights, place),
+                        version=self._versions.get(param, -1),
+                        name=place,
+                        backend=backend,
+                        refused=refused,
+                    )
+                )
         self._rows = rows
         self._plan = make_plan(rows, [self.rule(group) for group in groups], self.defaults, self.structural_keys)
+
+    def _drop_plan(self) -> None:
+        """Forget the plan, but not which parameters agree with their masters."""
+        if self._plan is not None and self._master_weights is not None:
+            for row, version in zip(self._rows, self._plan.versions()):
+                if row.native and version != -1:
+                    self._versions[row.param] = version
+        self._plan = None
+
+    def refresh_masters(self) -> None:
+        """Rebuild every master weight from its parameter.
+
+        The step does this by itself for a parameter whose version counter shows that somebody else has written it;
+        what ``param.data.copy_()`` wrote does not show, and takes this call.
+        """
+        for index, group in enumerate(self.param_groups):
+            for position, param in enumerate(group["params"]):
+                key = masters.key_for(param, self._master_weights, states.name_of(group, index, position))
+                if key is not None and key in self.state.get(param, {}):
+                    self.state[param][key] = masters.build(param, key)
 
     def _attend(self, attention: Sequence[tuple[int, str]]) -> list[int]:
         """Refuse or repair the state of rows that need attention; return those that the witness takes."""
@@ -177,8 +295,11 @@ class FusedOptimizer(torch.optim.Optimizer):
             states.check_grad(row, type(self).__name__)
             states.check_state(row, self.state.get(row.param), groups[row.group], self)
         taken: dict[int, Tensor] = {}
-        for row in rows:
-            states.repair_state(row, self.state, groups[row.group], self, taken)
+        for row, (_, kind) in zip(rows, attention):
+            overwritten = kind == "master"
+            if row.master is not None and not row.native:
+                overwritten = self._versions.get(row.param, row.param._version) != row.param._version
+            states.repair_state(row, self.state, groups[row.group], self, taken, overwritten)
         left = self._refresh()
         for index, kind in left:
             row = self._rows[index]
@@ -186,8 +307,17 @@ class FusedOptimizer(torch.optim.Optimizer):
                 self._report(row.name, row.refused or why_refused(row, kind), kind=row.refused or kind)
         return [index for index, _ in left]
 
-    def _step_witness(self, row: Row, grad_scale: float) -> None:
+    def _step_witness(self, row: Row, grad_scale: float, global_norm: float) -> None:
         group = {**self.defaults, **self.param_groups[row.group]}
+        bounds = None
+        if self._grad_clip is not None and row.clipped:
+            options = self._grad_clip.options
+            if options.kind == VALUE:
+                bounds = options.min, options.max
+            elif options.kind == GLOBAL_NORM:
+                grad_scale *= options.coefficient(global_norm)
+            else:
+                grad_scale *= options.coefficient(math.sqrt(self._sum_of_squares(row)) * grad_scale)
         with torch.set_grad_enabled(bool(group["differentiable"])):
             step_eager(
                 self,
@@ -198,7 +328,18 @@ class FusedOptimizer(torch.optim.Optimizer):
                 lr_scale=row.lr_scale,
                 weight_decay_scale=row.weight_decay_scale,
                 grad_scale=grad_scale,
+                bounds=bounds,
+                master=row.master,
             )
+        if row.master is not None:
+            self._versions[row.param] = row.param._version
+
+    def _sum_of_squares(self, row: Row) -> float:
+        """Of a gradient that the witness steps; 0 where it takes no part in clipping."""
+        grad = row.param.grad
+        if not row.clipped or grad is None:
+            return 0.0
+        return float(torch.linalg.vector_norm(grad.detach(), dtype=squares_dtype(grad)) ** 2)
 
     def _report(self, what: str, reason: str, kind: str | None = None) -> None:
         """One log line for each kind of fallback of this optimizer."""
@@ -235,11 +376,15 @@ class FusedOptimizer(torch.optim.Optimizer):
             **super().__getstate__(),
             "_forced_backend": self._forced_backend,
             "_state_dtype": self._state_dtype,
+            "_master_weights": self._master_weights,
+            "_grad_clip": self._grad_clip,
+            "_scales": self._scales,
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._plan = None
+        self._versions = {}
         self._rows = ()
         for group in self.param_groups:
             for key, value in self.defaults.items():

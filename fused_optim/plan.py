@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 
 from . import extension
+from .clip import ClipOptions
 
 NATIVE_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 NATIVE_BACKENDS = ("cpu",)
@@ -30,6 +31,9 @@ class Row(NamedTuple):
     lr_scale: float
     weight_decay_scale: float
     native: bool
+    clipped: bool  # takes part in clipping
+    master: str | None  # state key of its master weight
+    version: int  # of the parameter when its master last agreed with it; -1: not known
     name: str
     backend: str
     refused: str | None  # why no native backend takes it
@@ -42,20 +46,17 @@ class Plan(Protocol):
         self, param_groups: list[dict[str, Any]], state: dict[Tensor, Any]
     ) -> Sequence[tuple[int, str]] | None: ...
 
-    def run(self, grad_scale: float, threads: int) -> None: ...
+    def reduce(self, grad_scale: float, threads: int, clip: ClipOptions) -> float: ...
 
-    def release(self) -> None: ...
+    def run(self, grad_scale: float, threads: int, clip: ClipOptions, global_norm: float) -> None: ...
 
     def touched(self) -> list[Tensor]: ...
 
-    @property
-    def active_elements(self) -> int: ...
+    def versions(self) -> list[int]: ...
 
 
 class EagerPlan:
     """The plan without the compiled extension: every row with a gradient goes to the witness."""
-
-    active_elements = 0
 
     def __init__(self, rows: Sequence[Row], group_count: int) -> None:
         self._params: list[list[Tensor]] = [[] for _ in range(group_count)]
@@ -77,12 +78,16 @@ class EagerPlan:
                 index += 1
         return attention
 
-    def run(self, grad_scale: float, threads: int) -> None: ...
+    def reduce(self, grad_scale: float, threads: int, clip: ClipOptions) -> float:
+        return 0.0
 
-    def release(self) -> None: ...
+    def run(self, grad_scale: float, threads: int, clip: ClipOptions, global_norm: float) -> None: ...
 
     def touched(self) -> list[Tensor]:
         return []
+
+    def versions(self) -> list[int]:
+        return [-1 for params in self._params for _ in params]
 
 
 def is_plain(kind: type) -> bool:
@@ -167,7 +172,7 @@ def make_plan(rows: list[Row], rules: list[str], defaults: dict[str, Any], struc
         return EagerPlan(rows, len(rules))
     return extension._C.Plan(
         rules=rules,
-        rows=[(*row[:5], True, None, -1) for row in rows],
+        rows=[tuple(row[:8]) for row in rows],
         defaults=defaults,
         structural=structural_keys,
         exchange_api=getattr(torch.Tensor, "__dlpack_c_exchange_api__", None),

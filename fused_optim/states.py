@@ -7,17 +7,24 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from . import masters
 from .plan import Row, is_plain
 
 if TYPE_CHECKING:
     from .optimizer import FusedOptimizer
 
 
+def own_name(group: dict[str, Any], position: int) -> str | None:
+    """A parameter's name, where the group has names."""
+    names = group.get("param_names")
+    return names[position] if names and position < len(names) else None
+
+
 def name_of(group: dict[str, Any], index: int, position: int) -> str:
     """How messages name a parameter: its name if the group has names, and its place."""
     place = f"param_groups[{index}]['params'][{position}]"
-    names = group.get("param_names")
-    return f"{names[position]!r} ({place})" if names and position < len(names) else place
+    name = own_name(group, position)
+    return place if name is None else f"{name!r} ({place})"
 
 
 def check_grad(row: Row, optimizer: str) -> None:
@@ -111,10 +118,12 @@ def repair_state(
     group: dict[str, Any],
     optimizer: FusedOptimizer,
     taken: dict[int, Tensor],
+    overwritten: bool,
 ) -> None:
     """Create what is missing; replace what the plan cannot read by its equal in the right place and layout.
 
     ``taken`` maps the addresses of the states seen so far to their parameters: two parameters never share one.
+    ``overwritten``: somebody else has written the parameter, which its master must follow.
     """
     param = row.param
     state = all_states[param]
@@ -133,7 +142,16 @@ def repair_state(
         same_layout = not row.native or value.stride() == torch.empty_like(param, device="meta").stride()
         if value.dtype != dtype or value.device != param.device or not same_layout:
             state[name] = like_param(value, param, dtype)
-    for name in ("step", *optimizer.state_names(group)):
+    names = ["step", *optimizer.state_names(group)]
+    if row.master is not None:
+        names.append(row.master)
+        master = state.get(row.master)
+        kind = torch.float32 if row.master == "master_param" else torch.int16
+        if not isinstance(master, Tensor) or master.shape != param.shape or overwritten:
+            state[row.master] = masters.build(param, row.master)
+        elif master.dtype != kind or master.device != param.device or master.stride() != param.stride():
+            state[row.master] = like_param(master, param, kind)
+    for name in names:
         value = state[name]
         addressed = is_plain(type(value)) and value.device.type != "meta" and value.numel() != 0
         if addressed and taken.setdefault(value.data_ptr(), param) is not param:

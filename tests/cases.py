@@ -208,8 +208,8 @@ def new_grad(param: Tensor, step: int, position: int = 0, scale: float = 1.0) ->
     shape = tuple(param.shape)
     value = torch.randn(shape, generator=generator, dtype=torch.float64)
     decade = torch.randint(-6, 2, shape, generator=generator)
-    zero = torch.rand(shape, generator=generator) < 0.05
-    value = torch.where(zero, 0.0, value * 10.0**decade * scale)
+    zero = torch.rand(shape, generator=generator, dtype=torch.float64) < 0.05
+    value = torch.where(zero, 0.0, value * 10.0 ** decade.to(torch.float64) * scale)
     return value.to(device=param.device, dtype=param.dtype)
 
 

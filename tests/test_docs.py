@@ -37,6 +37,15 @@ def template(node: ast.AST) -> str | None:
     return None
 
 
+def strings_in(node: ast.AST) -> Iterator[ast.AST]:
+    """The whole strings below a node, not their pieces."""
+    if template(node) is not None:
+        yield node
+    else:
+        for child in ast.iter_child_nodes(node):
+            yield from strings_in(child)
+
+
 def is_logging(node: ast.Call) -> bool:
     called = node.func
     return (
@@ -59,7 +68,7 @@ def expressions_with_messages(tree: ast.Module) -> Iterator[ast.AST]:
         elif isinstance(node, ast.FunctionDef) and re.fullmatch(r"why_\w+|choose", node.name):
             for inner in ast.walk(node):
                 if isinstance(inner, ast.Return) and inner.value is not None:
-                    yield from ast.walk(inner.value)
+                    yield from strings_in(inner.value)
                 elif isinstance(inner, ast.Call) and ast.unparse(inner.func).endswith(".append"):
                     yield from inner.args
 
@@ -71,7 +80,8 @@ def messages_of_python(file: Path) -> set[str]:
 
 def messages_of_cpp(file: Path) -> set[str]:
     """The format strings of errors; pieces joined by the compiler or by + are one text."""
-    calls = re.findall(r"(?:PyErr_Format|PyErr_SetString|value_error|runtime_error)\(([^;]*);", file.read_text())
+    kinds = r"(?:PyErr_Format|PyErr_SetString|value_error|runtime_error)"
+    calls = re.findall(kinds + r"\((.*?)\);\n", file.read_text(), re.DOTALL)
     found = set()
     for call in calls:
         call = re.sub(r'"\s*"', "", call)
@@ -95,7 +105,7 @@ def messages() -> list[tuple[str, str]]:
 
 
 def readable(text: str) -> str:
-    return re.sub(r"\s+", " ", text.replace(GAP, "…"))
+    return re.sub(r"\s+", " ", text.replace(GAP, "..."))
 
 
 def test_messages_are_found_in_every_language() -> None:
@@ -106,7 +116,8 @@ def test_messages_are_found_in_every_language() -> None:
 @pytest.mark.parametrize(("file", "text"), [pytest.param(*entry, id=readable(entry[1])[:60]) for entry in messages()])
 def test_troubleshooting_knows_every_message(file: str, text: str) -> None:
     """All fixed parts of a message stand in one line of the page, in order."""
-    fixed = [re.escape(part.strip(" '\"")) for part in re.sub(r"\s+", " ", text).split(GAP) if len(part.strip(" '\"")) > 2]
+    parts = [part.strip(" '\"") for part in re.sub(r"\s+", " ", text).split(GAP)]
+    fixed = [re.escape(part) for part in parts if len(part) > 2]
     assert fixed, f"{file}: a message without fixed words: {text!r}"
     pattern = re.compile(".*".join(fixed))
     page = (ROOT / "docs" / "troubleshooting.md").read_text()
@@ -169,16 +180,23 @@ def memory_rows() -> list[list[str]]:
 
 @pytest.mark.parametrize("row", memory_rows(), ids=lambda row: row[0])
 def test_memory_is_what_the_readme_says(row: list[str]) -> None:
-    options = re.sub(r"[`\s]", "", row[0]).split(",")
-    keywords = {key: getattr(torch, value.removeprefix("torch.")) for key, value in (o.split("=") for o in options[1:])}
-    param = torch.nn.Parameter(torch.zeros(1000, dtype=getattr(torch, options[0])))
+    dtype, *options = re.findall(r"`([^`]*)`", row[0])
+    keywords = {}
+    for key, value in (option.split("=") for option in options):
+        keywords[key] = getattr(torch, value[6:]) if value.startswith("torch.") else ast.literal_eval(value)
+    param = torch.nn.Parameter(torch.zeros(1000, dtype=getattr(torch, dtype)))
     param.grad = torch.zeros_like(param)
     optimizer = fused_optim.AdamW([param], amsgrad=True, **keywords)
     optimizer.step()
     state = optimizer.state[param]
-    bytes_of = [param, param.grad, state["exp_avg"], state["exp_avg_sq"]]
-    sizes = [tensor.element_size() for tensor in bytes_of]
-    assert [int(cell) for cell in row[1:]] == [*sizes, sum(sizes), sum(sizes) + state["max_exp_avg_sq"].element_size()]
+    master = state.get("master_param", state.get("param_remainder"))
+    sizes = [tensor.element_size() for tensor in (param, param.grad, state["exp_avg"], state["exp_avg_sq"])]
+    sizes.append(0 if master is None else master.element_size())
+    assert [int(cell) for cell in row[1:]] == [
+        *sizes,
+        sum(sizes),
+        sum(sizes) + state["max_exp_avg_sq"].element_size(),
+    ]
 
 
 def test_the_readme_has_its_tables() -> None:

@@ -1,0 +1,97 @@
+"""Float32 master weights of 16-bit parameters: whole (`master_param`) or as the half that the parameter lacks.
+
+`param_remainder` holds the lower 16 bits of the float32 value whose upper 16 bits are the bfloat16 parameter, as a
+signed number to be added. For that the parameter is rounded to nearest with ties away from zero, and both kinds of
+master give the same run, bit for bit.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+KEYS = {"float32": "master_param", "split": "param_remainder"}
+
+
+def check_option(option: str | None) -> None:
+    """Refuse a ``master_weights`` that is none.
+
+    Raises:
+        ValueError: not ``"float32"``, ``"split"`` or None.
+    """
+    if option is not None and option not in KEYS:
+        raise ValueError(f"master_weights={option!r} is not 'float32', 'split' or None")
+
+
+def key_for(param: Tensor, option: str | None, name: str) -> str | None:
+    """The state key of a parameter's master; None for a parameter that needs none.
+
+    Raises:
+        ValueError: a float16 parameter cannot be split.
+    """
+    if option is None or param.dtype not in (torch.bfloat16, torch.float16):
+        return None
+    if option == "split" and param.dtype != torch.bfloat16:
+        raise ValueError(
+            f"master_weights='split' keeps the 16 bits that a bfloat16 parameter lacks, but {name} is {param.dtype}; "
+            "use master_weights='float32'"
+        )
+    return KEYS[option]
+
+
+def _bits(value: Tensor) -> Tensor:
+    return (
+        value.contiguous().view(torch.int32) if value.dtype == torch.float32 else value.contiguous().view(torch.int16)
+    )
+
+
+def round_ties_away(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """A float32 tensor as the parameter beside a master: bfloat16 to nearest, ties away from zero."""
+    if dtype != torch.bfloat16:
+        return value.to(dtype)
+    rounded = ((_bits(value) + 0x8000) >> 16).to(torch.int16)
+    rounded = torch.where(torch.isnan(value), torch.full_like(rounded, 0x7FC0), rounded)
+    return rounded.view(torch.bfloat16)
+
+
+def remainder_of(value: Tensor, param: Tensor) -> Tensor:
+    """What the bfloat16 ``param``, rounded from the float32 ``value``, lacks of it."""
+    difference = _bits(value) - (_bits(param).to(torch.int32) << 16)
+    return torch.where(torch.isnan(value), torch.zeros_like(difference), difference).to(torch.int16)
+
+
+def read(param: Tensor, state: dict[str, Tensor], key: str) -> Tensor:
+    """The float32 master."""
+    if key == "master_param":
+        return state[key]
+    return ((_bits(param.detach()).to(torch.int32) << 16) + state[key].to(torch.int32)).view(torch.float32)
+
+
+def write(param: Tensor, state: dict[str, Tensor], key: str, value: Tensor) -> None:
+    """Store an updated master and the parameter rounded from it."""
+    rounded = round_ties_away(value, param.dtype)
+    if key == "master_param":
+        state[key].copy_(value)
+    else:
+        state[key].copy_(remainder_of(value, rounded))
+    param.copy_(rounded)
+
+
+def build(param: Tensor, key: str) -> Tensor:
+    """A new master that agrees with the parameter."""
+    if key == "master_param":
+        return torch.empty_like(param, dtype=torch.float32, requires_grad=False).copy_(param.detach())
+    return torch.zeros_like(param, dtype=torch.int16, requires_grad=False)
+
+
+def converted(saved: dict[str, Any], param: Tensor, key: str) -> Tensor | None:
+    """The master of kind ``key`` out of a checkpoint that has the other kind, if it agrees with the parameter."""
+    if key == "param_remainder" and isinstance(saved.get("master_param"), Tensor):
+        master = saved["master_param"].to(param.device)
+        if torch.equal(round_ties_away(master, torch.bfloat16), param.detach()):
+            return remainder_of(master, param.detach())
+    if key == "master_param" and isinstance(saved.get("param_remainder"), Tensor) and param.dtype == torch.bfloat16:
+        return read(param, {"param_remainder": saved["param_remainder"].to(param.device)}, "param_remainder")
+    return None

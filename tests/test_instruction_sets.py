@@ -1,0 +1,376 @@
+"""One result whatever executes it: every instruction set, every number of threads, a forked child, a processor that
+flushes denormals."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import platform
+import signal
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from cases import (
+    SHAPES,
+    Case,
+    assert_same_results,
+    assert_same_snapshots,
+    bits,
+    each_case,
+    each_dtype,
+    each_variant,
+    new_grad,
+    new_params,
+    set_grads,
+    snapshot,
+    train,
+)
+from torch import Tensor
+from torch.nn import Parameter
+
+from fused_optim import extension
+
+pytestmark = pytest.mark.usefixtures("all_native")
+
+ROOT = Path(__file__).resolve().parent.parent
+BUILT = extension._C.build_info()["cpu_capabilities"].split(",") if extension._C is not None else []
+# Two tensors beyond one thread's task of 128 K elements, with an odd rest, and small ones between them.
+LARGE = [(300_007,), (5,), (131, 1000), (), (64, 64), (7, 20_011)]
+
+
+def runs_here(capability: str) -> bool:
+    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    needed = {"default": [], "avx2": ["avx2", "f16c"], "avx512": ["avx512f", "avx512bw", "avx512dq", "avx512vl"]}
+    return all(f" {flag} " in flags.replace("\n", " ") for flag in needed[capability])
+
+
+CAPABILITIES = [capability for capability in BUILT if runs_here(capability)]
+
+
+@pytest.fixture
+def capability(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    return functools.partial(monkeypatch.setenv, "FUSED_OPTIM_CPU_CAPABILITY")
+
+
+@pytest.fixture
+def threads() -> Iterator[Callable[[int], None]]:
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def run(case: Case, variant: str, dtype: torch.dtype, shapes: Any = SHAPES, steps: int = 3, **options: Any) -> Any:
+    params = new_params(dtype, shapes)
+    optimizer = case.make(params, variant, backend="cpu", **options)
+    train(optimizer, params, steps)
+    return optimizer
+
+
+# Instruction sets -----------------------------------------------------------------------------------------------
+
+
+def test_every_instruction_set_is_built() -> None:
+    expected = ["default", "avx2", "avx512"] if platform.machine() == "x86_64" else ["default"]
+    assert expected == BUILT
+    assert "default" in CAPABILITIES
+
+
+@each_dtype
+@each_variant
+def test_instruction_sets_give_the_same_bits(
+    case: Case, variant: str, dtype: torch.dtype, capability: Callable[[str], None]
+) -> None:
+    results = []
+    for name in CAPABILITIES:
+        capability(name)
+        assert extension._C is not None
+        assert extension._C.cpu_capability() == name
+        results.append(run(case, variant, dtype))
+    for other in results[1:]:
+        assert_same_results(results[0], other)
+
+
+@each_case
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_instruction_sets_agree_on_wide_states(
+    case: Case, dtype: torch.dtype, capability: Callable[[str], None]
+) -> None:
+    results = []
+    for name in CAPABILITIES:
+        capability(name)
+        results.append(run(case, "all", dtype, state_dtype=torch.float32))
+    for other in results[1:]:
+        assert_same_results(results[0], other)
+
+
+@each_case
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("column", ["param", "grad", "exp_avg", "exp_avg_sq"])
+def test_instruction_sets_agree_on_every_16_bit_number(
+    case: Case, column: str, dtype: torch.dtype, capability: Callable[[str], None]
+) -> None:
+    """All 65,536 bit patterns in one column, NaN payloads, infinities and subnormals among them."""
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+    results = []
+    for name in (*CAPABILITIES, None):
+        if name is not None:
+            capability(name)
+        param = Parameter(every.clone() if column == "param" else torch.ones_like(every))
+        optimizer = case.make([param], backend="eager" if name is None else "cpu", lr=0.5)
+        optimizer.state[param] = {
+            "step": torch.tensor(3.0),
+            "exp_avg": every.clone() if column == "exp_avg" else torch.zeros_like(every),
+            "exp_avg_sq": every.clone() if column == "exp_avg_sq" else torch.ones_like(every),
+        }
+        param.grad = every.clone() if column == "grad" else torch.full_like(every, 0.5)
+        optimizer.step()
+        results.append(snapshot(optimizer))
+    for other in results[1:]:
+        assert_same_snapshots(results[0], other)
+
+
+@each_case
+def test_unknown_instruction_set_is_refused(case: Case, capability: Callable[[str], None]) -> None:
+    capability("sse9")
+    params = new_params()
+    optimizer = case.make(params, backend="cpu")
+    set_grads(params, 0)
+    before = [param.detach().clone() for param in params]
+    with pytest.raises(ValueError, match=r"FUSED_OPTIM_CPU_CAPABILITY=sse9.*default"):
+        optimizer.step()
+    assert all(torch.equal(bits(param), bits(old)) for param, old in zip(params, before, strict=True))
+
+
+@each_case
+def test_empty_variable_is_no_choice(case: Case, capability: Callable[[str], None]) -> None:
+    capability("")
+    run(case, "default", torch.float32)
+    assert extension._C is not None
+    assert extension._C.cpu_capability() == CAPABILITIES[-1]
+
+
+# Threads --------------------------------------------------------------------------------------------------------
+
+
+@each_case
+@each_dtype
+def test_thread_count_does_not_matter(case: Case, dtype: torch.dtype, threads: Callable[[int], None]) -> None:
+    results = []
+    for count in (1, 2, 3, 5):
+        threads(count)
+        results.append(run(case, "all", dtype, LARGE, steps=2))
+    for other in results[1:]:
+        assert_same_results(results[0], other)
+
+
+@each_case
+def test_threaded_step_is_the_witnesss(case: Case, threads: Callable[[int], None]) -> None:
+    threads(3)
+    one = run(case, "all", torch.float32, LARGE, steps=2)
+    params = new_params(torch.float32, LARGE)
+    witness = case.make(params, "all", backend="eager")
+    train(witness, params, 2)
+    assert_same_results(one, witness)
+
+
+@each_case
+def test_number_of_threads_is_torchs(case: Case, threads: Callable[[int], None]) -> None:
+    """set_num_threads(1) means no second thread, whatever the machine has."""
+    code = """
+import os, sys, torch
+torch.set_num_threads(int(sys.argv[1]))
+import fused_optim
+param = torch.nn.Parameter(torch.ones(2_000_000))
+param.grad = torch.ones(2_000_000)
+before = len(os.listdir("/proc/self/task"))
+optimizer = getattr(fused_optim, sys.argv[2])([param], backend="cpu")
+optimizer.state[param] = {k: torch.empty_like(param).zero_() if k != "step" else torch.tensor(0.0)
+                          for k in ("step", "exp_avg", "exp_avg_sq")}
+optimizer.step()
+print(len(os.listdir("/proc/self/task")) - before)
+"""
+
+    def new_threads(count: int) -> int:
+        command = [os.sys.executable, "-c", code, str(count), case.name]  # type: ignore[attr-defined]
+        return int(subprocess.check_output(command, text=True, cwd=ROOT))
+
+    assert new_threads(1) == 0
+    # torch's own workers exist already when torch has used them; never more than asked for.
+    assert new_threads(4) <= 3
+
+
+def digest(optimizer: Any) -> bytes:
+    total = hashlib.sha256()
+    for entry in snapshot(optimizer):
+        for value in entry.values():
+            total.update(bits(value).numpy().tobytes())
+    return total.digest()
+
+
+def in_child(job: Callable[[], bytes], seconds: int = 60) -> bytes:
+    """What `job` returns in a forked child; fails where the child hangs or dies."""
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        signal.alarm(seconds)  # a hang ends the child
+        try:
+            os.write(write, job())
+            os._exit(0)
+        finally:
+            os._exit(1)
+    os.close(write)
+    with os.fdopen(read, "rb") as pipe:
+        result = pipe.read()
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == 0
+    return result
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+@each_case
+@pytest.mark.parametrize("parent_used_threads", [False, True])
+def test_forked_child_may_step(case: Case, parent_used_threads: bool, threads: Callable[[int], None]) -> None:
+    """A pool's workers do not exist in the child; waiting for them would be for ever."""
+    threads(3)
+    if parent_used_threads:
+        run(case, "all", torch.float32, LARGE, steps=2)
+        torch.ones(2_000_000).add_(1)
+
+    def job() -> bytes:
+        return digest(run(case, "all", torch.float32, LARGE, steps=2))
+
+    from_child = in_child(job)
+    assert from_child == job()
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+@each_case
+def test_optimizer_that_stepped_goes_on_in_the_child(case: Case, threads: Callable[[int], None]) -> None:
+    threads(3)
+    params = new_params(torch.float32, LARGE)
+    optimizer = case.make(params, "all", backend="cpu")
+    train(optimizer, params, 2)
+
+    def job() -> bytes:
+        train(optimizer, params, 2, first=2)
+        return digest(optimizer)
+
+    from_child = in_child(job)
+    assert from_child == job()
+
+
+# Denormals ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def flush_denormal() -> Iterator[Callable[[bool], bool]]:
+    yield torch.set_flush_denormal
+    torch.set_flush_denormal(False)
+
+
+@each_case
+@pytest.mark.parametrize("flush", [False, True])
+def test_denormals_are_as_the_caller_has_them_in_every_thread(
+    case: Case, flush: bool, flush_denormal: Callable[[bool], bool], threads: Callable[[int], None]
+) -> None:
+    """torch.set_flush_denormal sets a register of the calling thread; the workers take it over."""
+    results = []
+    for count in (1, 2, 4):
+        threads(count)
+        param = Parameter(torch.ones(600_000))
+        grad = torch.full_like(param, 1e-20)  # its square is denormal, and so is a tenth of 1e-38
+        first = torch.full_like(param, 1e-38)
+        optimizer = case.make([param], backend="cpu")
+        optimizer.state[param] = {"step": torch.tensor(1.0), "exp_avg": first, "exp_avg_sq": torch.zeros_like(param)}
+        param.grad = grad
+        assert flush_denormal(flush)
+        optimizer.step()
+        flush_denormal(False)
+        second = optimizer.state[param]["exp_avg_sq"]
+        assert bool((second == 0).all()) is flush
+        results.append(snapshot(optimizer))
+    for other in results[1:]:
+        assert_same_snapshots(results[0], other)
+
+
+@each_case
+def test_register_of_the_workers_is_restored(
+    case: Case, flush_denormal: Callable[[bool], bool], threads: Callable[[int], None]
+) -> None:
+    """torch's own workers must not go on flushing after a step that did."""
+    threads(4)
+    denormal = torch.full((2_000_000,), 1e-39)
+    assert (denormal * 1.0 != 0).all()
+    param = Parameter(torch.ones(2_000_000))
+    optimizer = case.make([param], backend="cpu")
+    param.grad = new_grad(param, 0)
+    assert flush_denormal(True)
+    optimizer.step()
+    flush_denormal(False)
+    assert (denormal * 1.0 != 0).all()
+
+
+# Number formats -------------------------------------------------------------------------------------------------
+
+
+def compile_storage_test(tmp_path: Path, flags: list[str], include: Path = ROOT / "csrc") -> Path:
+    program = tmp_path / "storage_test"
+    options = ["-std=c++17", "-O2", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror", f"-I{include}"]
+    source = str(ROOT / "tests" / "csrc" / "storage_test.cpp")
+    subprocess.run(["c++", *options, *flags, source, "-o", str(program)], check=True)
+    return program
+
+
+CONVERSION_FLAGS = {"default": [], "avx2": ["-mavx2", "-mf16c"]}
+
+
+@pytest.mark.requires("c++")
+@pytest.mark.parametrize("capability_flags", [name for name in CONVERSION_FLAGS if name in CAPABILITIES])
+def test_number_formats_are_converted_right(tmp_path: Path, capability_flags: str) -> None:
+    program = compile_storage_test(tmp_path, CONVERSION_FLAGS[capability_flags])
+    result = subprocess.run([program], capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.requires("c++")
+def test_every_float_is_rounded_right(tmp_path: Path) -> None:
+    program = compile_storage_test(tmp_path, ["-O3"])
+    result = subprocess.run([program, "all"], capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout
+
+
+@pytest.mark.requires("c++")
+@pytest.mark.parametrize(
+    ("right", "wrong"),
+    [
+        ("0x7fffu + ((bits >> 16) & 1u)", "0x8000u"),
+        ("0xfffu + ((magnitude >> 13) & 1u)", "0x1000u"),
+        ("0x47800000u", "0x47800001u"),
+        ("exponent == 0 ? subnormal : normal", "normal"),
+    ],
+    ids=["bfloat16 ties away", "float16 ties away", "float16 overflow", "float16 subnormals"],
+)
+def test_wrong_conversion_is_found(tmp_path: Path, right: str, wrong: str) -> None:
+    text = (ROOT / "csrc" / "storage.h").read_text()
+    assert right in text
+    source = tmp_path / "csrc"
+    source.mkdir()
+    (source / "rules").symlink_to(ROOT / "csrc" / "rules")
+    (source / "row.h").symlink_to(ROOT / "csrc" / "row.h")
+    (source / "storage.h").write_text(text.replace(right, wrong))
+    program = compile_storage_test(tmp_path, [], include=source)
+    assert subprocess.run([program], capture_output=True).returncode != 0
+
+
+def test_bits_of_a_tensor_are_compared() -> None:
+    """The comparison that every test relies on tells -0.0 from 0.0 and sees a single bit."""
+    zero: Tensor = torch.tensor([0.0])
+    assert not torch.equal(bits(zero), bits(-zero))
+    assert not torch.equal(bits(torch.tensor([1.0])), bits(torch.nextafter(torch.tensor([1.0]), zero)))
