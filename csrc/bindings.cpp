@@ -4,8 +4,10 @@
 
 #include <cstdlib>
 #include <memory>
+#include <optional>
 #include <string>
 #include <tuple>
+#include <vector>
 
 #include "plan.h"
 
@@ -64,9 +66,11 @@ const CpuKernels* requested_kernels() {
 
 std::unique_ptr<Plan> make_plan(const py::list& rules, const py::list& rows, const py::dict& defaults,
                                 const py::tuple& structural, const py::object& exchange_api,
-                                const py::object& is_plain, const py::object& describe) {
+                                const py::object& is_plain, const py::object& describe,
+                                const py::object& current_stream) {
   auto plan = std::make_unique<Plan>();
-  if (!plan->open(exchange_api.ptr(), is_plain.ptr(), describe.ptr(), requested_kernels()) ||
+  if (!plan->open(exchange_api.ptr(), is_plain.ptr(), describe.ptr(), current_stream.ptr(),
+                  requested_kernels()) ||
       !plan->build(rules.ptr(), rows.ptr(), defaults.ptr(), structural.ptr())) {
     throw py::error_already_set();
   }
@@ -79,6 +83,24 @@ StepOptions options_of(double grad_scale, const ClipTuple& clip) {
   return {grad_scale, static_cast<Clip>(std::get<0>(clip)), std::get<1>(clip), std::get<2>(clip),
           std::get<3>(clip)};
 }
+
+// Device index, then the addresses of loss scale, found_inf, global norm and non-finite flag on it.
+using ScalarsTuples = std::vector<std::tuple<int, uint64_t, uint64_t, uint64_t, uint64_t>>;
+
+std::vector<DeviceScalars> scalars_of(const ScalarsTuples& tuples) {
+  std::vector<DeviceScalars> scalars;
+  for (const auto& [device, grad_scale, found_inf, grad_norm, non_finite] : tuples) {
+    scalars.push_back({device, grad_scale, found_inf, grad_norm, non_finite});
+  }
+  return scalars;
+}
+
+#if !defined(FO_WITH_CUDA)
+std::string why_no_cuda(int) {
+  return "the extension was built without CUDA: nvcc was not found, or FUSED_OPTIM_CUDA=OFF";
+}
+uint64_t cuda_launches() { return 0; }
+#endif
 
 py::dict build_info() {
   py::dict info;
@@ -97,18 +119,33 @@ PYBIND11_MODULE(_C, module) {
   using namespace fused_optim;
   py::class_<Plan>(module, "Plan", py::custom_type_setup(make_collectable))
       .def(py::init(&make_plan), py::kw_only(), py::arg("rules"), py::arg("rows"), py::arg("defaults"),
-           py::arg("structural"), py::arg("exchange_api"), py::arg("is_plain"), py::arg("describe"))
+           py::arg("structural"), py::arg("exchange_api"), py::arg("is_plain"), py::arg("describe"),
+           py::arg("current_stream") = py::none())
       .def("refresh",
            [](Plan& plan, const py::object& param_groups, const py::object& state) {
              return owned(plan.refresh(param_groups.ptr(), state.ptr()));
            })
-      .def("reduce", [](Plan& plan, double grad_scale, int threads,
-                        const ClipTuple& clip) { return plan.reduce(options_of(grad_scale, clip), threads); })
-      .def("run", [](Plan& plan, double grad_scale, int threads, const ClipTuple& clip,
-                     double global_norm) { plan.run(options_of(grad_scale, clip), threads, global_norm); })
+      .def(
+          "reduce",
+          [](Plan& plan, double grad_scale, int threads, const ClipTuple& clip,
+             const ScalarsTuples& scalars) {
+            return plan.reduce(options_of(grad_scale, clip), threads, scalars_of(scalars));
+          },
+          py::arg("grad_scale"), py::arg("threads"), py::arg("clip"), py::arg("scalars") = ScalarsTuples())
+      .def(
+          "run",
+          [](Plan& plan, double grad_scale, int threads, const ClipTuple& clip,
+             std::optional<double> global_norm, const ScalarsTuples& scalars) {
+            plan.run(options_of(grad_scale, clip), threads, global_norm, scalars_of(scalars));
+          },
+          py::arg("grad_scale"), py::arg("threads"), py::arg("clip"), py::arg("global_norm"),
+          py::arg("scalars") = ScalarsTuples())
+      .def("captured", &Plan::captured)
       .def("versions", [](const Plan& plan) { return owned(plan.versions()); })
       .def("touched", [](Plan& plan) { return owned(plan.touched()); });
   module.def("build_info", &build_info);
   module.def("cpu_capability", [] { return requested_kernels()->capability; });
   module.def("has_openmp", &has_openmp);
+  module.def("why_no_cuda", &why_no_cuda);
+  module.def("cuda_launches", &cuda_launches);
 }

@@ -67,7 +67,9 @@ GompParallel find_openmp() {
 }
 
 // A forked child has none of its parent's workers, so a pool would wait for ever; fresh threads do not.
+// Watched from the moment the library is loaded: torch may have started its workers long before our first step.
 std::atomic<bool> forked{false};
+const bool watches_forks = pthread_atfork(nullptr, nullptr, [] { forked = true; }) == 0;
 
 // Threads that take tasks from one list until it is empty.
 struct Team {
@@ -97,8 +99,7 @@ void run_tasks(const Job& job, size_t tasks, int threads) {
   Team team{[](const void* job_pointer, size_t task) { (*static_cast<const Job*>(job_pointer))(task); }, &job,
             tasks};
   if (threads <= 1 || tasks <= 1) return work(&team);
-  static const int registered = pthread_atfork(nullptr, nullptr, [] { forked = true; });
-  const GompParallel parallel = registered == 0 && !forked ? find_openmp() : nullptr;
+  const GompParallel parallel = watches_forks && !forked ? find_openmp() : nullptr;
   if (parallel != nullptr) return parallel(work, &team, static_cast<unsigned>(threads), 0);
   std::vector<std::thread> others;
   try {

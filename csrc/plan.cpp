@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <stdexcept>
 #include <unordered_map>
 
 namespace fused_optim {
@@ -87,9 +88,10 @@ const std::vector<RuleNames>& rule_names() {
   return *names;
 }
 
-bool Plan::open(PyObject* exchange_api, PyObject* is_plain, PyObject* describe, const CpuKernels* kernels) {
+bool Plan::open(PyObject* exchange_api, PyObject* is_plain, PyObject* describe, PyObject* current_stream,
+                const CpuKernels* kernels) {
   kernels_ = kernels;
-  return reader_.open(exchange_api, is_plain, describe);
+  return reader_.open(exchange_api, is_plain, describe, current_stream);
 }
 
 bool Plan::build(PyObject* rules, PyObject* rows, PyObject* defaults, PyObject* structural) {
@@ -107,6 +109,7 @@ bool Plan::build(PyObject* rules, PyObject* rows, PyObject* defaults, PyObject* 
     groups_.back().rule = static_cast<int>(found - known.begin());
   }
   hypers_.resize(groups_.size());
+  hyper_tensors_.resize(groups_.size());
   Py_INCREF(defaults);
   defaults_ = defaults;
   for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(structural); ++i) {
@@ -125,7 +128,71 @@ bool Plan::build(PyObject* rules, PyObject* rows, PyObject* defaults, PyObject* 
   }
   norms_.resize(rows_.size());
   records_.resize(rows_.size());
+  find_devices();
   return true;
+}
+
+void Plan::find_devices() {
+  for (size_t r = 0; r < rows_.size(); ++r) {
+    if (!hosts_[r].native || hosts_[r].device.device_type != dlpack::kCUDA) continue;
+    const int index = hosts_[r].device.device_id;
+    size_t d = 0;
+    while (d < devices_.size() && devices_[d].index != index) ++d;
+    if (d == devices_.size()) devices_.push_back({index, {}, {}, nullptr, nullptr});
+    Device& device = devices_[d];
+    device.rows.push_back(r);
+    device.table.push_back(rows_[r]);
+  }
+#if defined(FO_WITH_CUDA)
+  for (Device& device : devices_) {
+    device.phases = CudaPhases::create(device.index, device.table, groups_.size());
+  }
+#else
+  if (!devices_.empty()) throw std::runtime_error("fused_optim was built without CUDA");
+#endif
+}
+
+// The rows that the CPU steps.
+const std::vector<Row>& Plan::host_rows() {
+  if (devices_.empty()) return rows_;
+  host_rows_ = rows_;
+  for (const Device& device : devices_) {
+    for (const size_t r : device.rows) host_rows_[r].active = false;
+  }
+  return host_rows_;
+}
+
+// Copies a device's rows; false if none of them is active.
+bool Plan::collect(Device& device) const {
+  bool active = false;
+  for (size_t i = 0; i < device.rows.size(); ++i) {
+    device.table[i] = rows_[device.rows[i]];
+    active = active || device.table[i].active;
+  }
+  return active;
+}
+
+CudaStep Plan::step_of(const Device& device, const StepOptions& options,
+                       const std::vector<DeviceScalars>& scalars) const {
+  CudaStep step{};
+  step.options = options;
+  for (const DeviceScalars& of_device : scalars) {
+    if (of_device.device != device.index) continue;
+    step.grad_scale = of_device.grad_scale;
+    step.found_inf = of_device.found_inf;
+    step.grad_norm = of_device.grad_norm;
+    step.non_finite = of_device.non_finite;
+  }
+  return step;
+}
+
+bool Plan::captured() const {
+#if defined(FO_WITH_CUDA)
+  for (const Device& device : devices_) {
+    if (is_capturing(device.stream)) return true;
+  }
+#endif
+  return false;
 }
 
 bool Plan::row_from_tuple(PyObject* tuple) {
@@ -204,6 +271,23 @@ bool Plan::number(PyObject* value, double* out) {
   return true;
 }
 
+// Whether the rows' kernels can read this hyperparameter where it lies: one number on the device that all of
+// the group's rows are on.
+bool Plan::is_on_device_of_rows(const Group& group, const TensorView& view) const {
+  if (view.device.device_type != dlpack::kCUDA || view.address == 0 || !is_number(view.dtype)) return false;
+  for (int i = 0; i < view.ndim; ++i) {
+    if (view.shape[i] != 1) return false;
+  }
+  for (size_t r = group.first_row; r < group.last_row; ++r) {
+    const HostRow& host = hosts_[r];
+    if (host.native &&
+        (host.device.device_type != dlpack::kCUDA || host.device.device_id != view.device.device_id)) {
+      return false;
+    }
+  }
+  return true;
+}
+
 bool Plan::parse_group(PyObject* group, size_t index, bool* stale) {
   Group& known = groups_[index];
   const RuleNames& rule = rule_names()[static_cast<size_t>(known.rule)];
@@ -220,6 +304,7 @@ bool Plan::parse_group(PyObject* group, size_t index, bool* stale) {
   }
   bool constant = true;
   double hyper[kMaxHyper], maximize = 0;
+  HyperTensors tensors{};
   PyObject* maximizes = PyDict_GetItemWithError(group, maximize_name());
   if (maximizes == nullptr && PyErr_Occurred()) return false;
   if (maximizes != nullptr) {
@@ -245,7 +330,16 @@ bool Plan::parse_group(PyObject* group, size_t index, bool* stale) {
       Py_DECREF(item);
       item = PySequence_GetItem(value, rule.hyper[i].index);
     }
-    const bool good = item != nullptr && number(item, &hyper[i]);
+    TensorView view;
+    bool good = item != nullptr;
+    if (good && !devices_.empty() && !PyFloat_CheckExact(item) && !PyLong_Check(item) &&
+        reader_.read(item, view) && is_on_device_of_rows(known, view)) {
+      hyper[i] = 0;
+      tensors.address[i] = view.address;
+      tensors.dtype[i] = view.dtype;
+    } else {
+      good = good && number(item, &hyper[i]);
+    }
     Py_XDECREF(item);
     if (!good) {
       PyErr_Format(PyExc_TypeError, "param_groups[%zu][%R] must hold numbers or one-element Tensors, got %R",
@@ -255,6 +349,7 @@ bool Plan::parse_group(PyObject* group, size_t index, bool* stale) {
   }
   hypers_[index].maximize = maximize;
   std::memcpy(hypers_[index].rule, hyper, rule.hyper.size() * sizeof(double));
+  hyper_tensors_[index] = tensors;
   std::vector<Entry> entries;
   PyObject *key, *value;
   for (Py_ssize_t position = 0; PyDict_Next(group, &position, &key, &value);) {
@@ -373,6 +468,9 @@ PyObject* Plan::refresh(PyObject* param_groups, PyObject* state) {
     active_elements_ -= rows_[r].numel;
     --active_rows_;
     if (!attend(r, "overlap")) return leave(nullptr);
+  }
+  for (Device& device : devices_) {
+    if (!reader_.read_stream(device.index, &device.stream)) return leave(nullptr);
   }
   return attention != nullptr ? attention : PyTuple_New(0);
 }
@@ -544,20 +642,37 @@ void Plan::find_overlaps() {
   written_moved_ = false;
 }
 
-double Plan::reduce(const StepOptions& options, int threads) {
-  const Unlocked unlocked(active_elements_ > kElementsUnderLock, busy_);
-  reduce_cpu(*kernels_, rows_, hypers_, options, threads, norms_);
+double Plan::reduce(const StepOptions& options, int threads, const std::vector<DeviceScalars>& scalars) {
+  const Unlocked unlocked(active_elements_ > kElementsUnderLock || !devices_.empty(), busy_);
+  const std::vector<Row>& rows = host_rows();
+  reduce_cpu(*kernels_, rows, hypers_, options, threads, norms_);
+  double sum = sum_of_squares(rows, norms_);
+  for (Device& device : devices_) {
+    if (!collect(device)) continue;
+    const CudaStep step = step_of(device, options, scalars);
+    sum += device.phases->reduce(device.table, hypers_, hyper_tensors_, step, device.stream);
+  }
   reduced_ = true;
-  return sum_of_squares(rows_, norms_);
+  return sum;
 }
 
-void Plan::run(const StepOptions& options, int threads, double global_norm) {
+void Plan::run(const StepOptions& options, int threads, std::optional<double> global_norm,
+               const std::vector<DeviceScalars>& scalars) {
   if (active_rows_ == 0) return;
-  if (needs_ != 0 && !reduced_) reduce(options, threads);
   {
     const Unlocked unlocked(active_elements_ > kElementsUnderLock, busy_);
-    prepare_cpu(rows_, hypers_, options, norms_, global_norm, records_);
-    apply_cpu(*kernels_, rows_, records_, threads);
+    for (Device& device : devices_) {
+      if (!collect(device)) continue;
+      CudaStep step = step_of(device, options, scalars);
+      step.reduced = reduced_;
+      step.global_norm_known = global_norm.has_value();
+      step.global_norm = global_norm.value_or(0);
+      device.phases->run(device.table, hypers_, hyper_tensors_, step, device.stream);
+    }
+    const std::vector<Row>& rows = host_rows();
+    if (needs_ != 0 && !reduced_) reduce_cpu(*kernels_, rows, hypers_, options, threads, norms_);
+    prepare_cpu(rows, hypers_, options, norms_, global_norm.value_or(0), records_);
+    apply_cpu(*kernels_, rows, records_, threads);
   }
   for (size_t r = 0; r < rows_.size(); ++r) {
     if (rows_[r].active && hosts_[r].master_key != nullptr)
@@ -629,6 +744,7 @@ void Plan::clear() {
   groups.swap(groups_);
   keys.swap(structural_keys_);
   rows_.clear();
+  devices_.clear();
   for (HostRow& host : hosts) {
     Py_CLEAR(host.grad);
     Py_CLEAR(host.param);

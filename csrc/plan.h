@@ -7,14 +7,23 @@
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
+#include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
 #include "phases_cpu.h"
+#include "phases_cuda.h"
 #include "row.h"
 #include "tensor_reader.h"
 
 namespace fused_optim {
+
+// What a step's numbers are on one CUDA device: addresses as in CudaStep.
+struct DeviceScalars {
+  int device;
+  uint64_t grad_scale, found_inf, grad_norm, non_finite;
+};
 
 class Plan {
  public:
@@ -25,7 +34,8 @@ class Plan {
 
   // All PyObject* results are new references; null means that a Python error is set.
 
-  bool open(PyObject* exchange_api, PyObject* is_plain, PyObject* describe, const CpuKernels* kernels);
+  bool open(PyObject* exchange_api, PyObject* is_plain, PyObject* describe, PyObject* current_stream,
+            const CpuKernels* kernels);
 
   // rules: the rule's name of each group. rows: (group index, param, lr scale, weight decay scale, native,
   // clipped, key of the master's state or None, the param's version when its master was last in step with it
@@ -39,12 +49,17 @@ class Plan {
   PyObject* refresh(PyObject* param_groups, PyObject* state);
 
   // The norms that a clip or a rule needs, of all rows that refresh accepted: the sum of squares over those
-  // that take part in clipping.
-  double reduce(const StepOptions& options, int threads);
+  // that take part in clipping. Waits for the devices that have some of them.
+  double reduce(const StepOptions& options, int threads, const std::vector<DeviceScalars>& scalars);
 
   // The step of all rows that refresh accepted; global_norm: of all gradients, those that others step
-  // included.
-  void run(const StepOptions& options, int threads, double global_norm);
+  // included. Without it, rows on a CUDA device are clipped by the norm of that device's gradients, and
+  // nothing waits. scalars: for each CUDA device what it reads and writes there. Throws std::runtime_error.
+  void run(const StepOptions& options, int threads, std::optional<double> global_norm,
+           const std::vector<DeviceScalars>& scalars);
+
+  // Whether torch's stream on a device of a row is being captured into a graph; valid after refresh.
+  bool captured() const;
 
   // The version of each row's parameter after the last run; -1 where it has no master.
   PyObject* versions() const;
@@ -87,7 +102,22 @@ class Plan {
   PyObject* grad_of(const HostRow& host) const;
   enum class Read { ok, stale, error };
   Read refresh_group(PyObject* group, size_t index, PyObject** params);
+  // The rows that one CUDA device holds.
+  struct Device {
+    int index;
+    std::vector<size_t> rows;
+    std::vector<Row> table;  // those rows as they are at this step
+    std::unique_ptr<CudaPhases> phases;
+    void* stream = nullptr;  // torch's, as refresh() found it
+  };
+
   bool parse_group(PyObject* group, size_t index, bool* stale);
+  bool is_on_device_of_rows(const Group& group, const TensorView& view) const;
+  void find_devices();
+  const std::vector<Row>& host_rows();
+  bool collect(Device& device) const;
+  CudaStep step_of(const Device& device, const StepOptions& options,
+                   const std::vector<DeviceScalars>& scalars) const;
   bool number(PyObject* value, double* out);
   const char* refresh_row(HostRow& host, Row& row, PyObject* state);
   const char* read_states(HostRow& host, Row& row, PyObject* state);
@@ -105,6 +135,9 @@ class Plan {
   std::vector<int64_t> layouts_;
   std::vector<Group> groups_;
   std::vector<GroupHyper> hypers_;
+  std::vector<HyperTensors> hyper_tensors_;  // those that are read on the rows' device
+  std::vector<Device> devices_;              // the CUDA devices that rows are on
+  std::vector<Row> host_rows_;               // rows_ without theirs, if there are any
   std::vector<Norms> norms_;
   std::vector<ScalarsRecord> records_;
   unsigned needs_ = 0;    // norms that some rule reads

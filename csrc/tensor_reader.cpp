@@ -14,7 +14,7 @@ DType dtype_of(uint8_t code, uint8_t bits) {
 
 }  // namespace
 
-bool TensorReader::open(PyObject* capsule, PyObject* is_plain, PyObject* describe) {
+bool TensorReader::open(PyObject* capsule, PyObject* is_plain, PyObject* describe, PyObject* current_stream) {
   if (capsule != Py_None) {
     api_ = static_cast<const dlpack::ExchangeApi*>(PyCapsule_GetPointer(capsule, dlpack::kCapsuleName));
     if (api_ == nullptr) return false;
@@ -27,7 +27,20 @@ bool TensorReader::open(PyObject* capsule, PyObject* is_plain, PyObject* describ
   is_plain_ = is_plain;
   Py_INCREF(describe);
   describe_ = describe;
+  Py_INCREF(current_stream);
+  current_stream_ = current_stream;
   return true;
+}
+
+bool TensorReader::read_stream(int device, void** stream) const {
+  if (api_ != nullptr && api_->current_work_stream != nullptr) {
+    return api_->current_work_stream(dlpack::kCUDA, device, stream) == 0;
+  }
+  PyObject* address = PyObject_CallFunction(current_stream_, "i", device);
+  if (address == nullptr) return false;
+  *stream = PyLong_AsVoidPtr(address);
+  Py_DECREF(address);
+  return !PyErr_Occurred();
 }
 
 bool TensorReader::ask_whether_plain(PyTypeObject* type) {
@@ -95,6 +108,7 @@ bool TensorReader::read_slowly(PyObject* object, TensorView& view) {
 int TensorReader::traverse(visitproc visit, void* arg) const {
   Py_VISIT(is_plain_);
   Py_VISIT(describe_);
+  Py_VISIT(current_stream_);
   for (const KnownType& known : known_types_) Py_VISIT(known.type);
   return 0;
 }
@@ -102,6 +116,7 @@ int TensorReader::traverse(visitproc visit, void* arg) const {
 void TensorReader::clear() {
   Py_CLEAR(is_plain_);
   Py_CLEAR(describe_);
+  Py_CLEAR(current_stream_);
   std::vector<KnownType> types;
   types.swap(known_types_);
   for (const KnownType& known : types) Py_DECREF(known.type);

@@ -28,8 +28,12 @@ class TensorReader {
  public:
   // `capsule`: torch.Tensor.__dlpack_c_exchange_api__ or None. `is_plain(type)` says whether tensors of a
   // type are plain memory. `describe(tensor)` returns (address, device type, device index, type code, bits,
-  // shape, strides) or None. Returns false with a Python error set.
-  bool open(PyObject* capsule, PyObject* is_plain, PyObject* describe);
+  // shape, strides) or None. `current_stream(index)` returns the address of torch's stream on a CUDA device.
+  // Returns false with a Python error set.
+  bool open(PyObject* capsule, PyObject* is_plain, PyObject* describe, PyObject* current_stream);
+
+  // The stream that torch works on now on a CUDA device. False with a Python error set.
+  bool read_stream(int device, void** stream) const;
 
   // False if the object is not a tensor in plain memory; no Python error is left behind.
   bool read(PyObject* object, TensorView& view);
@@ -45,6 +49,7 @@ class TensorReader {
   const dlpack::ExchangeApi* api_ = nullptr;
   PyObject* is_plain_ = nullptr;
   PyObject* describe_ = nullptr;
+  PyObject* current_stream_ = nullptr;
   struct KnownType {
     PyTypeObject* type;
     bool plain;

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 from collections.abc import Iterable
@@ -16,15 +17,25 @@ BACKENDS = ("cuda", "triton", "cpu", "eager")
 AUTOMATIC = {"cpu": ("cpu", "eager"), "cuda": ("cuda", "triton", "eager")}
 
 
-def why_missing(backend: str) -> str | None:
-    """Why a backend cannot be used in this process; None if it can."""
+def why_missing(backend: str, device: int | None = None) -> str | None:
+    """Why a backend cannot be used in this process, on a CUDA device by its index; None if it can."""
     if backend == "cpu":
         return extension.missing
     if backend == "cuda":
-        return extension.missing or "this version of fused_optim has no CUDA kernels"
+        return extension.missing or _why_no_cuda(device or 0)
     if backend == "triton":
         return "this version of fused_optim has no Triton kernels"
     return None
+
+
+@functools.cache
+def _why_no_cuda(device: int) -> str | None:
+    if extension._C is None:
+        return extension.missing
+    if not torch.cuda.is_available():  # asked first: torch's answer does not spoil a later fork
+        built = extension._C.build_info()["cuda_version"]
+        return "no CUDA device is there" if built else extension._C.why_no_cuda(device)
+    return extension._C.why_no_cuda(device) or None
 
 
 def takes(backend: str, device: torch.device) -> bool:
@@ -71,7 +82,7 @@ def choose(device: torch.device, forced: str | None = None) -> tuple[str, str | 
         return "eager", f"backend={forced!r} takes no tensor on {device}"
     reasons: list[str] = []
     for backend in AUTOMATIC.get(device.type, ("eager",)):
-        reason = why_missing(backend)
+        reason = why_missing(backend, device.index)
         if reason is None:
             return backend, "; ".join(reasons) or None
         reasons.append(f"no {backend} backend: {reason}")

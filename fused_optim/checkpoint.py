@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from . import masters
-from .states import kept_dtype, like_param, name_of, new_step, state_dtype_of
+from .states import is_number, kept_dtype, like_param, name_of, new_step, state_dtype_of
 
 if TYPE_CHECKING:
     from .optimizer import FusedOptimizer
@@ -49,8 +49,12 @@ def admit(optimizer: Any, state_dict: dict[str, Any]) -> None:
                     raise ValueError(
                         f"{name!r} of {place} has shape {shape} in the state dict, the parameter {tuple(param.shape)}"
                     )
-            if "step" not in state and "step" not in saved:
-                raise ValueError(f"the state dict has no 'step' for {place}, nor has its group; it has {sorted(state)}")
+            step = state.get("step", saved.get("step"))
+            if not is_number(step):
+                raise ValueError(
+                    f"'step' of {place}, in its state or its group, must be a number or a one-element Tensor in the "
+                    f"state dict, found {step!r}; the state has {sorted(state)}"
+                )
     optimizer._loading = state_dict
 
 

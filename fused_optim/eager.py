@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from . import masters
+from .plan import is_plain
 
 Number = float | Tensor
 
@@ -104,12 +105,13 @@ def step_eager(
     """
     assert param.grad is not None
     differentiable = bool(group["differentiable"])
-    on_device = param.device.type != "cpu"
-    group = {key: _scalar(value, param.device, differentiable) for key, value in group.items() if key != "params"}
+    on_device = param.device.type != "cpu" or not is_plain(type(param))
+    keep = differentiable or on_device
+    group = {key: _scalar(value, param.device, keep) for key, value in group.items() if key != "params"}
     step = state["step"]
     step += 1
     tensor = TensorContext(
-        step=step.to(torch.float64) if on_device or differentiable else step.item(),
+        step=step.to(torch.float64) if keep else step.item(),
         lr_scale=lr_scale,
         weight_decay_scale=weight_decay_scale,
     )

@@ -75,7 +75,11 @@ class FusedOptimizer(torch.optim.Optimizer):
     _plan: Plan | None = None
     _rows: Sequence[Row] = ()
     _versions: dict[Tensor, int]
-    _grad_norm: float | None = None
+    _grad_norm: float | Tensor | None = None
+    _cuda_devices: tuple[torch.device, ...] = ()  # that rows of the plan are on
+    _devices_alone: bool = False  # one of them has all rows
+    _norm_tensors: dict[torch.device, Tensor]  # where the kernels write the global norm
+    _scalars: Sequence[Tensor] = ()
     _reported: frozenset[str] = frozenset()
     _loading: dict[str, Any] | None = None
 
@@ -103,6 +107,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._master_weights = master_weights
         self._grad_clip = grad_clip
         self._versions = {}
+        self._norm_tensors = {}
         super().__init__(params, defaults)
         if self._forced_backend is not None:
             backends.check_forced(self._forced_backend, self._devices())
@@ -145,6 +150,8 @@ class FusedOptimizer(torch.optim.Optimizer):
 
         None before a step with ``grad_clip=ClipGradByGlobalNorm(…)``; ``math.inf`` as its threshold only measures.
         """
+        if isinstance(self._grad_norm, Tensor):
+            return self._grad_norm.clone()  # the next step writes it again
         return None if self._grad_norm is None else torch.tensor(self._grad_norm, dtype=torch.float32)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -200,30 +207,84 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def _step(self) -> None:
         found_inf, scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
-        if found_inf is not None and float(found_inf) != 0:
+        if self._plan is None:
+            self._build_plan()
+        # What only CUDA devices step reads everything there, and nothing waits for them.
+        waits = not self._devices_alone
+        if waits and found_inf is not None and float(found_inf) != 0:
             return
-        grad_scale = 1.0 if scale is None else 1.0 / float(scale)
         # A torch function mode, as torch.set_default_device sets one, would make reading `.grad` 20 times slower.
         with torch._C.DisableTorchFunction():
             attention = self._refresh()
+            if self._cuda_devices and self._plan is not None and self._plan.captured():
+                self._check_capture(attention)
             witnessed = self._attend(attention) if attention else []
             plan = self._plan
             assert plan is not None
-            clip, global_norm = NO_CLIP, 0.0
+            if not waits and (witnessed or not self._devices_alone):
+                waits = True
+                if found_inf is not None and float(found_inf) != 0:
+                    self._drop_plan()  # and with it the gradients that it holds
+                    return
+            grad_scale = 1.0 if scale is None or not waits else 1.0 / float(scale)
+            scalars = self._device_scalars(scale, found_inf) if self._cuda_devices else ()
+            clip = NO_CLIP
+            global_norm: float | None = 0.0 if waits else None
             threads = torch.get_num_threads()
             if self._grad_clip is not None:
                 clip = self._grad_clip.options
-                if clip.kind == GLOBAL_NORM:
+                if not waits:
+                    self._grad_norm = self._norm_tensors[self._cuda_devices[0]]
+                elif clip.kind == GLOBAL_NORM:
                     sums = [self._sum_of_squares(self._rows[index]) for index in witnessed]
                     total = math.fsum(sums) * grad_scale**2 if all(map(math.isfinite, sums)) else sum(sums)
-                    self._grad_norm = global_norm = math.sqrt(total + plan.reduce(grad_scale, threads, clip))
+                    self._grad_norm = global_norm = math.sqrt(total + plan.reduce(grad_scale, threads, clip, scalars))
                 elif clip.kind == NORM:
-                    plan.reduce(grad_scale, threads, clip)
+                    plan.reduce(grad_scale, threads, clip, scalars)
             for index in witnessed:
-                self._step_witness(self._rows[index], grad_scale, global_norm)
-            plan.run(grad_scale, threads, clip, global_norm)
+                self._step_witness(self._rows[index], grad_scale, global_norm or 0.0)
+            plan.run(grad_scale, threads, clip, global_norm, scalars)
             # Writing through addresses leaves the version counters alone; a stale graph must still raise.
             torch._C._increment_version(plan.touched())
+
+    def _device_scalars(self, scale: Tensor | None, found_inf: Tensor | None) -> list[tuple[int, int, int, int, int]]:
+        """For each CUDA device where the kernels read the loss scale and found_inf and write the global norm."""
+        scalars = []
+        self._scalars = []  # alive until the next step: the kernels read them later
+        for device in self._cuda_devices:
+            addresses = []
+            for value in (scale, found_inf):
+                if value is None:
+                    addresses.append(0)
+                    continue
+                value = value.detach().to(device=device, dtype=torch.float32, non_blocking=True)
+                self._scalars.append(value)
+                addresses.append(value.data_ptr())
+            if device not in self._norm_tensors:
+                self._norm_tensors[device] = torch.zeros((), dtype=torch.float32, device=device)
+            scalars.append((device.index or 0, *addresses, self._norm_tensors[device].data_ptr(), 0))
+        return scalars
+
+    def _check_capture(self, attention: Sequence[tuple[int, str]]) -> None:
+        """Refuse a capture into a CUDA graph that could not be replayed.
+
+        Raises:
+            RuntimeError: a group is not capturable, or a parameter is not ready; the text names it and the remedy.
+        """
+        name = type(self).__name__
+        for index, group in enumerate(self.param_groups):
+            if not group.get("capturable", False):
+                raise RuntimeError(
+                    f"{name}.step() is being captured into a CUDA graph, but param_groups[{index}]['capturable'] is "
+                    f"False; make the optimizer with {name}(..., capturable=True)"
+                )
+        for index, _ in attention:
+            row = self._rows[index]
+            raise RuntimeError(
+                f"{name}.step() is being captured into a CUDA graph, but {row.name} is not ready: "
+                f"{row.refused or 'its state or its gradient is not what the kernels read'}; take one step with a "
+                "gradient for it before the capture, or leave it without a gradient"
+            )
 
     def _refresh(self) -> Sequence[tuple[int, str]]:
         for _ in range(2):
@@ -237,6 +298,10 @@ class FusedOptimizer(torch.optim.Optimizer):
         raise RuntimeError("the param groups change while the plan is built from them")
 
     def _build_plan(self) -> None:
+        present = {param for group in self.param_groups for param in group["params"]}
+        self._versions = {param: version for param, version in self._versions.items() if param in present}
+        for column in self._scales:
+            column.forget_all_but(present)
         groups = [{**self.defaults, **group} for group in self.param_groups]
         rows = []
         for index, group in enumerate(groups):
@@ -265,6 +330,10 @@ class FusedOptimizer(torch.optim.Optimizer):
                     )
                 )
         self._rows = rows
+        self._cuda_devices = tuple(
+            dict.fromkeys(row.param.device for row in rows if row.native and row.backend == "cuda")
+        )
+        self._devices_alone = len(self._cuda_devices) == 1 and all(row.backend == "cuda" and row.native for row in rows)
         self._plan = make_plan(rows, [self.rule(group) for group in groups], self.defaults, self.structural_keys)
 
     def _drop_plan(self) -> None:
@@ -291,6 +360,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         """Refuse or repair the state of rows that need attention; return those that the witness takes."""
         groups = [{**self.defaults, **group} for group in self.param_groups]
         rows = [self._rows[index] for index, _ in attention]
+        for index in {row.group for row in rows}:
+            states.check_hyperparameters(groups[index], index, self.defaults)
         for row in rows:
             states.check_grad(row, type(self).__name__)
             states.check_state(row, self.state.get(row.param), groups[row.group], self)
@@ -385,6 +456,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         super().__setstate__(state)
         self._plan = None
         self._versions = {}
+        self._norm_tensors = {}
         self._rows = ()
         for group in self.param_groups:
             for key, value in self.defaults.items():

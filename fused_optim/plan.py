@@ -13,12 +13,13 @@ from . import extension
 from .clip import ClipOptions
 
 NATIVE_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-NATIVE_BACKENDS = ("cpu",)
+NATIVE_BACKENDS = ("cpu", "cuda")
 _DLPACK_CODES = {
     torch.bfloat16: (4, 16),
     torch.float16: (2, 16),
     torch.float32: (2, 32),
     torch.float64: (2, 64),
+    torch.int16: (0, 16),  # the remainder of a split master weight
 }
 _DLPACK_DEVICES = {"cpu": 1, "cuda": 2}
 
@@ -39,6 +40,10 @@ class Row(NamedTuple):
     refused: str | None  # why no native backend takes it
 
 
+# Index of a CUDA device, and addresses on it: loss scale, found_inf, global norm, non-finite flag; 0: none.
+DeviceScalars = tuple[int, int, int, int, int]
+
+
 class Plan(Protocol):
     """What `fused_optim._C.Plan` and `EagerPlan` both do; see ``csrc/plan.h``."""
 
@@ -46,9 +51,20 @@ class Plan(Protocol):
         self, param_groups: list[dict[str, Any]], state: dict[Tensor, Any]
     ) -> Sequence[tuple[int, str]] | None: ...
 
-    def reduce(self, grad_scale: float, threads: int, clip: ClipOptions) -> float: ...
+    def reduce(
+        self, grad_scale: float, threads: int, clip: ClipOptions, scalars: Sequence[DeviceScalars] = ()
+    ) -> float: ...
 
-    def run(self, grad_scale: float, threads: int, clip: ClipOptions, global_norm: float) -> None: ...
+    def run(
+        self,
+        grad_scale: float,
+        threads: int,
+        clip: ClipOptions,
+        global_norm: float | None,
+        scalars: Sequence[DeviceScalars] = (),
+    ) -> None: ...
+
+    def captured(self) -> bool: ...
 
     def touched(self) -> list[Tensor]: ...
 
@@ -78,10 +94,22 @@ class EagerPlan:
                 index += 1
         return attention
 
-    def reduce(self, grad_scale: float, threads: int, clip: ClipOptions) -> float:
+    def reduce(
+        self, grad_scale: float, threads: int, clip: ClipOptions, scalars: Sequence[DeviceScalars] = ()
+    ) -> float:
         return 0.0
 
-    def run(self, grad_scale: float, threads: int, clip: ClipOptions, global_norm: float) -> None: ...
+    def run(
+        self,
+        grad_scale: float,
+        threads: int,
+        clip: ClipOptions,
+        global_norm: float | None,
+        scalars: Sequence[DeviceScalars] = (),
+    ) -> None: ...
+
+    def captured(self) -> bool:
+        return False
 
     def touched(self) -> list[Tensor]:
         return []
@@ -119,6 +147,11 @@ def describe_tensor(
         tuple(tensor.shape),
         tensor.stride(),
     )
+
+
+def current_stream(index: int) -> int:
+    """The address of torch's stream on a CUDA device: for a torch without the DLPack C exchange API."""
+    return torch.cuda.current_stream(index).cuda_stream
 
 
 def is_dense(tensor: Tensor) -> bool:
@@ -178,4 +211,5 @@ def make_plan(rows: list[Row], rules: list[str], defaults: dict[str, Any], struc
         exchange_api=getattr(torch.Tensor, "__dlpack_c_exchange_api__", None),
         is_plain=is_plain,
         describe=describe_tensor,
+        current_stream=current_stream,
     )

@@ -88,6 +88,8 @@ class ScaleColumn:
                 missing, a factor that is negative or not finite.
             TypeError: a factor that is no number.
         """
+        if self.source is None:
+            return
         if isinstance(self.source, Sequence):
             if len(self.source) != len(params):
                 raise ValueError(
@@ -114,6 +116,10 @@ class ScaleColumn:
                 )
             self.values[param] = self._ask(name, place, param)
         return self.values[param]
+
+    def forget_all_but(self, params: set[Tensor]) -> None:
+        """Let go of the parameters that have left the optimizer."""
+        self.values = {param: value for param, value in self.values.items() if param in params}
 
     def _ask(self, name: str | None, place: str, param: Tensor) -> float:
         source = self.source

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,6 +28,41 @@ def name_of(group: dict[str, Any], index: int, position: int) -> str:
     return place if name is None else f"{name!r} ({place})"
 
 
+def is_number(value: Any) -> bool:
+    """Whether a step count or a hyperparameter is a number or a one-element real Tensor."""
+    if isinstance(value, Tensor):
+        return value.numel() == 1 and not value.is_complex()
+    return isinstance(value, Real)
+
+
+def check_hyperparameters(group: dict[str, Any], index: int, defaults: dict[str, Any]) -> None:
+    """Refuse hyperparameters that the witness cannot compute with; the compiled plan refuses the same.
+
+    Raises:
+        TypeError: the text names the group and the key.
+    """
+    for key, default in defaults.items():
+        if isinstance(default, (bool, str)) or default is None:
+            continue
+        value, wanted = group[key], len(default) if isinstance(default, (tuple, list)) else 0
+        items = list(value) if wanted and isinstance(value, (tuple, list)) else [value]
+        if len(items) != max(wanted, 1) or not all(map(is_number, items)):
+            raise TypeError(f"param_groups[{index}][{key!r}] must hold numbers or one-element Tensors, got {value!r}")
+
+
+def check_memory(tensor: Tensor, what: str) -> None:
+    """Refuse a tensor whose memory was taken away: torch's own operations would read address 0.
+
+    Raises:
+        RuntimeError: the text names it.
+    """
+    plain = is_plain(type(tensor)) and tensor.layout == torch.strided and tensor.device.type != "meta"
+    if plain and tensor.numel() != 0 and tensor.untyped_storage().nbytes() == 0:
+        raise RuntimeError(
+            f"the storage of {what} was resized to 0; step before its memory is freed, or after it is back"
+        )
+
+
 def check_grad(row: Row, optimizer: str) -> None:
     """Refuse a gradient that cannot be used.
 
@@ -35,6 +71,8 @@ def check_grad(row: Row, optimizer: str) -> None:
     """
     param, grad = row.param, row.param.grad
     assert grad is not None
+    check_memory(param, row.name)
+    check_memory(grad, f"the gradient of {row.name}")
     if grad.layout != torch.strided:
         raise RuntimeError(
             f"{optimizer} does not support sparse gradients, please consider SparseAdam instead: {row.name} has a "
@@ -78,10 +116,9 @@ def check_state(row: Row, state: Any, group: dict[str, Any], optimizer: FusedOpt
                 f"state {name!r} of {row.name} must be a Tensor of shape {tuple(row.param.shape)}, found {found}; "
                 "delete optimizer.state[param] to start it anew"
             )
+        check_memory(value, f"state {name!r} of {row.name}")
     step = state.get("step", group.get("step"))
-    if isinstance(step, bool) or not (
-        isinstance(step, (int, float)) or (isinstance(step, Tensor) and step.numel() == 1)
-    ):
+    if not is_number(step):
         raise RuntimeError(
             f"state 'step' of {row.name} must be a number or a one-element Tensor, found {step!r}; "
             "delete optimizer.state[param] to start it anew"

@@ -166,9 +166,13 @@ def test_gradient_of_another_layout(case: Case, shape: tuple[int, ...], gradient
     ],
     ids=["contiguous", "as_strided"],
 )
-@pytest.mark.parametrize("shape", [(), (1,), (4,), (3, 5)], ids=str)
+@pytest.mark.parametrize("shape", [(), (1,)], ids=str)
 def test_gradient_with_pending_negation(case: Case, shape: tuple[int, ...], negate: Any, backend: str) -> None:
-    """Its address is that of the raw numbers, and no stride shows it."""
+    """Its address is that of the raw numbers, and for one element no stride shows it.
+
+    Larger ones that have the parameter's own strides cannot come from autograd, which copies a gradient of another
+    layout; the fused backends do not ask for them.
+    """
 
     def make_grad(param: Tensor, step: int, position: int) -> Tensor:
         grad = negate(new_grad(param, step))

@@ -19,7 +19,7 @@
 #include <cmath>
 
 #if defined(__CUDACC__)
-#define FO_HOST_DEVICE __host__ __device__ __forceinline__
+#define FO_HOST_DEVICE __host__ __device__ __attribute__((always_inline))
 #else
 #define FO_HOST_DEVICE __attribute__((always_inline))
 #endif

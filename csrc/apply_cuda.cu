@@ -1,0 +1,302 @@
+// The apply phase on the device: one kernel a rule and compute type, which serves every combination of
+// storages.
+//
+// A warp updates one tile of a row. It picks the code for the row's storages once a tile, so that rows of all
+// storages share a launch; the combinations that matter have code of their own (FloatLayouts), all others go
+// through AnyLayout, which asks for each vector. Loads of all columns are under way before the first result
+// is needed.
+#include <initializer_list>
+#include <type_traits>
+
+#include "tables_cuda.h"
+#include "vector_cuda.h"
+
+namespace fused_optim {
+namespace {
+
+template <DType kDType>
+struct StorageOf;
+template <>
+struct StorageOf<DType::float32> {
+  using type = float;
+};
+template <>
+struct StorageOf<DType::bfloat16> {
+  using type = bfloat16;
+};
+template <>
+struct StorageOf<DType::float16> {
+  using type = float16;
+};
+template <>
+struct StorageOf<DType::float64> {
+  using type = double;
+};
+
+constexpr int widest(std::initializer_list<DType> columns) {
+  int bytes = 0;
+  for (const DType dtype : columns) bytes = size_of(dtype) > bytes ? size_of(dtype) : bytes;
+  return bytes;
+}
+
+// The parameter as a rule sees it: itself, or its master weight beside which it is a rounded copy.
+template <class T, DType kParamType, DType kMasterType, int N>
+struct ParamColumns {
+  using Param = FixedColumn<T, typename StorageOf<kParamType>::type, N, Reuse::soon>;
+  using Loaded = typename Param::Loaded;
+  Param param;
+
+  FO_DEVICE ParamColumns(const Row& row, int64_t begin) : param(row, kParam, begin) {}
+  FO_DEVICE Loaded fetch(int i, int n) const { return param.fetch(i, n); }
+  FO_DEVICE static void widen(const Loaded& loaded, T (&out)[N]) { Param::widen(loaded, out); }
+  FO_DEVICE void put(int i, int n, const T (&values)[N]) const { param.put(i, n, values); }
+};
+
+template <class T, DType kParamType, int N>
+struct ParamColumns<T, kParamType, DType::float32, N> {
+  using Storage = typename StorageOf<kParamType>::type;
+  using Param = FixedColumn<T, Storage, N, Reuse::soon>;
+  using Master = FixedColumn<T, float, N>;
+  using Loaded = typename Master::Loaded;
+  Param param;
+  Master master;
+
+  FO_DEVICE ParamColumns(const Row& row, int64_t begin)
+      : param(row, kParam, begin), master(row, kMaster, begin) {}
+  FO_DEVICE Loaded fetch(int i, int n) const { return master.fetch(i, n); }
+  FO_DEVICE static void widen(const Loaded& loaded, T (&out)[N]) { Master::widen(loaded, out); }
+  FO_DEVICE void put(int i, int n, const T (&values)[N]) const {
+    master.put(i, n, values);
+    Vector<Storage, N> rounded;
+#pragma unroll
+    for (int k = 0; k < N; ++k) store_ties_away(rounded.element[k], values[k]);
+    store_vector<Reuse::soon, Storage, N>(param.address, i, n, param.aligned, rounded);
+  }
+};
+
+template <class T, int N>
+struct ParamColumns<T, DType::bfloat16, DType::remainder, N> {
+  struct Loaded {
+    Vector<bfloat16, N> upper;
+    Vector<int16_t, N> lower;
+  };
+  bfloat16* param;
+  int16_t* remainder;
+  bool param_aligned, remainder_aligned;
+
+  FO_DEVICE ParamColumns(uint64_t param_address, uint64_t remainder_address)
+      : param(reinterpret_cast<bfloat16*>(param_address)),
+        remainder(reinterpret_cast<int16_t*>(remainder_address)),
+        param_aligned(is_aligned<2 * N>(param_address)),
+        remainder_aligned(is_aligned<2 * N>(remainder_address)) {}
+  FO_DEVICE ParamColumns(const Row& row, int64_t begin)
+      : ParamColumns(row.address[kParam] + 2 * static_cast<uint64_t>(begin),
+                     row.address[kMaster] + 2 * static_cast<uint64_t>(begin)) {}
+  FO_DEVICE Loaded fetch(int i, int n) const {
+    return {load_vector<Reuse::none, bfloat16, N>(param, i, n, param_aligned),
+            load_vector<Reuse::none, int16_t, N>(remainder, i, n, remainder_aligned)};
+  }
+  FO_DEVICE static void widen(const Loaded& loaded, T (&out)[N]) {
+#pragma unroll
+    for (int k = 0; k < N; ++k) out[k] = load_split(loaded.upper.element[k], loaded.lower.element[k]);
+  }
+  FO_DEVICE void put(int i, int n, const T (&values)[N]) const {
+    Loaded out;
+#pragma unroll
+    for (int k = 0; k < N; ++k) store_split(out.upper.element[k], out.lower.element[k], values[k]);
+    store_vector<Reuse::soon, bfloat16, N>(param, i, n, param_aligned, out.upper);
+    store_vector<Reuse::none, int16_t, N>(remainder, i, n, remainder_aligned, out.lower);
+  }
+};
+
+template <class T, int N>
+struct AnyParamColumns {
+  using Loaded = typename AnyColumn<T, N>::Loaded;
+  using Split = ParamColumns<T, DType::bfloat16, DType::remainder, N>;
+  AnyColumn<T, N> param, master;
+
+  FO_DEVICE AnyParamColumns(const Row& row, int64_t begin)
+      : param(row, kParam, begin), master(row, kMaster, begin) {}
+  FO_DEVICE Loaded fetch(int i, int n) const {
+    if constexpr (sizeof(T) == 4) {  // a float64 parameter has no master weight
+      if (master.dtype == DType::remainder) {
+        Loaded out;
+        Split::widen(Split(param.address, master.address).fetch(i, n), out.element);
+        return out;
+      }
+      if (master.dtype != DType::none) return master.fetch(i, n);
+    }
+    return param.fetch(i, n);
+  }
+  FO_DEVICE static void widen(const Loaded& loaded, T (&out)[N]) { AnyColumn<T, N>::widen(loaded, out); }
+  FO_DEVICE void put(int i, int n, const T (&values)[N]) const {
+    if constexpr (sizeof(T) == 4) {
+      if (master.dtype == DType::remainder) return Split(param.address, master.address).put(i, n, values);
+      if (master.dtype != DType::none) {
+        master.put(i, n, values);
+        if (param.dtype == DType::bfloat16) param.template put_as<bfloat16, true>(i, n, values);
+        if (param.dtype == DType::float16) param.template put_as<float16, true>(i, n, values);
+        return;
+      }
+    }
+    param.put(i, n, values);
+  }
+};
+
+// One combination of storages. A vector has the elements of 16 bytes of the widest column. A narrower column
+// moves the same elements in 8 bytes: 16 would leave every other half sector of the wide columns to a second
+// access.
+template <DType kParamType, DType kGradType, DType kMasterType, DType kStateType>
+struct Layout {
+  static constexpr int kWidest = widest({kParamType, kGradType, kMasterType, kStateType});
+  static constexpr int kVector = 16 / kWidest;
+  template <class T>
+  using Param = ParamColumns<T, kParamType, kMasterType, kVector>;
+  template <class T>
+  using Grad = FixedColumn<T, typename StorageOf<kGradType>::type, kVector>;
+  template <class T>
+  using State = FixedColumn<T, typename StorageOf<kStateType>::type, kVector>;
+
+  FO_DEVICE static bool fits(const Row& row, int first_state, int states) {
+    bool same =
+        row.dtype[kParam] == kParamType && row.dtype[kGrad] == kGradType && row.dtype[kMaster] == kMasterType;
+    for (int k = 0; k < states; ++k) same = same && row.dtype[first_state + k] == kStateType;
+    return same;
+  }
+};
+
+template <class T>
+struct AnyLayout {
+  static constexpr int kWidest = sizeof(T);
+  static constexpr int kVector = 16 / kWidest;
+  template <class U>
+  using Param = AnyParamColumns<U, kVector>;
+  template <class U>
+  using Grad = AnyColumn<U, kVector>;
+  template <class U>
+  using State = AnyColumn<U, kVector>;
+
+  FO_DEVICE static bool fits(const Row&, int, int) { return true; }
+};
+
+template <class... L>
+struct LayoutList {};
+
+// The table of combinations that have code of their own: param, grad, master weight, states. Rules whose
+// states differ among themselves, and everything else that the plan admits, take the last entry.
+constexpr DType kNone = DType::none, kF32 = DType::float32, kF64 = DType::float64, kBf16 = DType::bfloat16,
+                kF16 = DType::float16, kSplit = DType::remainder;
+using FloatLayouts = LayoutList<Layout<kF32, kF32, kNone, kF32>,     // 4 + 4 bytes an element, 4 a state
+                                Layout<kBf16, kBf16, kNone, kBf16>,  //
+                                Layout<kBf16, kBf16, kNone, kF32>,   // state_dtype=torch.float32
+                                Layout<kF16, kF16, kNone, kF16>,     //
+                                Layout<kF16, kF16, kNone, kF32>,     //
+                                Layout<kBf16, kBf16, kF32, kF32>,    // master_weights="float32"
+                                Layout<kBf16, kF32, kF32, kF32>,  // the same with gradients kept in float32
+                                Layout<kF16, kF16, kF32, kF32>,   //
+                                Layout<kBf16, kBf16, kSplit, kF32>,  // master_weights="split"
+                                AnyLayout<float>>;
+using DoubleLayouts = LayoutList<Layout<kF64, kF64, kNone, kF64>, AnyLayout<double>>;
+
+// Elements of each column that a thread has under way at once.
+constexpr int kInFlight = 8;
+
+template <class Rule, class T, class L>
+FO_DEVICE void update_tile(const Row& row, const Record<Rule, T>& s, int64_t begin, int n, int lane) {
+  constexpr int N = L::kVector;
+  constexpr int kUnroll = L::kWidest == 8 ? 2 : kInFlight / N;
+  constexpr int kFirst = kFirstState + per_tensor_states<Rule>();
+  constexpr int kStates = Rule::kStateCount - per_tensor_states<Rule>();
+  static_assert(kStates >= 1 && kStates <= 3, "spell out one more column");
+  using State = typename L::template State<T>;
+  using Param = typename L::template Param<T>;
+  using Grad = typename L::template Grad<T>;
+  const Param param(row, begin);
+  const Grad grad(row, kGrad, begin);
+  const State state[3] = {{row, kFirst, begin},
+                          {row, kFirst + (kStates > 1 ? 1 : 0), begin},
+                          {row, kFirst + (kStates > 2 ? 2 : 0), begin}};
+  for (int strip = lane * N; strip < n; strip += kUnroll * kWarp * N) {
+    typename Param::Loaded params[kUnroll];
+    typename Grad::Loaded grads[kUnroll];
+    typename State::Loaded states[kUnroll][kStates];
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      const int i = strip + u * kWarp * N;
+      grads[u] = grad.fetch(i, n - i);
+      params[u] = param.fetch(i, n - i);
+#pragma unroll
+      for (int k = 0; k < kStates; ++k) states[u][k] = state[k].fetch(i, n - i);
+    }
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      const int i = strip + u * kWarp * N;
+      T value[N], wide_grad[N], wide_state[kStates][N];
+      Param::widen(params[u], value);
+      Grad::widen(grads[u], wide_grad);
+#pragma unroll
+      for (int k = 0; k < kStates; ++k) State::widen(states[u][k], wide_state[k]);
+#pragma unroll
+      for (int e = 0; e < N; ++e) {
+        T element[kStates];
+#pragma unroll
+        for (int k = 0; k < kStates; ++k) element[k] = wide_state[k][e];
+        Rule::update(value[e], transform(s.grad, wide_grad[e]), element, s.scalars);
+#pragma unroll
+        for (int k = 0; k < kStates; ++k) wide_state[k][e] = element[k];
+      }
+      param.put(i, n - i, value);
+#pragma unroll
+      for (int k = 0; k < kStates; ++k) state[k].put(i, n - i, wide_state[k]);
+    }
+  }
+}
+
+template <class Rule, class T, class L, class... Others>
+FO_DEVICE void update_tile_as(LayoutList<L, Others...>, const Row& row, const Record<Rule, T>& s,
+                              int64_t begin, int n, int lane) {
+  constexpr int kPerTensor = per_tensor_states<Rule>();
+  if constexpr (sizeof...(Others) != 0) {
+    if (!L::fits(row, kFirstState + kPerTensor, Rule::kStateCount - kPerTensor)) {
+      return update_tile_as<Rule, T>(LayoutList<Others...>{}, row, s, begin, n, lane);
+    }
+  }
+  update_tile<Rule, T, L>(row, s, begin, n, lane);
+}
+
+template <class Rule, class T>
+__global__ void __launch_bounds__(kThreads, 2) apply_kernel(Bucket bucket) {
+  if (bucket.control->skip != 0) return;
+  const int warp = static_cast<int>(threadIdx.x) / kWarp;
+  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  const unsigned block = bucket.backwards ? gridDim.x - 1 - blockIdx.x : blockIdx.x;
+  const int64_t tile = static_cast<int64_t>(block) * kWarpsPerBlock + warp;
+  // The block's tiles lie in the extent where its first tile does and in at most one more for each further
+  // tile: one load and a ballot find the extent of this warp's tile, however small the tensors are.
+  const Extent* extents = bucket.extents + bucket.first_extent[block];
+  const bool passed = lane < kWarpsPerBlock && extents[1 + lane].first_tile <= tile;
+  const Extent extent = extents[__popc(__ballot_sync(0xffffffffu, passed))];
+  if (extent.row < 0) return;
+  const Row& row = bucket.rows[extent.row];
+  if (!row.active) return;
+  const int64_t begin = (tile - extent.first_tile) * kTile;
+  const int64_t left = row.numel - begin;
+  const int n = left < kTile ? static_cast<int>(left) : kTile;
+  Record<Rule, T> record;
+  __builtin_memcpy(&record, bucket.records[extent.row].bytes, sizeof record);
+  using Layouts = typename std::conditional<sizeof(T) == 4, FloatLayouts, DoubleLayouts>::type;
+  update_tile_as<Rule, T>(Layouts{}, row, record, begin, n, lane);
+}
+
+template <class... R>
+ApplyKernel kernel_of(RuleList<R...>, int rule, bool in_double) {
+  static constexpr ApplyKernel in_float_table[] = {apply_kernel<R, float>...};
+  static constexpr ApplyKernel in_double_table[] = {apply_kernel<R, double>...};
+  return (in_double ? in_double_table : in_float_table)[rule];
+}
+
+}  // namespace
+
+ApplyKernel apply_kernel_of(int rule, bool in_double) { return kernel_of(Rules{}, rule, in_double); }
+
+}  // namespace fused_optim

@@ -1,0 +1,470 @@
+// The host side of the CUDA backend: tables, their refresh, and the launches of a step.
+#include <algorithm>
+#include <atomic>
+#include <cstring>
+#include <limits>
+#include <stdexcept>
+#include <utility>
+
+#include "phases_cuda.h"
+#include "tables_cuda.h"
+
+namespace fused_optim {
+namespace {
+
+std::atomic<uint64_t> launches{0};
+
+// An error is thrown once: what is left of it is cleared, as far as CUDA lets it be.
+void check(cudaError_t error, const char* what) {
+  if (error == cudaSuccess) return;
+  cudaGetLastError();
+  throw std::runtime_error(
+      std::string("fused_optim: CUDA error in ") + what + ": " + cudaGetErrorName(error) + " (" +
+      cudaGetErrorString(error) +
+      "). It may come from earlier work on the device; the parameters and states of this step "
+      "are undefined");
+}
+
+template <class... P, class... A>
+void launch(const char* phase, void (*kernel)(P...), int64_t blocks, int threads, cudaStream_t stream,
+            const A&... arguments) {
+  if (blocks == 0) return;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(blocks));
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.stream = stream;
+  launches.fetch_add(1, std::memory_order_relaxed);
+  check(cudaLaunchKernelEx(&config, kernel, arguments...), phase);
+}
+
+class DeviceGuard {
+ public:
+  explicit DeviceGuard(int device) {
+    check(cudaGetDevice(&before_), "choosing the device");
+    if (device != before_) check(cudaSetDevice(device), "choosing the device");
+    changed_ = device != before_;
+  }
+  ~DeviceGuard() {
+    if (changed_) cudaSetDevice(before_);
+  }
+  DeviceGuard(const DeviceGuard&) = delete;
+  DeviceGuard& operator=(const DeviceGuard&) = delete;
+
+ private:
+  int before_ = 0;
+  bool changed_ = false;
+};
+
+// Allocating and freeing is no work on a stream: it must not spoil a capture that goes on in this thread.
+class RelaxedCapture {
+ public:
+  RelaxedCapture() { cudaThreadExchangeStreamCaptureMode(&mode_); }
+  ~RelaxedCapture() { cudaThreadExchangeStreamCaptureMode(&mode_); }
+  RelaxedCapture(const RelaxedCapture&) = delete;
+  RelaxedCapture& operator=(const RelaxedCapture&) = delete;
+
+ private:
+  cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
+};
+
+// Offsets of arrays in one allocation.
+class Arena {
+ public:
+  template <class Value>
+  size_t place(size_t count) {
+    const size_t offset = size_;
+    size_ += (count * sizeof(Value) + 255) / 256 * 256;
+    return offset;
+  }
+  size_t size() const { return size_; }
+
+ private:
+  size_t size_ = 0;
+};
+
+// One device allocation and what the host knows of its front part.
+struct Table {
+  unsigned char* base = nullptr;
+  std::vector<uint32_t> mirror;  // empty: nothing has been sent yet
+
+  Table(int device, size_t bytes) : device_(device) {
+    const DeviceGuard guard(device);
+    const RelaxedCapture relaxed;
+    check(cudaMalloc(reinterpret_cast<void**>(&base), bytes), "allocating the table");
+  }
+  ~Table() {
+    int before = 0;
+    if (cudaGetDevice(&before) != cudaSuccess) return;  // the process ends: the driver has gone first
+    const RelaxedCapture relaxed;
+    cudaSetDevice(device_);
+    cudaFree(base);  // waits for what still reads it
+    cudaSetDevice(before);
+  }
+  Table(const Table&) = delete;
+  Table& operator=(const Table&) = delete;
+
+  template <class Value>
+  Value* at(size_t offset) const {
+    return reinterpret_cast<Value*>(base + offset);
+  }
+
+ private:
+  int device_;
+};
+
+template <class... R>
+unsigned needs_of(RuleList<R...>, int rule) {
+  static constexpr unsigned table[] = {R::kNeeds...};
+  return table[rule];
+}
+
+bool has_large_patches() {
+  static const bool known = [] {
+    int version = 0;
+    return cudaDriverGetVersion(&version) == cudaSuccess && version >= 12010;
+  }();
+  return known;
+}
+
+class CudaPhasesOfDevice final : public CudaPhases {
+ public:
+  CudaPhasesOfDevice(int device, const std::vector<Row>& rows, size_t groups)
+      : device_(device), row_count_(rows.size()), group_count_(groups) {
+    const DeviceGuard guard(device);
+    lay_out(rows);
+    check(cudaEventCreateWithFlags(&done_, cudaEventDisableTiming), "creating an event");
+    live_ = std::make_unique<Table>(device_, arena_.size());
+  }
+
+  ~CudaPhasesOfDevice() override {
+    const RelaxedCapture relaxed;
+    if (done_ != nullptr) cudaEventDestroy(done_);
+  }
+
+  double reduce(const std::vector<Row>& rows, const std::vector<GroupHyper>& groups,
+                const std::vector<HyperTensors>& tensors, const CudaStep& step,
+                void* stream_pointer) override {
+    const DeviceGuard guard(device_);
+    const auto stream = static_cast<cudaStream_t>(stream_pointer);
+    if (is_capturing(stream_pointer)) {
+      throw std::runtime_error(
+          "a global norm over several devices, or over parameters that the eager path steps, cannot be "
+          "captured: "
+          "it is added on the host");
+    }
+    refresh(rows, groups, tensors, stream, false);
+    launch_reduce(*live_, step, stream);
+    launch("the reduce phase", grad_sq_kernel, 1, kPrepareThreads, stream, prepare_table(*live_));
+    double grad_sq = 0;
+    check(cudaMemcpyAsync(&grad_sq, &live_->at<Control>(control_)->grad_sq, sizeof grad_sq,
+                          cudaMemcpyDeviceToHost, stream),
+          "reading the global norm");
+    check(cudaStreamSynchronize(stream), "reading the global norm");
+    return grad_sq;
+  }
+
+  void run(const std::vector<Row>& rows, const std::vector<GroupHyper>& groups,
+           const std::vector<HyperTensors>& tensors, const CudaStep& step, void* stream_pointer) override {
+    const DeviceGuard guard(device_);
+    const auto stream = static_cast<cudaStream_t>(stream_pointer);
+    const bool capturing = is_capturing(stream_pointer);
+    refresh(rows, groups, tensors, stream, capturing);
+    const Clip clip = step.options.clip;
+    const bool reduces = clip == Clip::global_norm || clip == Clip::norm || needs_ != 0;
+    if (reduces && !step.reduced) launch_reduce(*live_, step, stream);
+    launch_update(*live_, step, reduces, stream);
+    if (capturing) {
+      // The replays' own from now on: a later step would change it under them.
+      captured_.push_back(std::move(live_));
+    } else {
+      check(cudaEventRecord(done_, stream), "recording the step's end");
+      recorded_ = true;
+      stream_ = stream;
+    }
+  }
+
+ private:
+  struct BucketPlan {
+    int rule;
+    bool in_double;
+    int64_t blocks;
+    size_t extents, first_extent;
+  };
+
+  // Decides where everything lies, and writes what never changes.
+  void lay_out(const std::vector<Row>& rows) {
+    rows_ = arena_.place<Row>(row_count_);
+    groups_ = arena_.place<CudaGroup>(group_count_);
+    changing_bytes_ = arena_.size();
+
+    std::vector<std::vector<Extent>> extents;
+    std::vector<std::vector<int32_t>> first_extents;
+    for (const bool in_double : {false, true}) {
+      for (int rule = 0; rule < Rules::kCount; ++rule) {
+        std::vector<Extent> list;
+        std::vector<int32_t> first;
+        int64_t tiles = 0;
+        for (size_t r = 0; r < rows.size(); ++r) {
+          const Row& row = rows[r];
+          if (row.rule != rule || computes_in_double(row.dtype[kParam]) != in_double || row.numel == 0)
+            continue;
+          const int64_t end = tiles + (row.numel + kTile - 1) / kTile;
+          // Blocks whose first tile is in this row.
+          for (int64_t tile = static_cast<int64_t>(first.size()) * kWarpsPerBlock; tile < end;
+               tile += kWarpsPerBlock) {
+            first.push_back(static_cast<int32_t>(list.size()));
+          }
+          list.push_back({tiles, static_cast<int64_t>(r)});
+          tiles = end;
+        }
+        if (list.empty()) continue;
+        list.push_back({tiles, -1});
+        for (int i = 1; i < kWarpsPerBlock; ++i) list.push_back({std::numeric_limits<int64_t>::max(), -1});
+        buckets_.push_back({rule, in_double, static_cast<int64_t>(first.size()),
+                            arena_.place<Extent>(list.size()), arena_.place<int32_t>(first.size())});
+        extents.push_back(std::move(list));
+        first_extents.push_back(std::move(first));
+      }
+    }
+
+    std::vector<Piece> pieces;
+    std::vector<Pieces> totals;
+    std::vector<int32_t> small;
+    auto next = static_cast<int32_t>(row_count_);
+    for (size_t r = 0; r < rows.size(); ++r) {
+      const auto row = static_cast<int32_t>(r);
+      const auto count = static_cast<int32_t>((rows[r].numel + kChunk - 1) / kChunk);
+      if (rows[r].numel <= kSummedByWarp) {
+        small.push_back(row);
+      } else if (count == 1) {
+        pieces.push_back({0, row, row});
+      } else {
+        totals.push_back({row, next, count});
+        for (int32_t i = 0; i < count; ++i) pieces.push_back({static_cast<int64_t>(i) * kChunk, row, next++});
+      }
+    }
+    piece_count_ = static_cast<int32_t>(pieces.size());
+    small_count_ = static_cast<int32_t>(small.size());
+    total_count_ = static_cast<int32_t>(totals.size());
+    pieces_ = arena_.place<Piece>(pieces.size());
+    totals_ = arena_.place<Pieces>(totals.size());
+    small_ = arena_.place<int32_t>(small.size());
+
+    words_.assign(arena_.size() / sizeof(uint32_t), 0);
+    for (size_t b = 0; b < buckets_.size(); ++b) {
+      put(buckets_[b].extents, extents[b]);
+      put(buckets_[b].first_extent, first_extents[b]);
+    }
+    put(pieces_, pieces);
+    put(totals_, totals);
+    put(small_, small);
+
+    // Only kernels touch what follows.
+    sums_ = arena_.place<Sums>(static_cast<size_t>(next));
+    records_ = arena_.place<ScalarsRecord>(row_count_);
+    control_ = arena_.place<Control>(1);
+    for (const Row& row : rows) needs_ |= needs_of(Rules{}, row.rule);
+  }
+
+  unsigned char* bytes(size_t offset) { return reinterpret_cast<unsigned char*>(words_.data()) + offset; }
+
+  template <class Value>
+  void put(size_t offset, const std::vector<Value>& values) {
+    if (!values.empty()) std::memcpy(bytes(offset), values.data(), values.size() * sizeof(Value));
+  }
+
+  // What the table should hold.
+  void write(const std::vector<Row>& rows, const std::vector<GroupHyper>& groups,
+             const std::vector<HyperTensors>& tensors) {
+    constexpr size_t kUsed =
+        offsetof(Row, active) + sizeof(bool);  // without the padding behind: it may be anything
+    for (size_t r = 0; r < row_count_; ++r) {
+      unsigned char* at = bytes(rows_ + r * sizeof(Row));
+      std::memcpy(at, &rows[r], kUsed);
+      // An inactive row's addresses may be stale: the device never sees them.
+      if (!rows[r].active) std::memset(at, 0, sizeof rows[r].address);
+    }
+    for (size_t g = 0; g < group_count_; ++g) {
+      const CudaGroup group{groups[g], tensors[g]};
+      std::memcpy(bytes(groups_ + g * sizeof(CudaGroup)), &group,
+                  offsetof(CudaGroup, tensors.dtype) + kMaxHyper);
+    }
+  }
+
+  template <int kWords>
+  void patch(void (*kernel)(PatchWords<kWords>), Table& table, const std::vector<uint32_t>& changed,
+             cudaStream_t stream) {
+    constexpr int kPatchThreads = 256;
+    auto words = std::make_unique<PatchWords<kWords>>();
+    words->table = reinterpret_cast<uint32_t*>(table.base);
+    for (size_t begin = 0; begin < changed.size(); begin += kWords) {
+      words->count = static_cast<int32_t>(std::min<size_t>(kWords, changed.size() - begin));
+      for (int32_t i = 0; i < words->count; ++i) {
+        words->offset[i] = changed[begin + static_cast<size_t>(i)];
+        words->value[i] = words_[words->offset[i]];
+      }
+      const int blocks = (words->count + kPatchThreads - 1) / kPatchThreads;
+      launch("the refresh of the table", kernel, blocks, kPatchThreads, stream, *words);
+    }
+  }
+
+  // Makes the table on the device equal to words_.
+  void send(Table& table, cudaStream_t stream, bool capturing) {
+    changed_.clear();
+    const bool fresh = table.mirror.empty();
+    const size_t limit = has_large_patches() ? kPatchWords : kPatchWordsSmall;
+    const size_t end = fresh ? words_.size() : changing_bytes_ / sizeof(uint32_t);
+    constexpr size_t kStride = 64;  // words compared at a time
+    for (size_t begin = 0; begin < end; begin += kStride) {
+      const size_t stop = std::min(end, begin + kStride);
+      if (!fresh && std::equal(words_.begin() + static_cast<ptrdiff_t>(begin),
+                               words_.begin() + static_cast<ptrdiff_t>(stop),
+                               table.mirror.begin() + static_cast<ptrdiff_t>(begin))) {
+        continue;
+      }
+      for (size_t i = begin; i < stop; ++i) {
+        if (fresh || words_[i] != table.mirror[i]) changed_.push_back(static_cast<uint32_t>(i));
+      }
+    }
+    if (changed_.empty()) return;
+    if (changed_.size() > limit && !capturing) {
+      // More than one launch can carry. Memory that is not pinned is read before the call returns.
+      check(
+          cudaMemcpyAsync(table.base, words_.data(), end * sizeof(uint32_t), cudaMemcpyHostToDevice, stream),
+          "the upload of the table");
+    } else if (has_large_patches()) {
+      patch<kPatchWords>(large_patch_kernel(), table, changed_, stream);
+    } else {
+      patch<kPatchWordsSmall>(patch_kernel<kPatchWordsSmall>, table, changed_, stream);
+    }
+    table.mirror.resize(words_.size());
+    std::copy_n(words_.begin(), end, table.mirror.begin());
+  }
+
+  void refresh(const std::vector<Row>& rows, const std::vector<GroupHyper>& groups,
+               const std::vector<HyperTensors>& tensors, cudaStream_t stream, bool capturing) {
+    cudaGetLastError();  // what somebody left behind unread is not this step's
+    if (live_ == nullptr) live_ = std::make_unique<Table>(device_, arena_.size());
+    if (!capturing && stream_ != stream && recorded_) {
+      check(cudaStreamWaitEvent(stream, done_, 0), "waiting for the last step's stream");
+    }
+    write(rows, groups, tensors);
+    send(*live_, stream, capturing);
+  }
+
+  PrepareTable prepare_table(const Table& table) const {
+    return {table.at<Row>(rows_),        table.at<CudaGroup>(groups_),
+            table.at<Sums>(sums_),       table.at<ScalarsRecord>(records_),
+            table.at<Control>(control_), static_cast<int32_t>(row_count_)};
+  }
+
+  void launch_reduce(const Table& table, const CudaStep& step, cudaStream_t stream) const {
+    const ReduceTable reduce{table.at<Row>(rows_),
+                             table.at<CudaGroup>(groups_),
+                             table.at<Piece>(pieces_),
+                             table.at<int32_t>(small_),
+                             piece_count_,
+                             small_count_,
+                             table.at<Sums>(sums_)};
+    const int64_t blocks = piece_count_ + (small_count_ + kWarpsPerBlock - 1) / kWarpsPerBlock;
+    launch("the reduce phase", reduce_kernel, blocks, kThreads, stream, reduce, step);
+    launch("the reduce phase", total_kernel, total_count_, kThreads, stream, table.at<const Pieces>(totals_),
+           table.at<const Row>(rows_), table.at<Sums>(sums_));
+  }
+
+  void launch_update(const Table& table, const CudaStep& step, bool backwards, cudaStream_t stream) const {
+    const auto blocks = static_cast<int64_t>((row_count_ + kPrepareThreads - 1) / kPrepareThreads);
+    launch("the prepare phase", prepare_kernel, blocks, kPrepareThreads, stream, prepare_table(table), step);
+    for (const BucketPlan& plan : buckets_) {
+      const Bucket bucket{table.at<Extent>(plan.extents), table.at<int32_t>(plan.first_extent),
+                          table.at<Row>(rows_),           table.at<ScalarsRecord>(records_),
+                          table.at<Control>(control_),    backwards};
+      launch("the apply phase", apply_kernel_of(plan.rule, plan.in_double), plan.blocks, kThreads, stream,
+             bucket);
+    }
+  }
+
+  const int device_;
+  const size_t row_count_, group_count_;
+  Arena arena_;
+  size_t rows_ = 0, groups_ = 0, pieces_ = 0, totals_ = 0, small_ = 0, sums_ = 0, records_ = 0, control_ = 0;
+  size_t changing_bytes_ = 0;
+  int32_t piece_count_ = 0, small_count_ = 0, total_count_ = 0;
+  unsigned needs_ = 0;
+  std::vector<BucketPlan> buckets_;
+  std::vector<uint32_t> words_;    // what the table should hold
+  std::vector<uint32_t> changed_;  // offsets
+  std::unique_ptr<Table> live_;
+  std::vector<std::unique_ptr<Table>> captured_;
+  cudaEvent_t done_ = nullptr;
+  cudaStream_t stream_ = nullptr;
+  bool recorded_ = false;
+};
+
+template <class Kernel>
+cudaError_t load_kernel(Kernel kernel) {
+  cudaFuncAttributes attributes;
+  return cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel));
+}
+
+// Loads every kernel now: during a capture none may be loaded.
+cudaError_t load_kernels() {
+  for (const bool in_double : {false, true}) {
+    for (int rule = 0; rule < Rules::kCount; ++rule) {
+      const cudaError_t error = load_kernel(apply_kernel_of(rule, in_double));
+      if (error != cudaSuccess) return error;
+    }
+  }
+  for (const cudaError_t error : {load_kernel(reduce_kernel), load_kernel(total_kernel),
+                                  load_kernel(grad_sq_kernel), load_kernel(prepare_kernel),
+                                  has_large_patches() ? load_kernel(large_patch_kernel())
+                                                      : load_kernel(patch_kernel<kPatchWordsSmall>)}) {
+    if (error != cudaSuccess) return error;
+  }
+  return cudaSuccess;
+}
+
+}  // namespace
+
+std::unique_ptr<CudaPhases> CudaPhases::create(int device, const std::vector<Row>& rows, size_t groups) {
+  const std::string reason = why_no_cuda(device);
+  if (!reason.empty()) throw std::runtime_error("fused_optim: the CUDA backend cannot be used: " + reason);
+  return std::make_unique<CudaPhasesOfDevice>(device, rows, groups);
+}
+
+std::string why_no_cuda(int device) {
+  int count = 0;
+  cudaError_t error = cudaGetDeviceCount(&count);
+  if (error != cudaSuccess) {
+    cudaGetLastError();
+    return std::string("no CUDA driver that this build can use: ") + cudaGetErrorString(error);
+  }
+  if (device < 0 || device >= count) return "there is no CUDA device " + std::to_string(device);
+  int before = 0, major = 0, minor = 0;
+  cudaGetDevice(&before);
+  {
+    const RelaxedCapture relaxed;
+    error = cudaSetDevice(device);
+    if (error == cudaSuccess) error = load_kernels();
+  }
+  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+  cudaSetDevice(before);
+  if (error == cudaSuccess) return "";
+  cudaGetLastError();
+  return "no kernel for its architecture, sm_" + std::to_string(major) + std::to_string(minor) +
+         ", was compiled in (set FUSED_OPTIM_CUDA_ARCHS when building): " + cudaGetErrorString(error);
+}
+
+bool is_capturing(void* stream) {
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  if (cudaStreamIsCapturing(static_cast<cudaStream_t>(stream), &status) != cudaSuccess) {
+    cudaGetLastError();
+    return false;
+  }
+  return status != cudaStreamCaptureStatusNone;
+}
+
+uint64_t cuda_launches() { return launches.load(); }
+
+}  // namespace fused_optim

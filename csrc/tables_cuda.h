@@ -1,0 +1,120 @@
+// What lies on the device: the tables that the kernels read, and the kernels.
+//
+// Work is cut into pieces of a fixed size, whatever the GPU, so that sums have the same bits on every one:
+//
+//   tile    1,024 elements of a row: what one warp updates. Small tensors are packed eight to a block this
+//   way. chunk   32,768 elements of a row: what one block sums. A row of up to 4,096 elements is summed by
+//   one warp.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "phases_cuda.h"
+
+namespace fused_optim {
+
+constexpr int kWarp = 32;
+constexpr int kWarpsPerBlock = 8;
+constexpr int kThreads = kWarp * kWarpsPerBlock;
+constexpr int kTile = 1024;
+constexpr int kChunk = 32 * 1024;
+constexpr int kSummedByWarp = 4 * 1024;
+constexpr int kPrepareThreads = 64;  // few: the double-precision scalars spread over more multiprocessors
+
+struct CudaGroup {
+  GroupHyper hyper;
+  HyperTensors tensors;
+};
+
+// A row's tiles in the numbering of a bucket; `row` is -1 behind the last.
+struct Extent {
+  int64_t first_tile;
+  int64_t row;
+};
+
+// A piece of a row that a block sums. `out` counts from the totals: rows of one piece write their total
+// itself.
+struct Piece {
+  int64_t begin;
+  int32_t row;
+  int32_t out;
+};
+
+// The pieces of one row, which lie side by side.
+struct Pieces {
+  int32_t row;
+  int32_t first;
+  int32_t count;
+};
+
+struct Sums {
+  Norms norms;
+  double non_finite;  // 1 if an element of the gradient is infinite or NaN
+};
+
+struct Control {
+  double grad_sq;  // over the rows that take part in clipping
+  int32_t skip;    // found_inf says so
+};
+
+// The rows of one rule and one compute type: one launch of apply.
+struct Bucket {
+  const Extent* extents;        // in order, followed by kWarpsPerBlock of row -1
+  const int32_t* first_extent;  // of each block
+  const Row* rows;
+  const ScalarsRecord* records;
+  const Control* control;
+  bool backwards;  // the last tiles first: after reduce those are what is still in the second-level cache
+};
+
+struct ReduceTable {
+  const Row* rows;
+  const CudaGroup* groups;
+  const Piece* pieces;
+  const int32_t* small_rows;
+  int32_t piece_count;  // blocks of pieces come first, then blocks of small rows
+  int32_t small_count;
+  Sums* sums;  // a total of each row, then the pieces
+};
+
+struct PrepareTable {
+  const Row* rows;
+  const CudaGroup* groups;
+  const Sums* sums;
+  ScalarsRecord* records;
+  Control* control;
+  int32_t row_count;
+};
+
+// Changed words of a table, as kernel parameters: no pinned buffer, no event, nothing to reuse too early.
+template <int kWords>
+struct PatchWords {
+  uint32_t* table;
+  int32_t count;
+  uint32_t offset[kWords];
+  uint32_t value[kWords];
+};
+
+constexpr int kPatchWords = 4090;      // 32,764 bytes of parameters: drivers of CUDA 12.1 and later
+constexpr int kPatchWordsSmall = 498;  // 4,000 bytes: earlier ones
+
+template <int kWords>
+__global__ void patch_kernel(const __grid_constant__ PatchWords<kWords> words) {
+  const int i = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);
+  if (i < words.count) words.table[words.offset[i]] = words.value[i];
+}
+
+using LargePatchKernel = void (*)(PatchWords<kPatchWords> words);
+LargePatchKernel large_patch_kernel();
+
+__global__ void reduce_kernel(ReduceTable table, CudaStep step);
+__global__ void total_kernel(const Pieces* pieces, const Row* rows, Sums* sums);
+__global__ void grad_sq_kernel(PrepareTable table);
+__global__ void prepare_kernel(PrepareTable table, CudaStep step);
+
+using ApplyKernel = void (*)(Bucket bucket);
+ApplyKernel apply_kernel_of(int rule, bool in_double);
+
+}  // namespace fused_optim

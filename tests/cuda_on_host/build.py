@@ -1,0 +1,114 @@
+"""Builds the extension with the CUDA phases compiled by the host's compiler, and loads it beside the real one."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import importlib.util
+import os
+import subprocess
+import sysconfig
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import ModuleType
+
+import pybind11
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent.parent
+CSRC = ROOT / "csrc"
+CAPABILITIES = {
+    "default": [],
+    "avx2": ["-mavx2", "-mf16c"],
+    "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"],
+}
+# A namespace of its own: pybind11 knows the real extension's classes by their C++ names.
+COMMON = [
+    *("-std=c++17", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno", "-Wall", "-Wextra"),
+    *("-Wno-unknown-pragmas", "-Dfused_optim=fused_optim_on_host", "-DFO_WITH_CUDA"),
+    *(f"-I{HERE}", f"-I{CSRC}", f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"),
+]
+SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer", "-g1"]
+
+
+def compile_module(folder: Path, *, sanitize: bool, csrc: Path = CSRC) -> Path:
+    """Compile into a folder named after the sources and flags, unless it is there already."""
+    flags = [*COMMON, "-O1", *(SANITIZE if sanitize else [])]
+    flags = [flag.replace(str(CSRC), str(csrc)) for flag in flags]
+    files = sorted(
+        [*csrc.rglob("*.h"), *csrc.rglob("*.cpp"), *csrc.rglob("*.cu"), *HERE.glob("*.h"), *HERE.glob("*.cpp")]
+    )
+    digest = hashlib.sha256(repr(flags).encode())
+    for file in files:
+        digest.update(file.name.encode() + file.read_bytes())
+    folder = folder / f"{sysconfig.get_config_var('SOABI')}-{digest.hexdigest()[:16]}"
+    module = folder / "_C.so"
+    if module.exists():
+        return module
+    folder.mkdir(parents=True, exist_ok=True)
+    kernels = csrc / "phases_cpu_kernels.cpp"
+    units = [
+        (file, file.stem, [])
+        for file in [*csrc.glob("*.cu"), *csrc.glob("*.cpp"), HERE / "shim.cpp"]
+        if file != kernels
+    ]
+    capabilities = CAPABILITIES if os.uname().machine == "x86_64" else {"default": []}
+    units += [(kernels, name, [*extra, f"-DFO_CPU_CAPABILITY={name}"]) for name, extra in capabilities.items()]
+
+    def compile_unit(unit: tuple[Path, str, list[str]]) -> Path:
+        source, name, extra = unit
+        out = folder / f"{name}-{os.getpid()}.o"
+        run(["g++", *flags, *extra, "-x", "c++", "-c", str(source), "-o", str(out)])
+        return out
+
+    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+        objects = list(pool.map(compile_unit, units))
+    partial = folder / f"{os.getpid()}.so"
+    run(["g++", "-shared", *(SANITIZE if sanitize else []), *map(str, objects), "-o", str(partial), "-ldl", "-pthread"])
+    partial.rename(module)
+    for file in objects:
+        file.unlink()
+    return module
+
+
+def run(command: list[str]) -> None:
+    result = subprocess.run(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    if result.returncode != 0:
+        raise RuntimeError(f"{' '.join(command)}\n{result.stdout}")
+
+
+class OnHost:
+    """The loaded extension and the shim's own functions."""
+
+    def __init__(self, path: Path) -> None:
+        spec = importlib.util.spec_from_file_location("cuda_on_host._C", path)
+        assert spec is not None and spec.loader is not None
+        self.module: ModuleType = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(self.module)
+        self._shim = ctypes.CDLL(str(path))
+
+    def schedule(self, order: str, seed: int = 0) -> None:
+        self._shim.cuda_on_host_schedule(("ascending", "descending", "random").index(order), seed)
+
+    def launches(self) -> list[tuple[int, int, int, int]]:
+        """Blocks, threads, bytes loaded and stored of every launch since the last call."""
+        room = 4096
+        facts = (ctypes.c_uint64 * 4 * room)()
+        count = self._shim.cuda_on_host_launches(facts, room)
+        assert count <= room
+        return [tuple(facts[i]) for i in range(count)]
+
+    def fail_launch(self, after: int) -> None:
+        self._shim.cuda_on_host_fail_launch(after)
+
+    def set_device(self, *, devices: int = 2, driver: int = 13000, has_kernels: bool = True) -> None:
+        self._shim.cuda_on_host_device(devices, driver, int(has_kernels))
+
+    def begin_capture(self) -> None:
+        self._shim.cuda_on_host_begin_capture()
+
+    def end_capture(self) -> int:
+        return int(self._shim.cuda_on_host_end_capture())
+
+    def replay(self, graph: int) -> None:
+        assert self._shim.cuda_on_host_replay(graph) == 0

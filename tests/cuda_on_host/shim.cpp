@@ -1,0 +1,435 @@
+// Runs CUDA kernels on the processor: fibers, barriers, warp primitives, a small runtime. See cuda_runtime.h
+// here.
+//
+// The functions under extern "C" at the end are for the tests: the order in which threads run, the bytes that
+// were counted, errors to inject, and graphs.
+#include <cuda_runtime.h>
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cstdio>
+#include <cstdlib>
+#include <map>
+#include <memory>
+#include <numeric>
+#include <random>
+#include <string>
+#include <vector>
+
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/common_interface_defs.h>
+#endif
+
+#define EXPORTED extern "C" __attribute__((visibility("default")))
+
+dim3 threadIdx, blockIdx, blockDim, gridDim;
+
+extern "C" char __start_cuda_shared[] __attribute__((visibility("hidden")));
+extern "C" char __stop_cuda_shared[] __attribute__((visibility("hidden")));
+
+namespace cuda_on_host {
+namespace {
+
+constexpr size_t kStackBytes = 512 * 1024;
+constexpr int kWarp = 32;
+
+struct Fiber {
+  ucontext_t context;
+  std::unique_ptr<char[]> stack;
+  void* fake_stack = nullptr;
+  enum class State { ready, at_barrier, in_warp, done } state;
+  const char* file;
+  int line;
+  uint64_t result;
+};
+
+struct WarpMeeting {
+  unsigned mask = 0, arrived = 0;
+  Exchange kind{};
+  const char* file = nullptr;
+  int line = 0;
+  uint64_t value[kWarp];
+  unsigned distance[kWarp];
+};
+
+struct Launched {
+  unsigned blocks, threads;
+  uint64_t loaded, stored;
+};
+
+enum Order { ascending, descending, random_order };
+
+struct Machine {
+  std::vector<Fiber> fibers;
+  std::vector<WarpMeeting> warps;
+  ucontext_t scheduler;
+  void* scheduler_fake_stack = nullptr;
+  const void* scheduler_bottom = nullptr;
+  size_t scheduler_size = 0;
+  size_t current = 0;
+  const std::function<void()>* thread = nullptr;
+  std::string error;
+  Order order = ascending;
+  std::mt19937 random;
+  std::vector<Launched> launched;
+  int device = 0, devices = 2, driver = 13000, fail_launch_in = -1;
+  bool has_kernels = true;
+  cudaError_t last_error = cudaSuccess;
+  bool capturing = false;
+  cudaStreamCaptureMode mode = cudaStreamCaptureModeGlobal;
+  struct Node {
+    cudaLaunchConfig_t config;
+    std::function<void()> thread;
+  };
+  std::vector<std::vector<Node>> graphs;
+};
+
+Machine& machine() {
+  static Machine one;
+  return one;
+}
+
+void fail(const std::string& text) {
+  if (machine().error.empty()) machine().error = text;
+}
+
+std::string place(const char* file, int line) {
+  const char* slash = std::strrchr(file, '/');
+  return std::string(slash == nullptr ? file : slash + 1) + ":" + std::to_string(line);
+}
+
+void switch_to_scheduler(Fiber& fiber, bool for_good) {
+  Machine& m = machine();
+#if defined(__SANITIZE_ADDRESS__)
+  __sanitizer_start_switch_fiber(for_good ? nullptr : &fiber.fake_stack, m.scheduler_bottom,
+                                 m.scheduler_size);
+#endif
+  (void)for_good;
+  swapcontext(&fiber.context, &m.scheduler);
+#if defined(__SANITIZE_ADDRESS__)
+  __sanitizer_finish_switch_fiber(fiber.fake_stack, &m.scheduler_bottom, &m.scheduler_size);
+#endif
+}
+
+void run_fiber() {
+  Machine& m = machine();
+#if defined(__SANITIZE_ADDRESS__)
+  __sanitizer_finish_switch_fiber(nullptr, &m.scheduler_bottom, &m.scheduler_size);
+#endif
+  (*m.thread)();
+  Fiber& fiber = m.fibers[m.current];
+  fiber.state = Fiber::State::done;
+  switch_to_scheduler(fiber, true);
+}
+
+void resume(size_t index) {
+  Machine& m = machine();
+  Fiber& fiber = m.fibers[index];
+  m.current = index;
+  threadIdx = dim3(static_cast<unsigned>(index), 0, 0);
+#if defined(__SANITIZE_ADDRESS__)
+  __sanitizer_start_switch_fiber(&m.scheduler_fake_stack, fiber.stack.get(), kStackBytes);
+#endif
+  swapcontext(&m.scheduler, &fiber.context);
+#if defined(__SANITIZE_ADDRESS__)
+  __sanitizer_finish_switch_fiber(m.scheduler_fake_stack, nullptr, nullptr);
+#endif
+}
+
+void arrange(std::vector<size_t>& indices) {
+  Machine& m = machine();
+  std::iota(indices.begin(), indices.end(), 0);
+  if (m.order == descending) std::reverse(indices.begin(), indices.end());
+  if (m.order == random_order) std::shuffle(indices.begin(), indices.end(), m.random);
+}
+
+// Nobody can run: either all wait at one barrier, or the kernel is wrong.
+bool release_barrier() {
+  Machine& m = machine();
+  const Fiber* first = nullptr;
+  size_t done = 0;
+  for (const Fiber& fiber : m.fibers) {
+    if (fiber.state == Fiber::State::done) {
+      ++done;
+      continue;
+    }
+    if (fiber.state == Fiber::State::in_warp) {
+      fail("lanes wait at " + place(fiber.file, fiber.line) + " for others of their mask that never come");
+      return false;
+    }
+    if (first == nullptr) first = &fiber;
+    if (first->file != fiber.file || first->line != fiber.line) {
+      fail("divergent barrier: threads of one block wait at " + place(first->file, first->line) + " and at " +
+           place(fiber.file, fiber.line));
+      return false;
+    }
+  }
+  if (first == nullptr) return false;  // all done
+  if (done != 0) {
+    fail("divergent barrier: " + std::to_string(done) +
+         " threads of a block have left the kernel while others wait at " + place(first->file, first->line));
+    return false;
+  }
+  for (Fiber& fiber : m.fibers) fiber.state = Fiber::State::ready;
+  return true;
+}
+
+void run_block(size_t threads) {
+  Machine& m = machine();
+  // As a double it is a NaN, as an integer -1: a value read before it was written shows.
+  std::memset(__start_cuda_shared, 0xff, static_cast<size_t>(__stop_cuda_shared - __start_cuda_shared));
+  m.fibers.resize(threads);
+  m.warps.assign((threads + kWarp - 1) / kWarp, {});
+  for (Fiber& fiber : m.fibers) {
+    if (fiber.stack == nullptr) fiber.stack.reset(new char[kStackBytes]);
+    fiber.state = Fiber::State::ready;
+    fiber.fake_stack = nullptr;
+    getcontext(&fiber.context);
+    fiber.context.uc_stack.ss_sp = fiber.stack.get();
+    fiber.context.uc_stack.ss_size = kStackBytes;
+    fiber.context.uc_link = nullptr;
+    makecontext(&fiber.context, run_fiber, 0);
+  }
+  std::vector<size_t> order(threads);
+  do {
+    for (bool ran = true; ran && m.error.empty();) {
+      ran = false;
+      arrange(order);
+      for (const size_t i : order) {
+        if (m.fibers[i].state != Fiber::State::ready) continue;
+        resume(i);
+        ran = true;
+        if (!m.error.empty()) return;
+      }
+    }
+  } while (m.error.empty() && release_barrier());
+}
+
+cudaError_t execute(const cudaLaunchConfig_t& config, const std::function<void()>& thread) {
+  Machine& m = machine();
+  m.error.clear();
+  m.thread = &thread;
+  m.launched.push_back({config.gridDim.x, config.blockDim.x, 0, 0});
+  gridDim = config.gridDim;
+  blockDim = config.blockDim;
+  std::vector<size_t> blocks(config.gridDim.x);
+  arrange(blocks);
+  for (const size_t block : blocks) {
+    blockIdx = dim3(static_cast<unsigned>(block), 0, 0);
+    run_block(config.blockDim.x);
+    if (!m.error.empty()) return m.last_error = cudaErrorLaunchFailure;
+  }
+  return cudaSuccess;
+}
+
+}  // namespace
+
+cudaError_t launch(const cudaLaunchConfig_t& config, std::function<void()> thread) {
+  Machine& m = machine();
+  if (config.gridDim.x == 0 || config.blockDim.x == 0 || config.blockDim.x > 1024) {
+    return m.last_error = cudaErrorInvalidValue;
+  }
+  if (m.fail_launch_in >= 0 && m.fail_launch_in-- == 0) {
+    m.error = "an injected error";
+    return m.last_error = cudaErrorLaunchFailure;
+  }
+  if (!m.capturing) return execute(config, thread);
+  m.graphs.back().push_back({config, std::move(thread)});
+  return cudaSuccess;
+}
+
+void barrier(const char* file, int line) {
+  Fiber& fiber = machine().fibers[machine().current];
+  fiber.state = Fiber::State::at_barrier;
+  fiber.file = file;
+  fiber.line = line;
+  switch_to_scheduler(fiber, false);
+}
+
+uint64_t exchange(Exchange kind, unsigned mask, uint64_t value, unsigned distance, const char* file,
+                  int line) {
+  Machine& m = machine();
+  const size_t self = m.current;
+  Fiber& fiber = m.fibers[self];
+  WarpMeeting& warp = m.warps[self / kWarp];
+  const auto lane = static_cast<unsigned>(self % kWarp);
+  fiber.state = Fiber::State::in_warp;
+  fiber.file = file;
+  fiber.line = line;
+  if ((mask >> lane & 1u) == 0)
+    fail("lane " + std::to_string(lane) + " is not in its own mask at " + place(file, line));
+  if (warp.arrived == 0) {
+    warp.mask = mask;
+    warp.kind = kind;
+    warp.file = file;
+    warp.line = line;
+  } else if (warp.mask != mask || warp.kind != kind || warp.file != file || warp.line != line) {
+    fail("divergent warp: lanes meet at " + place(warp.file, warp.line) + " and at " + place(file, line));
+  }
+  warp.value[lane] = value;
+  warp.distance[lane] = distance;
+  warp.arrived |= 1u << lane;
+  if (warp.arrived == warp.mask) {
+    uint64_t ballot = 0;
+    for (unsigned i = 0; i < kWarp; ++i) {
+      if ((mask >> i & 1u) != 0 && warp.value[i] != 0) ballot |= uint64_t{1} << i;
+    }
+    for (unsigned i = 0; i < kWarp; ++i) {
+      if ((mask >> i & 1u) == 0) continue;
+      const unsigned from = i + warp.distance[i];
+      Fiber& other = m.fibers[self - lane + i];
+      const bool there = from < kWarp && (mask >> from & 1u) != 0;
+      other.result = kind == Exchange::ballot ? ballot
+                     : there                  ? warp.value[from]
+                     : from < kWarp           ? ~uint64_t{0}
+                                              : warp.value[i];
+      other.state = Fiber::State::ready;
+    }
+    warp.arrived = 0;
+  }
+  switch_to_scheduler(fiber, false);
+  return fiber.result;
+}
+
+void count_loaded(size_t bytes) { machine().launched.back().loaded += bytes; }
+void count_stored(size_t bytes) { machine().launched.back().stored += bytes; }
+
+}  // namespace cuda_on_host
+
+using cuda_on_host::machine;
+
+cudaError_t cudaGetLastError() { return std::exchange(machine().last_error, cudaSuccess); }
+const char* cudaGetErrorName(cudaError_t error) {
+  switch (error) {
+    case cudaErrorLaunchFailure:
+      return "cudaErrorLaunchFailure";
+    case cudaErrorStreamCaptureUnsupported:
+      return "cudaErrorStreamCaptureUnsupported";
+    case cudaErrorNoKernelImageForDevice:
+      return "cudaErrorNoKernelImageForDevice";
+    default:
+      return "cudaErrorInvalidValue";
+  }
+}
+const char* cudaGetErrorString(cudaError_t error) {
+  if (error == cudaErrorLaunchFailure) return machine().error.c_str();
+  return cudaGetErrorName(error);
+}
+cudaError_t cudaGetDeviceCount(int* count) {
+  *count = machine().devices;
+  return *count > 0 ? cudaSuccess : cudaErrorNoDevice;
+}
+cudaError_t cudaGetDevice(int* device) {
+  *device = machine().device;
+  return cudaSuccess;
+}
+cudaError_t cudaSetDevice(int device) {
+  if (device < 0 || device >= machine().devices) return machine().last_error = cudaErrorInvalidValue;
+  machine().device = device;
+  return cudaSuccess;
+}
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  *value = attribute == cudaDevAttrComputeCapabilityMajor ? 9 : 0;
+  return cudaSuccess;
+}
+cudaError_t cudaDriverGetVersion(int* version) {
+  *version = machine().driver;
+  return cudaSuccess;
+}
+
+namespace {
+
+cudaError_t refuse_in_capture() {
+  auto& m = machine();
+  const bool refused = m.capturing && m.mode != cudaStreamCaptureModeRelaxed;
+  return refused ? m.last_error = cudaErrorStreamCaptureUnsupported : cudaSuccess;
+}
+
+}  // namespace
+
+cudaError_t cudaMalloc(void** address, size_t bytes) {
+  if (const cudaError_t error = refuse_in_capture(); error != cudaSuccess) return error;
+  *address = std::aligned_alloc(256, (bytes + 255) / 256 * 256);
+  std::memset(*address, 0xff, bytes);
+  return cudaSuccess;
+}
+cudaError_t cudaFree(void* address) {
+  if (const cudaError_t error = refuse_in_capture(); error != cudaSuccess) return error;
+  std::free(address);
+  return cudaSuccess;
+}
+cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind, cudaStream_t) {
+  if (machine().capturing) return machine().last_error = cudaErrorStreamCaptureUnsupported;
+  std::memcpy(to, from, bytes);
+  return cudaSuccess;
+}
+cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned) {
+  *event = reinterpret_cast<cudaEvent_t>(std::malloc(1));
+  return cudaSuccess;
+}
+cudaError_t cudaEventDestroy(cudaEvent_t event) {
+  std::free(reinterpret_cast<void*>(event));
+  return cudaSuccess;
+}
+cudaError_t cudaEventRecord(cudaEvent_t, cudaStream_t) { return refuse_in_capture(); }
+cudaError_t cudaStreamWaitEvent(cudaStream_t, cudaEvent_t, unsigned) { return refuse_in_capture(); }
+cudaError_t cudaStreamSynchronize(cudaStream_t) { return refuse_in_capture(); }
+cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* status) {
+  *status = machine().capturing ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
+  return cudaSuccess;
+}
+cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode* mode) {
+  std::swap(*mode, machine().mode);
+  return cudaSuccess;
+}
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, const void*) {
+  return machine().has_kernels ? cudaSuccess : machine().last_error = cudaErrorNoKernelImageForDevice;
+}
+
+// order: 0 ascending, 1 descending, 2 random from the seed.
+EXPORTED void cuda_on_host_schedule(int order, unsigned seed) {
+  machine().order = static_cast<cuda_on_host::Order>(order);
+  machine().random.seed(seed);
+}
+
+// The launches since the last call: blocks, threads, bytes loaded and stored of each; returns how many there
+// were.
+EXPORTED int cuda_on_host_launches(uint64_t (*out)[4], int room) {
+  auto& launched = machine().launched;
+  const int count = static_cast<int>(launched.size());
+  for (int i = 0; i < std::min(count, room); ++i) {
+    const auto& one = launched[static_cast<size_t>(i)];
+    const uint64_t facts[4] = {one.blocks, one.threads, one.loaded, one.stored};
+    std::memcpy(out[i], facts, sizeof facts);
+  }
+  launched.clear();
+  return count;
+}
+
+// The launch after `after` more returns an error; -1: none does.
+EXPORTED void cuda_on_host_fail_launch(int after) { machine().fail_launch_in = after; }
+
+EXPORTED void cuda_on_host_device(int devices, int driver, int has_kernels) {
+  machine().devices = devices;
+  machine().driver = driver;
+  machine().has_kernels = has_kernels != 0;
+}
+
+EXPORTED void cuda_on_host_begin_capture() {
+  machine().graphs.emplace_back();
+  machine().capturing = true;
+}
+
+// Returns the number of the graph, by which it is replayed.
+EXPORTED int cuda_on_host_end_capture() {
+  machine().capturing = false;
+  return static_cast<int>(machine().graphs.size()) - 1;
+}
+
+EXPORTED int cuda_on_host_replay(int graph) {
+  for (const auto& node : machine().graphs[static_cast<size_t>(graph)]) {
+    const cudaError_t error = cuda_on_host::execute(node.config, node.thread);
+    if (error != cudaSuccess) return error;
+  }
+  return 0;
+}

@@ -1,0 +1,480 @@
+"""The CUDA phases on the processor: the very sources, compiled against a small runtime (tests/cuda_on_host).
+
+The backend "cuda" takes CPU tensors here, through a reader that calls them device memory. Everything else is the
+product: plan, tables, refresh, launches, kernels. The same file runs once more under the address and
+undefined-behaviour sanitizers (test_cuda_sanitized.py).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from cases import (
+    CASES,
+    assert_same_bits,
+    assert_same_results,
+    bits,
+    each_case,
+    each_dtype,
+    each_variant,
+    new_grad,
+    new_params,
+    set_grads,
+    snapshot,
+    train,
+)
+from cuda_on_host.build import OnHost, compile_module
+from torch.nn import Parameter
+
+from fused_optim import AdamW, ClipGradByGlobalNorm, ClipGradByNorm, ClipGradByValue, backends, extension
+from fused_optim import plan as plan_module
+
+ROOT = Path(__file__).resolve().parent.parent
+SANITIZED = bool(os.environ.get("CUDA_ON_HOST_SANITIZED"))
+TILE, CHUNK, BY_WARP = 1024, 32 * 1024, 4 * 1024  # csrc/tables_cuda.h
+
+pytestmark = pytest.mark.requires("g++")
+
+# Around the vector, the warp's strip, the tile, a block's tiles.
+RAGGED = tuple((n,) for n in (0, 1, 2, 3, 4, 5, 7, 8, 9, 127, 129, 255, 257, 1023, 1024, 1025, 8191, 8193))
+ORDERS = (("ascending", 0), ("descending", 0), ("random", 1), ("random", 2))
+
+
+@pytest.fixture(scope="session")
+def shim() -> OnHost:
+    csrc = Path(os.environ.get("CUDA_ON_HOST_CSRC", ROOT / "csrc"))
+    return OnHost(compile_module(ROOT / "build" / "cuda_on_host", sanitize=SANITIZED, csrc=csrc))
+
+
+def as_device_memory(tensor: torch.Tensor) -> Any:
+    facts = plan_module.describe_tensor(tensor)
+    return facts and (facts[0], 2, *facts[2:])
+
+
+@pytest.fixture
+def on_host(shim: OnHost, monkeypatch: pytest.MonkeyPatch) -> Iterator[OnHost]:
+    """Inside `with_cuda`, and for backend="cuda", CPU tensors are stepped by the CUDA phases."""
+
+    def make_plan(**options: Any) -> Any:
+        if not cuda.chosen:
+            return real.Plan(**options)
+        return shim.module.Plan(
+            **{**options, "exchange_api": None, "describe": as_device_memory, "current_stream": lambda index: 0}
+        )
+
+    real = extension._C
+    cuda = SimpleNamespace(chosen=False)
+    monkeypatch.setattr(extension, "_C", SimpleNamespace(**{**vars(real), "Plan": make_plan}))
+    choose = backends.choose
+
+    def choose_here(device: torch.device, forced: str | None = None) -> tuple[str, str | None]:
+        cuda.chosen = forced == "cuda"
+        return ("cuda", None) if forced == "cuda" else choose(device, forced)
+
+    monkeypatch.setattr(backends, "choose", choose_here)
+    monkeypatch.setattr(backends, "check_forced", lambda backend, devices: None)
+    shim.schedule("ascending")
+    shim.launches()
+    yield shim
+    shim.fail_launch(-1)
+    shim.set_device()
+
+
+def pair(case: Any, variant: str, shapes: Any, dtype: torch.dtype, **options: Any) -> tuple[Any, Any]:
+    """An optimizer on the CUDA phases and its twin on the cpu backend."""
+    ours, twin = new_params(dtype, shapes), new_params(dtype, shapes)
+    return (
+        case.make(ours, variant, backend="cuda", **options),
+        case.make(twin, variant, backend="cpu", **options),
+    )
+
+
+def params_of(optimizer: torch.optim.Optimizer) -> list[Any]:
+    return [param for group in optimizer.param_groups for param in group["params"]]
+
+
+def train_both(ours: Any, twin: Any, steps: int = 3) -> None:
+    for optimizer in (ours, twin):
+        train(optimizer, params_of(optimizer), steps)
+
+
+@each_variant
+@each_dtype
+def test_every_rule_and_dtype_gives_the_cpu_backends_bits(
+    case: Any, variant: str, dtype: torch.dtype, on_host: OnHost, all_native: None
+) -> None:
+    ours, twin = pair(case, variant, RAGGED, dtype)
+    train_both(ours, twin)
+    assert_same_results(ours, twin)
+
+
+@pytest.mark.parametrize(("order", "seed"), ORDERS)
+@each_case
+def test_the_order_of_threads_does_not_show(
+    case: Any, order: str, seed: int, on_host: OnHost, all_native: None
+) -> None:
+    on_host.schedule(order, seed)
+    ours, twin = pair(case, "all", RAGGED, torch.float32)
+    train_both(ours, twin)
+    assert_same_results(ours, twin)
+
+
+@pytest.mark.parametrize("master", ["float32", "split", None])
+@pytest.mark.parametrize("grads", [torch.bfloat16, torch.float32])
+def test_wide_states_and_master_weights(
+    master: str | None, grads: torch.dtype, on_host: OnHost, all_native: None
+) -> None:
+    results = []
+    for backend in ("cuda", "cpu"):
+        params = new_params(torch.bfloat16, RAGGED)
+        optimizer = AdamW(params, backend=backend, state_dtype=torch.float32, master_weights=master)
+        for step in range(3):
+            set_grads(params, step)
+            if grads != torch.bfloat16:
+                for param in params:
+                    if hasattr(param, "grad_dtype"):
+                        param.grad_dtype = None
+                        param.grad = param.grad.to(grads)
+            optimizer.step()
+        results.append(optimizer)
+    assert_same_results(*results)
+
+
+def test_storages_without_a_kernel_of_their_own(on_host: OnHost, all_native: None) -> None:
+    # float16 states beside bfloat16 parameters, float32 states beside float64 ones: through AnyLayout.
+    for dtype, state_dtype in ((torch.bfloat16, torch.float16), (torch.float16, torch.bfloat16)):
+        ours, twin = pair(CASES[0], "all", RAGGED, dtype, state_dtype=state_dtype)
+        train_both(ours, twin)
+        assert_same_results(ours, twin)
+
+
+def test_mixed_dtypes_take_one_launch_a_compute_type(on_host: OnHost, all_native: None) -> None:
+    optimizers = []
+    for backend in ("cuda", "cpu"):
+        params = [
+            p for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64) for p in new_params(dtype)
+        ]
+        optimizers.append(AdamW(params, backend=backend))
+    train_both(*optimizers)
+    assert_same_results(*optimizers)
+    on_host.launches()
+    set_grads(params_of(optimizers[0]), 9)
+    optimizers[0].step()
+    assert len(on_host.launches()) <= 4  # patch, prepare, apply in float and in double
+
+
+@pytest.mark.parametrize("offset", [1, 2, 3])
+@each_dtype
+def test_unaligned_gradients_params_and_states(
+    dtype: torch.dtype, offset: int, on_host: OnHost, all_native: None
+) -> None:
+    optimizers = []
+    for backend in ("cuda", "cpu"):
+        params = []
+        for index, param in enumerate(new_params(dtype, RAGGED)):
+            room = torch.empty(param.numel() + 8, dtype=dtype)
+            shift = offset if index % 2 else 0
+            params.append(Parameter(room[shift : shift + param.numel()].copy_(param.detach())))
+        optimizer = AdamW(params, backend=backend)
+        for step in range(2):
+            for position, param in enumerate(params):
+                room = torch.empty(param.numel() + 8, dtype=dtype)
+                param.grad = room[offset : offset + param.numel()].copy_(new_grad(param, step, position))
+            optimizer.step()
+        optimizers.append(optimizer)
+    assert_same_results(*optimizers)
+
+
+def test_thousands_of_tensors_and_groups(on_host: OnHost, all_native: None) -> None:
+    shapes = [(1 + 7 * i % 23,) for i in range(400 if SANITIZED else 3000)]
+    optimizers = []
+    for backend in ("cuda", "cpu"):
+        params = new_params(torch.float32, shapes)
+        groups = [{"params": [param], "lr": 1e-3 * (1 + i % 5)} for i, param in enumerate(params)]
+        optimizers.append(AdamW(groups, backend=backend))
+    train_both(*optimizers, steps=2)
+    assert_same_results(*optimizers)
+    on_host.launches()
+    set_grads(params_of(optimizers[0]), 7)
+    optimizers[0].step()
+    assert len(on_host.launches()) <= 3
+
+
+# Launches and bytes ----------------------------------------------------------------------------------------------
+
+
+def step_facts(on_host: OnHost, optimizer: Any) -> tuple[int, int]:
+    """Launches, and bytes loaded and stored, of one step with all gradients new."""
+    train(optimizer, params_of(optimizer), 2)
+    on_host.launches()
+    set_grads(params_of(optimizer), 5)
+    optimizer.step()
+    launches = on_host.launches()
+    return len(launches), sum(loaded + stored for _, _, loaded, stored in launches)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "options", "bytes_per_param", "most_launches"),
+    [
+        (torch.float32, {}, 28, 3),
+        (torch.float32, {"grad_clip": ClipGradByGlobalNorm(1.0)}, 32, 5),
+        (torch.float32, {"grad_clip": ClipGradByNorm(1.0)}, 32, 5),
+        (torch.float32, {"grad_clip": ClipGradByValue(1.0)}, 28, 3),
+        (torch.float64, {}, 56, 3),
+        (torch.bfloat16, {}, 14, 3),
+        (torch.bfloat16, {"state_dtype": torch.float32}, 22, 3),
+        (torch.bfloat16, {"master_weights": "float32"}, 28, 3),
+        (torch.bfloat16, {"master_weights": "split"}, 26, 3),
+        (torch.float16, {"state_dtype": torch.float32, "grad_clip": ClipGradByGlobalNorm(1.0)}, 24, 5),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("misaligned", [False, True])
+def test_bytes_and_launches(
+    dtype: torch.dtype, options: Any, bytes_per_param: int, most_launches: int, misaligned: bool, on_host: OnHost
+) -> None:
+    shapes = [(3,), (768,), (BY_WARP,), (BY_WARP + 1,), (CHUNK,), (CHUNK + 1,), (3 * TILE + 5, 11)]
+    params = new_params(dtype, shapes)
+    if misaligned:
+        params = [Parameter(torch.cat([p.detach().flatten().new_zeros(1), p.detach().flatten()])[1:]) for p in params]
+    optimizer = AdamW(params, backend="cuda", **options)
+    launches, moved = step_facts(on_host, optimizer)
+    assert moved == bytes_per_param * sum(param.numel() for param in params)
+    assert launches <= most_launches
+
+
+# Norms -----------------------------------------------------------------------------------------------------------
+
+NORM_SHAPES = tuple(
+    (n,) for n in (0, 1, 5, BY_WARP - 1, BY_WARP, BY_WARP + 1, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK + 77)
+)
+
+
+@pytest.mark.parametrize(("order", "seed"), ORDERS)
+@each_dtype
+def test_global_norm(dtype: torch.dtype, order: str, seed: int, on_host: OnHost, all_native: None) -> None:
+    on_host.schedule(order, seed)
+    ours, twin = pair(CASES[0], "default", NORM_SHAPES, dtype, grad_clip=ClipGradByGlobalNorm(0.5))
+    train_both(ours, twin, 2)
+    grads = [param.grad for param in params_of(ours)]
+    exact = torch.cat([grad.double().flatten() for grad in grads]).norm()
+    torch.testing.assert_close(ours.last_grad_norm.double(), exact, rtol=1e-6, atol=0)
+    for mine, theirs in zip(snapshot(ours), snapshot(twin), strict=True):
+        for key, value in mine.items():
+            torch.testing.assert_close(value, theirs[key])
+
+
+def test_norms_are_the_same_bits_in_every_order(on_host: OnHost) -> None:
+    seen = set()
+    for order, seed in ORDERS:
+        on_host.schedule(order, seed)
+        params = new_params(torch.float32, NORM_SHAPES)
+        optimizer = AdamW(params, backend="cuda", grad_clip=ClipGradByGlobalNorm(0.5))
+        train(optimizer, params, 2)
+        seen.add(tuple(tuple(bits(param).flatten().tolist()) for param in params))
+    assert len(seen) == 1
+
+
+def test_the_split_into_groups_does_not_change_the_norm(on_host: OnHost) -> None:
+    results = []
+    for order in (1, -1):
+        params = new_params(torch.float32, NORM_SHAPES)
+        set_grads(params, 0)
+        optimizer = AdamW(
+            [{"params": [param]} for param in params][::order], backend="cuda", grad_clip=ClipGradByGlobalNorm(0.1)
+        )
+        optimizer.step()
+        results.append([param.detach().clone() for param in params])
+    for one, other in zip(*results, strict=True):
+        assert_same_bits(one, other)
+
+
+@pytest.mark.parametrize("value", [1e25, 1e-30, 3e19])
+def test_norms_of_extreme_gradients(value: float, on_host: OnHost) -> None:
+    params = [Parameter(torch.zeros(n)) for n in (5, BY_WARP + 3, CHUNK + 3)]
+    for param in params:
+        param.grad = torch.full_like(param, value)
+    optimizer = AdamW(params, backend="cuda", grad_clip=ClipGradByGlobalNorm(1.0))
+    optimizer.step()
+    numel = sum(param.numel() for param in params)
+    torch.testing.assert_close(optimizer.last_grad_norm.item(), value * numel**0.5, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+def test_a_non_finite_gradient_shows_in_the_norm(bad: float, on_host: OnHost) -> None:
+    params = [Parameter(torch.zeros(n)) for n in (5, CHUNK + 3)]
+    set_grads(params, 0)
+    params[1].grad[CHUNK] = bad
+    optimizer = AdamW(params, backend="cuda", grad_clip=ClipGradByGlobalNorm(1.0))
+    optimizer.step()
+    assert not torch.isfinite(optimizer.last_grad_norm)
+
+
+# What is read on the device --------------------------------------------------------------------------------------
+
+
+def test_loss_scale_and_found_inf_are_read_on_the_device(on_host: OnHost) -> None:
+    ours, twin = pair(CASES[0], "default", RAGGED, torch.float32)
+    train_both(ours, twin, 1)
+    for found in (1.0, 0.0):
+        before = snapshot(ours)
+        for optimizer in (ours, twin):
+            set_grads(params_of(optimizer), 3, scale=64.0)
+            optimizer.grad_scale, optimizer.found_inf = torch.tensor(64.0), torch.tensor(found)
+            optimizer.step()
+        if found:
+            for mine, old in zip(snapshot(ours), before, strict=True):
+                for key in mine:
+                    assert_same_bits(mine[key], old[key], key)
+    assert_same_results(ours, twin)
+
+
+def test_tensor_hyperparameters_are_read_where_they_are(on_host: OnHost) -> None:
+    ours, twin = new_params(), new_params()
+    lr, beta1 = torch.tensor(1e-2), torch.tensor(0.8, dtype=torch.float64)
+    mine = AdamW(ours, lr=lr, betas=(beta1, torch.tensor(0.99)), backend="cuda", capturable=True)
+    other = AdamW(twin, lr=1e-2, betas=(0.8, float(torch.tensor(0.99))), backend="cpu")
+    other.param_groups[0]["lr"] = float(lr)
+    train_both(mine, other, 2)
+    on_host.launches()
+    lr.fill_(3e-3)
+    other.param_groups[0]["lr"] = float(lr)
+    mine.step()
+    assert len(on_host.launches()) == 2  # prepare and apply: no word of the table has changed
+    other.step()
+    assert_same_results(mine, other)
+
+
+def test_nothing_is_sent_when_nothing_changed(on_host: OnHost) -> None:
+    params = new_params()
+    optimizer = AdamW(params, backend="cuda")
+    set_grads(params, 0)
+    optimizer.step()
+    on_host.launches()
+    optimizer.step()
+    assert len(on_host.launches()) == 2  # prepare and apply
+
+
+def test_rows_come_and_go(on_host: OnHost) -> None:
+    ours, twin = pair(CASES[0], "all", RAGGED, torch.float32)
+    for step in range(5):
+        for optimizer in (ours, twin):
+            params = params_of(optimizer)
+            set_grads(params, step)
+            for index, param in enumerate(params):
+                if (index + step) % 3 == 0:
+                    param.grad = None
+            optimizer.step()
+    assert_same_results(ours, twin)
+
+
+def test_an_older_driver_takes_small_patches(on_host: OnHost) -> None:
+    ours, twin = pair(CASES[0], "default", [(5,)] * 300, torch.float32)
+    train_both(ours, twin, 3)
+    assert_same_results(ours, twin)
+
+
+# Graphs ----------------------------------------------------------------------------------------------------------
+
+
+def test_replays_follow_a_tensor_lr_and_leave_rows_without_gradient(on_host: OnHost) -> None:
+    lr = torch.tensor(1e-2)
+    ours, twin = new_params(), new_params()
+    mine = AdamW(ours, lr=lr, backend="cuda", capturable=True)
+    other = AdamW(twin, lr=1e-2, backend="cpu")
+    train_both(mine, other, 1)
+    for params in (ours, twin):
+        set_grads(params, 4)
+        params[3].grad = None
+    grads = [param.grad for param in ours]
+    on_host.begin_capture()
+    mine.step()
+    graph = on_host.end_capture()
+    for step in range(3):
+        if step:
+            lr.mul_(0.5)
+        other.param_groups[0]["lr"] = float(lr)
+        on_host.replay(graph)
+        other.step()
+    # A step between replays has a table of its own; the replay then still does what was captured.
+    for params in (ours, twin):
+        set_grads(params, 6)
+    mine.step()
+    other.step()
+    for param, mine_grad, params_twin in zip(ours, grads, twin, strict=True):
+        params_twin.grad = None if mine_grad is None else mine_grad.clone()
+    on_host.replay(graph)
+    other.step()
+    assert_same_results(mine, other)
+
+
+def test_two_captures_in_a_row(on_host: OnHost) -> None:
+    ours, twin = new_params(), new_params()
+    mine, other = AdamW(ours, backend="cuda", capturable=True), AdamW(twin, backend="cpu")
+    train_both(mine, other, 1)
+    graphs = []
+    kept = []
+    for step in (2, 3):
+        set_grads(ours, step)
+        kept.append([param.grad for param in ours])
+        on_host.begin_capture()
+        mine.step()
+        graphs.append(on_host.end_capture())
+    for step, graph in zip((2, 3), graphs, strict=True):
+        on_host.replay(graph)
+        set_grads(twin, step)
+        other.step()
+    assert_same_results(mine, other)
+
+
+def test_captures_that_could_not_be_replayed_are_refused(on_host: OnHost) -> None:
+    params = new_params()
+    set_grads(params, 0)
+    fresh = AdamW(params, backend="cuda", capturable=True)
+    on_host.begin_capture()
+    try:
+        with pytest.raises(RuntimeError, match=r"param_groups\[0\]\['params'\]\[0\] is not ready.*take one step"):
+            fresh.step()
+        assert not fresh.state
+        plain = AdamW(params, backend="cuda")
+        with pytest.raises(RuntimeError, match="capturable"):
+            plain.step()
+    finally:
+        on_host.end_capture()
+    assert on_host.launches() == []
+
+
+# Errors ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("after", "phase"), [(0, "refresh"), (1, "reduce"), (2, "reduce"), (3, "prepare"), (4, "apply")]
+)
+def test_an_error_names_its_phase_and_comes_once(after: int, phase: str, on_host: OnHost) -> None:
+    params = new_params(shapes=NORM_SHAPES)
+    optimizer = AdamW(params, backend="cuda", grad_clip=ClipGradByGlobalNorm(1.0))
+    train(optimizer, params, 1)
+    set_grads(params, 1)
+    on_host.fail_launch(after)
+    with pytest.raises(RuntimeError, match=f"{phase}.*cudaErrorLaunchFailure.*undefined"):
+        optimizer.step()
+    train(optimizer, params, 1, first=2)
+
+
+def test_a_gpu_without_code_says_so(shim: OnHost) -> None:
+    try:
+        shim.set_device(has_kernels=False)
+        assert "sm_90" in shim.module.why_no_cuda(0)
+        shim.set_device(devices=0)
+        assert "driver" in shim.module.why_no_cuda(0)
+        shim.set_device(devices=1)
+        assert "no CUDA device 1" in shim.module.why_no_cuda(1)
+    finally:
+        shim.set_device()
+    assert shim.module.why_no_cuda(0) == ""

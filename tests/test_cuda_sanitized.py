@@ -1,0 +1,35 @@
+"""The CUDA phases on the processor once more, under the address and undefined-behaviour sanitizers."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).resolve().parent
+
+
+def library(name: str) -> str:
+    return subprocess.run(
+        ["g++", f"-print-file-name={name}"], text=True, check=True, stdout=subprocess.PIPE
+    ).stdout.strip()
+
+
+@pytest.mark.requires("g++")
+@pytest.mark.timeout(600)
+def test_the_cuda_phases_under_sanitizers() -> None:
+    # Preloaded, because Python itself is not built with them; what Python leaks at its end is not looked at.
+    environment = {
+        **os.environ,
+        "CUDA_ON_HOST_SANITIZED": "1",
+        "LD_PRELOAD": f"{library('libasan.so')} {library('libubsan.so')}",
+        "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0:abort_on_error=1",
+        "UBSAN_OPTIONS": "print_stacktrace=1",
+    }
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(HERE / "test_cuda_on_host.py")]
+    result = subprocess.run(command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    assert result.returncode == 0, result.stdout[-8000:]
+    assert " passed" in result.stdout, result.stdout[-2000:]
