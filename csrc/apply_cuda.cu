@@ -204,7 +204,7 @@ constexpr int kInFlight = 8;
 template <class Rule, class T, class L>
 FO_DEVICE void update_tile(const Row& row, const Record<Rule, T>& s, int64_t begin, int n, int lane) {
   constexpr int N = L::kVector;
-  constexpr int kUnroll = L::kWidest == 8 ? 2 : kInFlight / N;
+  constexpr int kUnroll = L::kWidest == 8 ? 1 : kInFlight / N;
   constexpr int kFirst = kFirstState + per_tensor_states<Rule>();
   constexpr int kStates = Rule::kStateCount - per_tensor_states<Rule>();
   static_assert(kStates >= 1 && kStates <= 3, "spell out one more column");

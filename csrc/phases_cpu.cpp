@@ -67,7 +67,8 @@ GompParallel find_openmp() {
 }
 
 // A forked child has none of its parent's workers, so a pool would wait for ever; fresh threads do not.
-// Watched from the moment the library is loaded: torch may have started its workers long before our first step.
+// Watched from the moment the library is loaded: torch may have started its workers long before our first
+// step.
 std::atomic<bool> forked{false};
 const bool watches_forks = pthread_atfork(nullptr, nullptr, [] { forked = true; }) == 0;
 

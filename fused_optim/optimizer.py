@@ -79,7 +79,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     _cuda_devices: tuple[torch.device, ...] = ()  # that rows of the plan are on
     _devices_alone: bool = False  # one of them has all rows
     _norm_tensors: dict[torch.device, Tensor]  # where the kernels write the global norm
-    _scalars: Sequence[Tensor] = ()
+    _scalars: list[Tensor]
     _reported: frozenset[str] = frozenset()
     _loading: dict[str, Any] | None = None
 
@@ -252,18 +252,21 @@ class FusedOptimizer(torch.optim.Optimizer):
         scalars = []
         self._scalars = []  # alive until the next step: the kernels read them later
         for device in self._cuda_devices:
-            addresses = []
-            for value in (scale, found_inf):
-                if value is None:
-                    addresses.append(0)
-                    continue
-                value = value.detach().to(device=device, dtype=torch.float32, non_blocking=True)
-                self._scalars.append(value)
-                addresses.append(value.data_ptr())
+            scale_address, found_inf_address = (self._address_on(device, value) for value in (scale, found_inf))
             if device not in self._norm_tensors:
                 self._norm_tensors[device] = torch.zeros((), dtype=torch.float32, device=device)
-            scalars.append((device.index or 0, *addresses, self._norm_tensors[device].data_ptr(), 0))
+            scalars.append(
+                (device.index or 0, scale_address, found_inf_address, self._norm_tensors[device].data_ptr(), 0)
+            )
         return scalars
+
+    def _address_on(self, device: torch.device, value: Tensor | None) -> int:
+        """Where a kernel on a device finds a number, as float32; 0: there is none."""
+        if value is None:
+            return 0
+        value = value.detach().to(device=device, dtype=torch.float32, non_blocking=True)
+        self._scalars.append(value)
+        return value.data_ptr()
 
     def _check_capture(self, attention: Sequence[tuple[int, str]]) -> None:
         """Refuse a capture into a CUDA graph that could not be replayed.

@@ -228,7 +228,9 @@ def test_checkpoint_of_torchs(case: Case, variant: str, dtype: torch.dtype, back
     tolerance = 1e-11 if dtype == torch.float64 else 3e-2
     for mine, theirs in zip(snapshot(optimizer), snapshot(reference), strict=True):
         for name, value in mine.items():
-            torch.testing.assert_close(value, theirs[name], rtol=tolerance, atol=tolerance, equal_nan=variant == "zero eps")
+            torch.testing.assert_close(
+                value, theirs[name], rtol=tolerance, atol=tolerance, equal_nan=variant == "zero eps"
+            )
 
 
 @each_implementation
@@ -250,7 +252,9 @@ def test_checkpoint_goes_to_torchs(case: Case, variant: str, dtype: torch.dtype,
     tolerance = 1e-11 if dtype == torch.float64 else 3e-2
     for mine, theirs in zip(snapshot(optimizer), snapshot(reference), strict=True):
         for name, value in mine.items():
-            torch.testing.assert_close(value, theirs[name], rtol=tolerance, atol=tolerance, equal_nan=variant == "zero eps")
+            torch.testing.assert_close(
+                value, theirs[name], rtol=tolerance, atol=tolerance, equal_nan=variant == "zero eps"
+            )
 
 
 @each_implementation
@@ -495,7 +499,7 @@ def test_refusal_names_the_parameter(case: Case, backend: str) -> None:
     optimizer.step()
     saved = copy.deepcopy(optimizer.state_dict())
     del saved["state"][1]["exp_avg"]
-    with pytest.raises(ValueError, match="'exp_avg'.*'bias'"):
+    with pytest.raises(ValueError, match=r"'exp_avg'.*'bias'"):
         optimizer.load_state_dict(saved)
 
 

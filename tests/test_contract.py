@@ -44,7 +44,9 @@ import fused_optim
 FEW = [(5,), (3, 4), ()]
 
 
-def start(case: Case, backend: str, variant: str = "decay", steps: int = 2, **options: Any) -> tuple[Any, list[Parameter]]:
+def start(
+    case: Case, backend: str, variant: str = "decay", steps: int = 2, **options: Any
+) -> tuple[Any, list[Parameter]]:
     params = new_params(shapes=FEW, device=device_of(backend))
     optimizer = case.make(params, variant, backend=backend, **options)
     train(optimizer, params, steps)
@@ -125,7 +127,8 @@ def test_bad_parameters_raise_torchs_exceptions(case: Case, params: Any) -> None
 @pytest.mark.parametrize("fused", [None, True, False])
 def test_foreach_and_fused_choose_nothing(case: Case, foreach: bool | None, fused: bool | None) -> None:
     if foreach and fused:
-        pytest.raises(RuntimeError, case.make, new_params(), foreach=foreach, fused=fused)
+        with pytest.raises(RuntimeError):
+            case.make(new_params(), foreach=foreach, fused=fused)
         return
     params, twins = new_params(), new_params()
     one = case.make(params, foreach=foreach, fused=fused)

@@ -407,8 +407,8 @@ def test_replays_follow_a_tensor_lr_and_leave_rows_without_gradient(on_host: OnH
         set_grads(params, 6)
     mine.step()
     other.step()
-    for param, mine_grad, params_twin in zip(ours, grads, twin, strict=True):
-        params_twin.grad = None if mine_grad is None else mine_grad.clone()
+    for grad, param in zip(grads, twin, strict=True):
+        param.grad = None if grad is None else grad.clone()
     on_host.replay(graph)
     other.step()
     assert_same_results(mine, other)

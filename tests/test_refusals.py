@@ -42,13 +42,19 @@ def _sparse(optimizer: Any, param: Any) -> None:
 
 
 def _csr(optimizer: Any, param: Any) -> None:
-    param.grad = torch.ones(3, 4).to_sparse_csr()
+    param.__class__ = Compressed
 
 
 class Elsewhere(Parameter):
     """A parameter whose gradient is on another device, which torch's own setter would not accept."""
 
     grad = property(lambda self: torch.ones(self.shape, device="meta"), lambda self, value: None)  # type: ignore[assignment]
+
+
+class Compressed(Parameter):
+    """A parameter with a gradient of another sparse layout, which torch's own setter would not accept."""
+
+    grad = property(lambda self: torch.ones(self.shape).to_sparse_csr(), lambda self, value: None)  # type: ignore[assignment]
 
 
 def _meta_grad(optimizer: Any, param: Any) -> None:

@@ -36,8 +36,10 @@ SAME(ours::ExchangeApiHeader, version, DLPackExchangeAPIHeader, version);
 SAME(ours::ExchangeApiHeader, prev_api, DLPackExchangeAPIHeader, prev_api);
 SAME(ours::ExchangeApi, header, DLPackExchangeAPI, header);
 SAME(ours::ExchangeApi, managed_tensor_allocator, DLPackExchangeAPI, managed_tensor_allocator);
-SAME(ours::ExchangeApi, managed_tensor_from_py_object_no_sync, DLPackExchangeAPI, managed_tensor_from_py_object_no_sync);
-SAME(ours::ExchangeApi, managed_tensor_to_py_object_no_sync, DLPackExchangeAPI, managed_tensor_to_py_object_no_sync);
+SAME(ours::ExchangeApi, managed_tensor_from_py_object_no_sync, DLPackExchangeAPI,
+     managed_tensor_from_py_object_no_sync);
+SAME(ours::ExchangeApi, managed_tensor_to_py_object_no_sync, DLPackExchangeAPI,
+     managed_tensor_to_py_object_no_sync);
 SAME(ours::ExchangeApi, dltensor_from_py_object_no_sync, DLPackExchangeAPI, dltensor_from_py_object_no_sync);
 SAME(ours::ExchangeApi, current_work_stream, DLPackExchangeAPI, current_work_stream);
 

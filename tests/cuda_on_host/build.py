@@ -82,7 +82,8 @@ class OnHost:
 
     def __init__(self, path: Path) -> None:
         spec = importlib.util.spec_from_file_location("cuda_on_host._C", path)
-        assert spec is not None and spec.loader is not None
+        assert spec is not None
+        assert spec.loader is not None
         self.module: ModuleType = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(self.module)
         self._shim = ctypes.CDLL(str(path))

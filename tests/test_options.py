@@ -1,0 +1,261 @@
+"""Factors per parameter, clipping and master weights: the same from every backend, and what they say they are."""
+
+from __future__ import annotations
+
+import copy
+import math
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import Parameter
+
+import fused_optim
+from fused_optim import ClipGradByGlobalNorm, ClipGradByNorm, ClipGradByValue, masters
+
+SHAPES = {"bias": (16,), "0.weight": (3, 5), "scale": (), "1.weight": (200, 333), "empty": (0,), "one": (1,)}
+LOW = (torch.bfloat16, torch.float16)
+
+CLIPS = {
+    "none": None,
+    "global": ClipGradByGlobalNorm(1.0),
+    "measured": ClipGradByGlobalNorm(math.inf),
+    "norm": ClipGradByNorm(2.0),
+    "value": ClipGradByValue(0.5),
+    "value, excluded": ClipGradByValue(0.5, -0.1, need_clip=lambda name, param: name != "bias"),
+    "global, excluded": ClipGradByGlobalNorm(1.0, need_clip=lambda name, param: param.ndim > 1),
+}
+SCALES: dict[str, dict[str, Any]] = {
+    "none": {},
+    "patterns": {"lr_scale": {"*.weight": 0.5, "bias": 0.0}, "weight_decay_scale": fused_optim.matrices_only},
+    "sequence": {"lr_scale": [1, 0.5, 0.25, 2, 0, 3.0]},
+}
+MASTERS = [
+    (dtype, kind)
+    for dtype in (torch.float32, torch.float64, *LOW)
+    for kind in (None, "float32", "split")
+    if kind != "split" or dtype == torch.bfloat16
+]
+
+
+def named(dtype: torch.dtype = torch.float32) -> list[tuple[str, Parameter]]:
+    torch.manual_seed(1)
+    return [(name, Parameter(torch.randn(shape).to(dtype))) for name, shape in SHAPES.items()]
+
+
+def train(dtype: torch.dtype, steps: int = 4, **options: Any) -> tuple[list[Parameter], fused_optim.AdamW]:
+    parameters = named(dtype)
+    optimizer = fused_optim.AdamW(parameters, weight_decay=0.1, **options)
+    torch.manual_seed(7)
+    for _ in range(steps):
+        for _, param in parameters:
+            param.grad = torch.randn_like(param) * 3
+        grads = [param.grad.clone() for _, param in parameters if param.grad is not None]
+        optimizer.step()
+        for (_, param), grad in zip(parameters, grads, strict=True):
+            assert param.grad is not None
+            assert torch.equal(param.grad, grad), "a gradient was written"
+    return [param for _, param in parameters], optimizer
+
+
+@pytest.mark.parametrize("maximize", [False, True])
+@pytest.mark.parametrize(("dtype", "kind"), MASTERS, ids=str)
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("clip", CLIPS)
+def test_backends_agree(clip: str, scale: str, dtype: torch.dtype, kind: str | None, maximize: bool) -> None:
+    options = {"grad_clip": CLIPS[clip], "master_weights": kind, "maximize": maximize, **SCALES[scale]}
+    params, optimizer = train(dtype, **options)
+    expected, witness = train(dtype, backend="eager", **options)
+    assert optimizer.backend == "cpu"
+    measured = clip in ("global", "norm", "global, excluded")
+    for param, other in zip(params, expected, strict=True):
+        if dtype == torch.float64:
+            torch.testing.assert_close(param, other, rtol=1e-12, atol=1e-13)
+        elif measured:  # the coefficient comes from sums in another order; one rounding of it is seen in the result
+            epsilon = torch.finfo(dtype).eps
+            torch.testing.assert_close(param, other, rtol=4 * epsilon, atol=4 * epsilon)
+        else:
+            assert torch.equal(param, other)
+        if kind is not None and dtype in LOW and not measured:
+            key = masters.KEYS[kind]
+            assert torch.equal(optimizer.state[param][key], witness.state[other][key])
+    if optimizer.last_grad_norm is not None:
+        torch.testing.assert_close(optimizer.last_grad_norm, witness.last_grad_norm, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "eager"])
+def test_global_norm_clip_is_torchs(backend: str) -> None:
+    params, optimizer = train(torch.float32, backend=backend, grad_clip=ClipGradByGlobalNorm(1.0))
+    expected = [param for _, param in named()]
+    torch_optimizer = torch.optim.AdamW(expected, weight_decay=0.1, foreach=False)
+    torch.manual_seed(7)
+    for _ in range(4):
+        for param in expected:
+            param.grad = torch.randn_like(param) * 3
+        norm = torch.nn.utils.clip_grad_norm_(expected, 1.0)
+        torch_optimizer.step()
+    torch.testing.assert_close(params, expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(optimizer.last_grad_norm, norm, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "eager"])
+def test_split_into_groups_does_not_change_the_clip(backend: str) -> None:
+    whole, _ = train(torch.float32, backend=backend, grad_clip=ClipGradByGlobalNorm(0.5))
+    parameters = named()
+    groups = [{"params": [param]} for _, param in parameters]
+    optimizer = fused_optim.AdamW(groups, weight_decay=0.1, backend=backend, grad_clip=ClipGradByGlobalNorm(0.5))
+    torch.manual_seed(7)
+    for _ in range(4):
+        for _, param in parameters:
+            param.grad = torch.randn_like(param) * 3
+        optimizer.step()
+    assert all(torch.equal(param, other) for (_, param), other in zip(parameters, whole, strict=True))
+
+
+@pytest.mark.parametrize("backend", ["cpu", "eager"])
+@pytest.mark.parametrize("size", [1e-30, 1e-20, 1e15, 3e19])
+def test_norm_neither_overflows_nor_underflows(size: float, backend: str) -> None:
+    param = Parameter(torch.zeros(5000))
+    param.grad = torch.full((5000,), size)
+    optimizer = fused_optim.AdamW([param], grad_clip=ClipGradByGlobalNorm(math.inf), backend=backend)
+    optimizer.step()
+    assert optimizer.last_grad_norm is not None
+    assert optimizer.last_grad_norm.item() == pytest.approx(size * math.sqrt(5000), rel=1e-6)
+
+
+def test_nan_spreads_and_infinity_zeroes_as_in_paddle() -> None:
+    for bad, finite in ((math.nan, False), (math.inf, True)):
+        good, hurt = Parameter(torch.ones(4)), Parameter(torch.ones(4))
+        good.grad, hurt.grad = torch.ones(4), torch.tensor([1.0, bad, 1.0, 1.0])
+        optimizer = fused_optim.AdamW([good, hurt], grad_clip=ClipGradByGlobalNorm(1.0), weight_decay=0.0)
+        optimizer.step()
+        assert bool(good.isfinite().all()) is finite
+        assert bool(hurt[1].isnan())
+        if finite:
+            assert torch.equal(good, torch.ones(4))  # a factor of 0
+
+
+def test_split_master_is_the_float32_master() -> None:
+    whole, _ = train(torch.bfloat16, steps=30, master_weights="float32")
+    split, _ = train(torch.bfloat16, steps=30, master_weights="split")
+    assert all(torch.equal(a, b) for a, b in zip(whole, split, strict=True))
+
+
+def test_remainder_holds_every_float32() -> None:
+    bits = torch.randint(-(2**31), 2**31, (1_000_000,), dtype=torch.int64).to(torch.int32)
+    value = bits.view(torch.float32)
+    value = value[~value.isnan()]
+    param = masters.round_ties_away(value, torch.bfloat16)
+    state = {"param_remainder": masters.remainder_of(value, param)}
+    assert torch.equal(masters.read(param, state, "param_remainder").view(torch.int32), value.view(torch.int32))
+
+
+@pytest.mark.parametrize("kind", ["float32", "split"])
+@pytest.mark.parametrize("backend", ["cpu", "eager"])
+def test_master_follows_a_parameter_that_was_overwritten(backend: str, kind: str) -> None:
+    params, optimizer = train(torch.bfloat16, backend=backend, master_weights=kind)
+    with torch.no_grad():
+        params[0].fill_(3.0)
+    optimizer.add_param_group({"params": [Parameter(torch.ones(2))], "param_names": ["later"]})  # a new plan between
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    optimizer.step()
+    assert torch.equal(params[0], torch.full_like(params[0], 3.0))
+
+
+@pytest.mark.parametrize("kind", ["float32", "split"])
+def test_refresh_masters_after_data_copy(kind: str) -> None:
+    params, optimizer = train(torch.bfloat16, master_weights=kind, lr=0.0)
+    params[0].data.fill_(3.0)
+    optimizer.refresh_masters()
+    optimizer.step()
+    assert torch.equal(params[0], torch.full_like(params[0], 3.0))
+
+
+@pytest.mark.parametrize("saved", ["float32", "split"])
+@pytest.mark.parametrize("loaded", ["float32", "split"])
+def test_masters_survive_a_checkpoint(saved: str, loaded: str) -> None:
+    params, optimizer = train(torch.bfloat16, master_weights=saved)
+    copies = [Parameter(param.detach().clone()) for param in params]
+    other = fused_optim.AdamW(list(zip(SHAPES, copies, strict=True)), weight_decay=0.1, master_weights=loaded)
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for one, two in zip(params, copies, strict=True):
+        one.grad = torch.ones_like(one)
+        two.grad = torch.ones_like(two)
+    for _ in range(3):
+        optimizer.step()
+        other.step()
+    assert all(torch.equal(one, two) for one, two in zip(params, copies, strict=True))
+
+
+def test_resolved_numbers_are_pickled_not_functions() -> None:
+    parameters = named()
+    clip = ClipGradByNorm(1.0, need_clip=lambda name, param: name != "bias")
+    optimizer = fused_optim.AdamW(parameters, lr_scale=lambda name, param: len(name) / 10, grad_clip=clip)
+    twin = pickle.loads(pickle.dumps(optimizer))
+    params = [param for _, param in parameters]
+    twins = twin.param_groups[0]["params"]
+    for param, other in zip(params, twins, strict=True):
+        param.grad = torch.ones_like(param)
+        other.grad = torch.ones_like(other)
+    optimizer.step()
+    twin.step()
+    assert all(torch.equal(param, other) for param, other in zip(params, twins, strict=True))
+    with pytest.raises(ValueError, match=r"param_groups\[1\].*lr_scale"):
+        twin.add_param_group({"params": [Parameter(torch.ones(1))], "param_names": ["new"]})
+    assert len(twin.param_groups) == 1
+
+
+def test_later_parameters_are_asked_again() -> None:
+    optimizer = fused_optim.AdamW(
+        named(), lr=1.0, weight_decay=0.0, lr_scale=lambda name, param: float(name[:3] != "new")
+    )
+    later = Parameter(torch.ones(3))
+    later.grad = torch.ones(3)
+    optimizer.add_param_group({"params": [later], "param_names": ["new.weight"]})
+    optimizer.step()
+    assert torch.equal(later, torch.ones(3))
+
+
+WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
+    "pattern": ({"lr_scale": {"x*": 1.0}}, ValueError, "'x\\*' matches no parameter; near:"),
+    "length": ({"lr_scale": [1.0]}, ValueError, "1 factors, but the optimizer has 6 parameters"),
+    "negative": ({"lr_scale": lambda name, param: -1}, ValueError, "'bias'.*not negative"),
+    "not finite": ({"weight_decay_scale": lambda name, param: math.nan}, ValueError, "'bias'.*finite"),
+    "None": ({"lr_scale": lambda name, param: None}, TypeError, "'bias'.*must be a number"),
+    "kind": ({"lr_scale": 3}, TypeError, "lr_scale must be a callable"),
+    "foreign keys": ({"lr_scale": {Parameter(torch.ones(1)): 1.0}}, ValueError, "none of its 1 keys"),
+    "clip": ({"grad_clip": 1.0}, TypeError, "grad_clip must be ClipGradByGlobalNorm"),
+    "master": ({"master_weights": "half"}, ValueError, "master_weights='half'"),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_constructor_refuses(wrong: str) -> None:
+    options, error, text = WRONG[wrong]
+    with pytest.raises(error, match=text):
+        fused_optim.AdamW(named(), **options)
+
+
+def test_constructor_refuses_missing_names_and_split_float16() -> None:
+    with pytest.raises(ValueError, match="named_parameters"):
+        fused_optim.AdamW([Parameter(torch.ones(1))], lr_scale=lambda name, param: 1.0)
+    with pytest.raises(ValueError, match="master_weights='float32'"):
+        fused_optim.AdamW([Parameter(torch.ones(1).half())], master_weights="split")
+
+
+@pytest.mark.parametrize("make", [ClipGradByGlobalNorm, ClipGradByNorm, ClipGradByValue])
+@pytest.mark.parametrize("threshold", [0.0, -1.0, math.nan])
+def test_clip_refuses_a_threshold_that_is_not_positive(make: Any, threshold: float) -> None:
+    with pytest.raises(ValueError, match="greater than 0"):
+        make(threshold)
+
+
+def test_wrappers_are_stripped_from_names() -> None:
+    param = Parameter(torch.ones(2))
+    name = "module._orig_mod.block._checkpoint_wrapped_module.weight"
+    optimizer = fused_optim.AdamW([(name, param)], lr=1.0, weight_decay=0.0, lr_scale={"block.weight": 0.0})
+    param.grad = torch.ones(2)
+    optimizer.step()
+    assert torch.equal(param, torch.ones(2))
