@@ -358,7 +358,6 @@ def test_number_formats_are_converted_right(tmp_path: Path, capability_flags: st
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.requires("c++")
-@pytest.mark.slow
 def test_every_float_is_rounded_right(tmp_path: Path) -> None:
     program = compile_storage_test(tmp_path, ["-O3"])
     result = subprocess.run([program, "all"], capture_output=True, text=True)

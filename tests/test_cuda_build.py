@@ -1,0 +1,102 @@
+"""What nvcc makes of the CUDA phases: architectures, registers, spills, and what the module links to."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+CSRC = ROOT / "csrc"
+SUPPORTED = (75, 80, 90, 100, 120)
+# The sources as CMakeLists.txt compiles them.
+FLAGS = ("-std=c++17", "-O3", "-fmad=false", "--expt-relaxed-constexpr", f"-I{CSRC}")
+# Threads of a block times registers of a thread fit twice into a multiprocessor's 65,536.
+MOST_REGISTERS = 128
+
+
+def known_architectures() -> list[int]:
+    listed = subprocess.run(["nvcc", "--list-gpu-arch"], text=True, check=True, stdout=subprocess.PIPE).stdout
+    return [arch for arch in SUPPORTED if f"compute_{arch}\n" in listed]
+
+
+def resource_report(out: Path, architectures: list[int]) -> str:
+    """ptxas's report on every kernel. Threads: one architecture each, as many as there are processors."""
+    targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in architectures]
+    report = ""
+    for source in sorted(CSRC.glob("*.cu")):
+        command = ["nvcc", *FLAGS, *targets, f"--threads={os.cpu_count()}", "--resource-usage"]
+        command += ["-c", str(source), "-o", str(out / f"{source.stem}.o")]
+        result = subprocess.run(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        assert result.returncode == 0, result.stdout
+        report += result.stdout
+    return report
+
+
+def check_report(report: str) -> None:
+    spilled = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report)
+    registers = [int(count) for count in re.findall(r"Used (\d+) registers", report)]
+    assert len(spilled) >= len(registers) > 0
+    assert set(spilled) == {("0", "0", "0")}, report
+    assert max(registers) <= MOST_REGISTERS, report
+
+
+@pytest.mark.requires("nvcc")
+def test_no_kernel_spills(tmp_path: Path) -> None:
+    check_report(resource_report(tmp_path, [90]))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.requires("nvcc")
+def test_no_kernel_spills_on_any_architecture(tmp_path: Path) -> None:
+    check_report(resource_report(tmp_path, known_architectures()))
+
+
+@pytest.mark.requires("nvcc")
+def test_launch_bounds_and_registers_are_those_that_the_test_holds_kernels_to() -> None:
+    for source in CSRC.glob("*.cu"):
+        for bounds in re.findall(r"__launch_bounds__\(([^)]*)\)", source.read_text()):
+            assert bounds in ("kThreads, 2", "kThreads", "kPrepareThreads"), (source.name, bounds)
+    assert "constexpr int kWarpsPerBlock = 8;" in (CSRC / "tables_cuda.h").read_text()
+    assert 2 * 8 * 32 * MOST_REGISTERS <= 65536
+
+
+@pytest.fixture
+def cuobjdump() -> Iterator[str]:
+    """triton's package brings one where the toolkit has none."""
+    spec = importlib.util.find_spec("triton")
+    found = shutil.which("cuobjdump")
+    if found is None and spec is not None and spec.origin is not None:
+        found = str(Path(spec.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump")
+    assert found is not None
+    yield found
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.requires("nvcc", "cmake", "ninja", "readelf")
+def test_module_has_every_architecture_and_no_cuda_library(tmp_path: Path, cuobjdump: str) -> None:
+    import pybind11
+
+    configure = ["cmake", "-S", str(ROOT), "-B", str(tmp_path), "-G", "Ninja", "-DFUSED_OPTIM_CUDA=ON"]
+    configure += [f"-Dpybind11_DIR={pybind11.get_cmake_dir()}"]
+    for command in (configure, ["cmake", "--build", str(tmp_path)]):
+        result = subprocess.run(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        assert result.returncode == 0, result.stdout
+    (module,) = tmp_path.glob("_C*.so")
+    listed = subprocess.run(
+        [cuobjdump, "--list-elf", "--list-ptx", str(module)], text=True, check=True, stdout=subprocess.PIPE
+    ).stdout
+    known = known_architectures()
+    assert {int(arch) for arch in re.findall(r"\.sm_(\d+)\.cubin", listed)} == set(known)
+    assert {int(arch) for arch in re.findall(r"\.sm_(\d+)\.ptx", listed)} == {known[-1]}
+    dynamic = subprocess.run(["readelf", "-d", str(module)], text=True, check=True, stdout=subprocess.PIPE).stdout
+    needed = re.findall(r"\(NEEDED\).*\[(.*)\]", dynamic)
+    assert not [name for name in needed if "cuda" in name or "torch" in name], needed
