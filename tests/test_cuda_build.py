@@ -7,10 +7,11 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from fused_optim import extension
 
 ROOT = Path(__file__).resolve().parent.parent
 CSRC = ROOT / "csrc"
@@ -47,9 +48,27 @@ def check_report(report: str) -> None:
     assert max(registers) <= MOST_REGISTERS, report
 
 
+@pytest.fixture
+def cuobjdump() -> str:
+    """triton's package brings one where the toolkit has none."""
+    spec = importlib.util.find_spec("triton")
+    found = shutil.which("cuobjdump")
+    if found is None and spec is not None and spec.origin is not None:
+        found = str(Path(spec.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump")
+    assert found is not None
+    return found
+
+
 @pytest.mark.requires("nvcc")
-def test_no_kernel_spills(tmp_path: Path) -> None:
-    check_report(resource_report(tmp_path, [90]))
+def test_no_kernel_of_the_installed_module_spills(cuobjdump: str) -> None:
+    assert extension._C is not None
+    assert extension._C.build_info()["cuda_version"], "nvcc is here, and the extension was built without CUDA"
+    command = [cuobjdump, "--dump-resource-usage", str(extension._C.__file__)]
+    report = subprocess.run(command, text=True, check=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT).stdout
+    kernels = re.findall(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", report)
+    assert len(kernels) >= 2 * 2 + 5  # two rules in two compute types, and the other phases
+    assert {(stack, local) for _, stack, local in kernels} == {("0", "0")}, report
+    assert max(int(registers) for registers, _, _ in kernels) <= MOST_REGISTERS, report
 
 
 @pytest.mark.slow
@@ -66,17 +85,6 @@ def test_launch_bounds_and_registers_are_those_that_the_test_holds_kernels_to() 
             assert bounds in ("kThreads, 2", "kThreads", "kPrepareThreads"), (source.name, bounds)
     assert "constexpr int kWarpsPerBlock = 8;" in (CSRC / "tables_cuda.h").read_text()
     assert 2 * 8 * 32 * MOST_REGISTERS <= 65536
-
-
-@pytest.fixture
-def cuobjdump() -> Iterator[str]:
-    """triton's package brings one where the toolkit has none."""
-    spec = importlib.util.find_spec("triton")
-    found = shutil.which("cuobjdump")
-    if found is None and spec is not None and spec.origin is not None:
-        found = str(Path(spec.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump")
-    assert found is not None
-    yield found
 
 
 @pytest.mark.slow

@@ -18,8 +18,9 @@ def library(name: str) -> str:
     ).stdout.strip()
 
 
+@pytest.mark.slow
 @pytest.mark.requires("g++")
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1800)
 def test_the_cuda_phases_under_sanitizers() -> None:
     # Preloaded, because Python itself is not built with them; what Python leaks at its end is not looked at.
     environment = {

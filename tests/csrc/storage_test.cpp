@@ -14,11 +14,12 @@ namespace {
 
 // A format of `exponent_bits` and `mantissa_bits`, by its definition and in double, which holds all of them.
 struct Format {
+  const char* name;
   int exponent_bits, mantissa_bits;
 
-  double value(uint16_t bits) const {
-    const int exponent = (bits >> mantissa_bits) & ((1 << exponent_bits) - 1);
-    const int mantissa = bits & ((1 << mantissa_bits) - 1);
+  double value(uint32_t bits) const {
+    const int exponent = static_cast<int>(bits >> mantissa_bits) & ((1 << exponent_bits) - 1);
+    const int mantissa = static_cast<int>(bits) & ((1 << mantissa_bits) - 1);
     const int bias = (1 << (exponent_bits - 1)) - 1;
     const double sign = bits & 0x8000 ? -1.0 : 1.0;
     if (exponent == (1 << exponent_bits) - 1) {
@@ -29,28 +30,49 @@ struct Format {
     return sign * std::ldexp(mantissa + (1 << mantissa_bits), exponent - bias - mantissa_bits);
   }
 
-  // Nearest, ties to even, by comparing the distances to both neighbours; the bits of positive numbers are in
-  // order.
-  uint16_t nearest(double x) const {
-    const uint16_t sign = std::signbit(x) ? 0x8000 : 0;
-    const double magnitude = std::fabs(x);
-    const auto infinity = static_cast<uint16_t>(((1 << exponent_bits) - 1) << mantissa_bits);
-    uint16_t low = 0, high = infinity;
-    if (magnitude == value(infinity)) return static_cast<uint16_t>(sign | infinity);
-    while (high - low > 1) {
-      const auto middle = static_cast<uint16_t>((low + high) / 2);
-      (value(middle) <= magnitude ? low : high) = middle;
-    }
-    // What lies beyond the largest number is where the next one would be if the exponent had room.
-    const double above =
-        high == infinity ? 2 * value(low) - value(static_cast<uint16_t>(low - 1)) : value(high);
-    const double down = magnitude - value(low), up = above - magnitude;
-    const uint16_t chosen = down < up ? low : up < down ? high : low % 2 == 0 ? low : high;
-    return static_cast<uint16_t>(sign | chosen);
-  }
+  uint32_t infinity() const { return ((1u << exponent_bits) - 1) << mantissa_bits; }
 };
 
-constexpr Format kBfloat16{8, 7}, kFloat16{5, 10};
+// Rounds to nearest, ties to even, by comparing the distances to the two neighbours. The neighbour below is
+// looked for from where the last one was found: numbers that come in order cost nothing.
+class Rounding {
+ public:
+  explicit Rounding(const Format& format) : format_(format), infinity_(format.infinity()) {
+    for (uint32_t bits = 0; bits < infinity_; ++bits) table_[bits] = format.value(bits);
+    // What lies beyond the largest number is where the next one would be if the exponent had room.
+    table_[infinity_] = 2 * table_[infinity_ - 1] - table_[infinity_ - 2];
+  }
+
+  uint16_t nearest(float x) {
+    const uint32_t sign = std::signbit(x) ? 0x8000 : 0;
+    const double magnitude = std::fabs(static_cast<double>(x));
+    if (magnitude >= table_[infinity_]) return static_cast<uint16_t>(sign | infinity_);
+    if (!(table_[low_] <= magnitude && magnitude < table_[low_ + 1])) {
+      if (!(table_[low_ + 1] <= magnitude && low_ + 2 <= infinity_ && magnitude < table_[low_ + 2])) {
+        uint32_t high = infinity_;
+        for (low_ = 0; high - low_ > 1;) {
+          const uint32_t middle = (low_ + high) / 2;
+          (table_[middle] <= magnitude ? low_ : high) = middle;
+        }
+      } else {
+        ++low_;
+      }
+    }
+    const double down = magnitude - table_[low_], up = table_[low_ + 1] - magnitude;
+    const bool lower = down < up || (down == up && low_ % 2 == 0);
+    return static_cast<uint16_t>(sign | (lower ? low_ : low_ + 1));
+  }
+
+  const Format& format() const { return format_; }
+
+ private:
+  const Format& format_;
+  uint32_t infinity_;
+  uint32_t low_ = 0;
+  double table_[0x8000];
+};
+
+constexpr Format kBfloat16{"bfloat16", 8, 7}, kFloat16{"float16", 5, 10};
 long failures = 0;
 
 float float_from(uint32_t bits) {
@@ -60,47 +82,42 @@ float float_from(uint32_t bits) {
 }
 
 template <class Storage>
-void check_load(const char* name, const Format& format) {
+void check_load(const Format& format) {
   for (uint32_t bits = 0; bits < 0x10000; ++bits) {
-    const double expected = format.value(static_cast<uint16_t>(bits));
+    const double expected = format.value(bits);
     const float got = fused_optim::load(Storage{static_cast<uint16_t>(bits)});
     const bool good = std::isnan(expected) ? std::isnan(got)
                                            : got == expected && std::signbit(got) == std::signbit(expected);
-    if (!good && ++failures < 10) std::printf("load %s %04x: %a, expected %a\n", name, bits, got, expected);
+    if (!good && ++failures < 10)
+      std::printf("load %s %04x: %a, expected %a\n", format.name, bits, got, expected);
   }
 }
 
 template <class Storage>
-void check_store(const char* name, const Format& format, uint32_t bits) {
+void check_store(Rounding& rounding, uint32_t bits) {
   const float value = float_from(bits);
   Storage out{0};
   fused_optim::store(out, value);
-  bool good;
-  if (std::isnan(value)) {
-    good = std::isnan(format.value(out.bits));
-  } else {
-    good = out.bits == format.nearest(value);
-  }
+  const bool nan = std::isnan(value);
+  const bool good = nan ? std::isnan(rounding.format().value(out.bits)) : out.bits == rounding.nearest(value);
   if (!good && ++failures < 10) {
-    std::printf("store %s %a (%08x): %04x, expected %04x\n", name, value, bits, out.bits,
-                format.nearest(value));
+    std::printf("store %s %a (%08x): %04x\n", rounding.format().name, value, bits, out.bits);
   }
 }
 
 void check_float(uint32_t bits) {
-  check_store<fused_optim::bfloat16>("bfloat16", kBfloat16, bits);
-  check_store<fused_optim::float16>("float16", kFloat16, bits);
+  static Rounding bfloat16(kBfloat16), float16(kFloat16);
+  check_store<fused_optim::bfloat16>(bfloat16, bits);
+  check_store<fused_optim::float16>(float16, bits);
 }
 
 // The floats next to each number of a format and next to each midpoint between two.
 void check_boundaries(const Format& format) {
   for (uint32_t bits = 0; bits < 0x7fff; ++bits) {
-    const double low = format.value(static_cast<uint16_t>(bits));
-    const double high = format.value(static_cast<uint16_t>(bits + 1));
+    const double low = format.value(bits);
+    const double high = format.value(bits + 1);
     if (!std::isfinite(low)) continue;
-    const double middle = std::isfinite(high)
-                              ? (low + high) / 2
-                              : low + (low - format.value(static_cast<uint16_t>(bits - 1))) / 2;
+    const double middle = (std::isfinite(high) ? low + high : 3 * low - format.value(bits - 1)) / 2;
     for (const double centre : {low, middle}) {
       const auto nearest = static_cast<float>(centre);
       uint32_t word;
@@ -116,8 +133,8 @@ void check_boundaries(const Format& format) {
 }  // namespace
 
 int main(int argc, char** argv) {
-  check_load<fused_optim::bfloat16>("bfloat16", kBfloat16);
-  check_load<fused_optim::float16>("float16", kFloat16);
+  check_load<fused_optim::bfloat16>(kBfloat16);
+  check_load<fused_optim::float16>(kFloat16);
   if (argc > 1 && std::strcmp(argv[1], "all") == 0) {
     uint32_t bits = 0;
     do check_float(bits);
