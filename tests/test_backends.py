@@ -1,0 +1,71 @@
+"""Which backend serves: the choice, how it is forced, and what is said when it cannot be had."""
+
+from __future__ import annotations
+
+import io
+import logging
+
+import pytest
+import torch
+from torch.nn import Parameter
+
+import fused_optim
+from fused_optim import backends, extension
+
+
+def test_cpu_tensors_go_through_the_cpu_backend() -> None:
+    optimizer = fused_optim.AdamW([Parameter(torch.ones(2))])
+    assert optimizer.backend == "cpu"
+    assert "backend: cpu" in repr(optimizer)
+
+
+def test_argument_wins_over_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FUSED_OPTIM_BACKEND", "eager")
+    assert fused_optim.AdamW([Parameter(torch.ones(2))]).backend == "eager"
+    assert fused_optim.AdamW([Parameter(torch.ones(2))], backend="cpu").backend == "cpu"
+
+
+def test_unknown_names_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="backend='gpu' is not a backend; choose from cuda, triton, cpu, eager"):
+        fused_optim.AdamW([Parameter(torch.ones(2))], backend="gpu")
+    monkeypatch.setenv("FUSED_OPTIM_BACKEND", "fast")
+    with pytest.raises(ValueError, match="FUSED_OPTIM_BACKEND='fast'"):
+        fused_optim.AdamW([Parameter(torch.ones(2))])
+
+
+def test_forced_backend_that_is_missing_says_why() -> None:
+    with pytest.raises(RuntimeError, match=r"cannot be used: .*no Triton kernels"):
+        fused_optim.AdamW([Parameter(torch.ones(2))], backend="triton")
+
+
+def test_forced_backend_without_a_tensor_of_its_own() -> None:
+    with pytest.raises(ValueError, match="takes no tensor on meta"):
+        fused_optim.AdamW([Parameter(torch.ones(2, device="meta"))], backend="cpu")
+
+
+def test_missing_extension_falls_back_visibly(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    compiled = Parameter(torch.ones(5))
+    compiled.grad = torch.ones(5)
+    fused_optim.AdamW([compiled]).step()
+    monkeypatch.setattr(extension, "_C", None)
+    monkeypatch.setattr(extension, "missing", "the reason")
+    param = Parameter(torch.ones(5))
+    param.grad = torch.ones(5)
+    with caplog.at_level(logging.WARNING, logger="fused_optim"):
+        optimizer = fused_optim.AdamW([param])
+        optimizer.step()
+        param.grad = torch.ones(5)
+        optimizer.step()
+    assert optimizer.backend == "eager"
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert "the reason" in line
+    assert backends.why_missing("cpu") == "the reason"
+
+
+def test_show_config_names_versions_and_backends() -> None:
+    out = io.StringIO()
+    fused_optim.show_config(file=out)
+    for word in (fused_optim.__version__, torch.__version__, "cpu tensors", "no triton backend"):
+        assert word in out.getvalue()

@@ -1,0 +1,50 @@
+"""The names and signatures that others call."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import pytest
+import torch
+
+import fused_optim
+
+OURS = {
+    "backend": None,
+    "lr_scale": None,
+    "weight_decay_scale": None,
+    "grad_clip": None,
+    "master_weights": None,
+    "state_dtype": None,
+}
+
+
+@pytest.mark.parametrize("name", ["Adam", "AdamW"])
+def test_signature_is_torchs_and_then_ours(name: str) -> None:
+    ours = inspect.signature(getattr(fused_optim, name)).parameters
+    theirs = inspect.signature(getattr(torch.optim, name)).parameters
+    facts = [(p.name, p.kind, p.default) for p in ours.values()]
+    assert facts[: len(theirs)] == [(p.name, p.kind, p.default) for p in theirs.values()]
+    keyword_only = inspect.Parameter.KEYWORD_ONLY
+    assert facts[len(theirs) :] == [(key, keyword_only, value) for key, value in OURS.items()]
+
+
+CLIPS: dict[str, dict[str, Any]] = {
+    "ClipGradByGlobalNorm": {"clip_norm": inspect.Parameter.empty, "need_clip": None},
+    "ClipGradByNorm": {"clip_norm": inspect.Parameter.empty, "need_clip": None},
+    "ClipGradByValue": {"max": inspect.Parameter.empty, "min": None, "need_clip": None},
+}
+
+
+@pytest.mark.parametrize("name", CLIPS)
+def test_signature_of_a_clip(name: str) -> None:
+    parameters = inspect.signature(getattr(fused_optim, name)).parameters
+    assert {key: parameter.default for key, parameter in parameters.items()} == CLIPS[name]
+    assert parameters["need_clip"].kind is inspect.Parameter.KEYWORD_ONLY
+
+
+def test_every_public_name_has_a_docstring() -> None:
+    for name in fused_optim.__all__:
+        value = getattr(fused_optim, name)
+        assert isinstance(value, str) or inspect.getdoc(value), name
