@@ -50,7 +50,7 @@ def exact_adam(
     grad_bound = np.zeros_like(grad)
     decayed, decayed_bound = param, np.zeros_like(param)
     if group["decoupled_weight_decay"]:
-        decayed = param - lr * weight_decay * param
+        decayed = param * (1 - lr * weight_decay)
         decayed_bound = 2 * np.abs(decayed) + prepared * (1 + lr * weight_decay) * np.abs(param)
     elif weight_decay != 0:
         grad_bound = np.abs(grad) + 3 * np.abs(weight_decay * param)

@@ -80,7 +80,8 @@ def assert_near_exact(case: Case, optimizer: Any, before: list[dict[str, Tensor]
             good = np.where(np.isnan(exact.value), np.isnan(array(result)), good)
             if not good.all():
                 raise AssertionError(
-                    f"{name} of shape {tuple(param.shape)} is off by {error[~good]}; allowed are {allowed[~good]}"
+                    f"{name} of shape {tuple(param.shape)} is off by {error[~good]}; allowed are {allowed[~good]}; "
+                    f"found {array(result)[~good]}, exact {exact.value[~good]}"
                 )
 
 
