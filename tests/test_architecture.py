@@ -1,0 +1,110 @@
+"""The rules of the house: what may name what."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+from cases import CASES
+
+ROOT = Path(__file__).resolve().parent.parent
+CSRC = sorted(path for path in (ROOT / "csrc").rglob("*") if path.suffix in (".h", ".cpp", ".cu"))
+RULES = sorted((ROOT / "csrc" / "rules").glob("*.h"))
+RULE_FILES = [path for path in RULES if path.name not in ("rule.h", "all.h")]
+MECHANISM = [path for path in CSRC if path not in RULES]
+OPTIMIZERS = sorted({stem for path in RULE_FILES for stem in (path.stem,)} | {case.name.lower() for case in CASES})
+PYTHON_MECHANISM = [
+    ROOT / "fused_optim" / f"{stem}.py"
+    for stem in ("backends", "checkpoint", "config", "eager", "extension", "optimizer", "plan", "states")
+]
+
+
+def relative(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def code_of(path: Path) -> str:
+    """The file without comments and string literals."""
+    text = path.read_text()
+    if path.suffix == ".py":
+        tree = ast.parse(text)
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                node.value = ""
+        return ast.unparse(tree)
+    text = re.sub(r"/\*.*?\*/", "", text, flags=re.DOTALL)
+    text = re.sub(r"//[^\n]*", "", text)
+    return re.sub(
+        r'"(\\.|[^"\\\n])*"',
+        lambda match: match[0] if "#include" in match.string[: match.start()][-12:] else '""',
+        text,
+    )
+
+
+@pytest.mark.parametrize("path", CSRC, ids=relative)
+def test_no_torch_header_in_csrc(path: Path) -> None:
+    included = re.findall(r'#\s*include\s*[<"]([^>"]+)[>"]', path.read_text())
+    assert included or path.name == "row.h"
+    assert [name for name in included if re.match(r"(torch|ATen|c10|caffe2)/", name)] == []
+
+
+def test_pybind11_is_in_one_file() -> None:
+    assert [relative(path) for path in CSRC if "pybind11" in code_of(path)] == ["csrc/bindings.cpp"]
+
+
+@pytest.mark.parametrize("path", [*MECHANISM, *PYTHON_MECHANISM], ids=relative)
+def test_mechanism_names_no_optimizer(path: Path) -> None:
+    words = {word.lower() for word in re.findall(r"[A-Za-z]+", code_of(path))}
+    assert words & {"adam", "amsgrad", *OPTIMIZERS} == set()
+
+
+@pytest.mark.parametrize("path", RULE_FILES, ids=relative)
+def test_rule_names_no_dtype_device_or_thread(path: Path) -> None:
+    code = code_of(path)
+    words = set(re.findall(r"\w+", code))
+    forbidden = {"float", "bfloat16", "float16", "half", "DType", "Row", "blockIdx", "threadIdx", "thread", "std"}
+    assert words & forbidden == set()
+    assert [name for name in re.findall(r'#\s*include\s*[<"]([^>"]+)', path.read_text()) if name != "rule.h"] == []
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_optimizer_class_is_short(case: type) -> None:
+    """At most 60 lines of code beside the docstring."""
+    optimizer = case.optimizer  # type: ignore[attr-defined]
+    source = inspect.getsource(optimizer)
+    (node,) = ast.parse(source).body
+    assert isinstance(node, ast.ClassDef)
+    lines = {
+        number
+        for number, line in enumerate(source.splitlines(), 1)
+        if line.strip() and not line.strip().startswith("#")
+    }
+    if ast.get_docstring(node) is not None:
+        lines -= set(range(node.body[0].lineno, (node.body[0].end_lineno or 0) + 1))
+    assert len(lines) <= 60
+
+
+def test_every_rule_is_in_the_list() -> None:
+    listed = re.findall(r'#include "(\w+)\.h"', (ROOT / "csrc" / "rules" / "all.h").read_text())
+    assert {path.stem for path in RULE_FILES} <= set(listed)
+
+
+def test_witness_shares_no_code_with_what_it_judges() -> None:
+    tree = ast.parse((ROOT / "fused_optim" / "eager.py").read_text())
+    modules = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level == 1}
+    assert modules & {"extension", "backends", "_C"} == set()
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "tests").glob("test_*.py")), ids=relative)
+def test_skips_stand_in_conftest(path: Path) -> None:
+    """A skip is decided in one place, with its reason."""
+    tree = ast.parse(path.read_text())
+    skips = [
+        node.attr
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and node.attr in ("skip", "skipif", "xfail", "importorskip")
+    ]
+    assert skips == []
