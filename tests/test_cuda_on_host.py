@@ -270,6 +270,17 @@ def test_global_norm(dtype: torch.dtype, order: str, seed: int, on_host: OnHost,
             torch.testing.assert_close(value, theirs[key])
 
 
+def test_parameters_that_the_witness_steps_share_the_global_norm(on_host: OnHost) -> None:
+    results = []
+    for backend in ("cuda", "cpu"):
+        params = new_params(torch.float32, NORM_SHAPES)
+        gapped = Parameter(torch.arange(20.0)[::2])
+        optimizer = AdamW([*params, gapped], backend=backend, grad_clip=ClipGradByGlobalNorm(0.1))
+        train(optimizer, params_of(optimizer), 2)
+        results.append((optimizer.last_grad_norm, [param.detach().clone() for param in params_of(optimizer)]))
+    torch.testing.assert_close(*results, rtol=1e-6, atol=1e-7)
+
+
 def test_norms_are_the_same_bits_in_every_order(on_host: OnHost) -> None:
     seen = set()
     for order, seed in ORDERS:
