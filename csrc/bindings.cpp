@@ -30,6 +30,14 @@
 namespace py = pybind11;
 
 namespace fused_optim {
+
+#if !defined(FO_WITH_CUDA)
+std::string why_no_cuda(int) {
+  return "the extension was built without CUDA: nvcc was not found, or FUSED_OPTIM_CUDA=OFF";
+}
+uint64_t cuda_launches() { return 0; }
+#endif
+
 namespace {
 
 py::object owned(PyObject* result) {
@@ -94,13 +102,6 @@ std::vector<DeviceScalars> scalars_of(const ScalarsTuples& tuples) {
   }
   return scalars;
 }
-
-#if !defined(FO_WITH_CUDA)
-std::string why_no_cuda(int) {
-  return "the extension was built without CUDA: nvcc was not found, or FUSED_OPTIM_CUDA=OFF";
-}
-uint64_t cuda_launches() { return 0; }
-#endif
 
 py::dict build_info() {
   py::dict info;
