@@ -20,7 +20,7 @@ RuleNames names_of() {
     names.state_names.push_back(intern(R::kStates[i].name));
     names.per_tensor.push_back(R::kStates[i].per_tensor);
   }
-  for (const HyperField& field : R::kHyper) names.hyper.push_back({intern(field.key), field.index});
+  for (const HyperField& field : R::kHyper) names.hyper.push_back({intern(field.key), field});
   return names;
 }
 
@@ -33,7 +33,8 @@ bool is_number(DType dtype) { return dtype != DType::none && dtype != DType::rem
 
 // Objects of these types cannot change while they are the same object.
 bool is_constant(PyObject* value) {
-  if (PyFloat_CheckExact(value) || PyLong_CheckExact(value) || PyBool_Check(value) || value == Py_None)
+  if (PyFloat_CheckExact(value) || PyLong_CheckExact(value) || PyUnicode_CheckExact(value) ||
+      PyBool_Check(value) || value == Py_None)
     return true;
   if (!PyTuple_CheckExact(value)) return false;
   for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(value); ++i) {
@@ -271,6 +272,17 @@ bool Plan::number(PyObject* value, double* out) {
   return true;
 }
 
+// The index of a string among the choices of its field.
+bool Plan::choice(PyObject* value, const HyperField& field, double* out) {
+  const char* text = PyUnicode_Check(value) ? PyUnicode_AsUTF8(value) : nullptr;
+  for (int i = 0; text != nullptr && field.choices[i] != nullptr; ++i) {
+    if (std::strcmp(text, field.choices[i]) != 0) continue;
+    *out = i;
+    return true;
+  }
+  return false;
+}
+
 // Whether the rows' kernels can read this hyperparameter where it lies: one number on the device that all of
 // the group's rows are on.
 bool Plan::is_on_device_of_rows(const Group& group, const TensorView& view) const {
@@ -318,6 +330,11 @@ bool Plan::parse_group(PyObject* group, size_t index, bool* stale) {
     PyObject* value = PyDict_GetItemWithError(group, key);
     if (value == nullptr && !PyErr_Occurred()) value = PyDict_GetItemWithError(defaults_, key);
     if (PyErr_Occurred()) return false;
+    const HyperField& field = rule.hyper[i].field;
+    if (value == nullptr && field.optional) {
+      hyper[i] = 0;
+      continue;
+    }
     if (value == nullptr) {
       PyErr_Format(PyExc_KeyError, "param_groups[%zu] has no %R and the optimizer no default for it", index,
                    key);
@@ -326,14 +343,16 @@ bool Plan::parse_group(PyObject* group, size_t index, bool* stale) {
     constant = constant && is_constant(value);
     PyObject* item = value;
     Py_INCREF(item);
-    if (rule.hyper[i].index >= 0) {
+    if (field.index >= 0) {
       Py_DECREF(item);
-      item = PySequence_GetItem(value, rule.hyper[i].index);
+      item = PySequence_GetItem(value, field.index);
     }
     TensorView view;
     bool good = item != nullptr;
-    if (good && !devices_.empty() && !PyFloat_CheckExact(item) && !PyLong_Check(item) &&
-        reader_.read(item, view) && is_on_device_of_rows(known, view)) {
+    if (field.choices != nullptr) {
+      good = good && choice(item, field, &hyper[i]);
+    } else if (good && !devices_.empty() && !PyFloat_CheckExact(item) && !PyLong_Check(item) &&
+               reader_.read(item, view) && is_on_device_of_rows(known, view)) {
       hyper[i] = 0;
       tensors.address[i] = view.address;
       tensors.dtype[i] = view.dtype;
@@ -341,6 +360,11 @@ bool Plan::parse_group(PyObject* group, size_t index, bool* stale) {
       good = good && number(item, &hyper[i]);
     }
     Py_XDECREF(item);
+    if (!good && field.choices != nullptr) {
+      PyErr_Format(PyExc_ValueError, "param_groups[%zu][%R] is %R, which is none of its choices", index, key,
+                   value);
+      return false;
+    }
     if (!good) {
       PyErr_Format(PyExc_TypeError, "param_groups[%zu][%R] must hold numbers or one-element Tensors, got %R",
                    index, key, value);

@@ -119,6 +119,7 @@ class Plan {
   CudaStep step_of(const Device& device, const StepOptions& options,
                    const std::vector<DeviceScalars>& scalars) const;
   bool number(PyObject* value, double* out);
+  bool choice(PyObject* value, const HyperField& field, double* out);
   const char* refresh_row(HostRow& host, Row& row, PyObject* state);
   const char* read_states(HostRow& host, Row& row, PyObject* state);
   const char* read_state(const HostRow& host, Row& row, int column, bool per_tensor, PyObject* value);
@@ -160,7 +161,7 @@ struct RuleNames {
   std::vector<bool> per_tensor;
   struct Hyper {
     PyObject* key;
-    int index;
+    HyperField field;
   };
   std::vector<Hyper> hyper;
 };

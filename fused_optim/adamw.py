@@ -22,11 +22,14 @@ def prepare(group: dict[str, Any], tensor: TensorContext) -> SimpleNamespace:
     lr = group["lr"] * tensor.lr_scale
     weight_decay = group["weight_decay"] * tensor.weight_decay_scale
     decoupled = group["decoupled_weight_decay"]
+    decay_scaling = group.get("decay_scaling", "scaled")
+    scaled_decay = 1 - lr * weight_decay if decay_scaling != "base" else 1.0
+    base_decay = 1 - group["lr"] * weight_decay if decay_scaling != "scaled" else 1.0
     bias_correction1 = one_minus_power(beta1, step)
     bias_correction2 = one_minus_power(beta2, step)
     return SimpleNamespace(
         weight_decay=0.0 if decoupled else weight_decay,
-        decay=1 - lr * weight_decay if decoupled else 1.0,
+        decay=scaled_decay * base_decay if decoupled else 1.0,
         beta1=beta1,
         one_minus_beta1=1 - beta1,
         beta2=beta2,

@@ -15,10 +15,17 @@ struct Adam {
       {"step", true}, {"exp_avg", false}, {"exp_avg_sq", false}, {"max_exp_avg_sq", false}};
 
   struct Hyper {
-    double lr, beta1, beta2, eps, weight_decay, decoupled_weight_decay;
+    double lr, beta1, beta2, eps, weight_decay, decoupled_weight_decay, decay_scaling;
   };
-  static constexpr HyperField kHyper[] = {{"lr", -1},  {"betas", 0},         {"betas", 1},
-                                          {"eps", -1}, {"weight_decay", -1}, {"decoupled_weight_decay", -1}};
+  // Which learning rate decoupled weight decay takes: times lr_scale, without it, or once each.
+  static constexpr const char* kDecayScaling[] = {"scaled", "base", "double", nullptr};
+  static constexpr HyperField kHyper[] = {{"lr", -1},
+                                          {"betas", 0},
+                                          {"betas", 1},
+                                          {"eps", -1},
+                                          {"weight_decay", -1},
+                                          {"decoupled_weight_decay", -1},
+                                          {"decay_scaling", -1, kDecayScaling, true}};
 
   template <class T>
   struct Scalars {
@@ -35,9 +42,11 @@ struct Adam {
     const bool decoupled = hyper.decoupled_weight_decay != 0;
     const double bias_correction1 = one_minus_power(hyper.beta1, step);
     const double bias_correction2 = one_minus_power(hyper.beta2, step);
+    const double scaled_decay = hyper.decay_scaling != 1 ? 1 - lr * weight_decay : 1;
+    const double base_decay = hyper.decay_scaling != 0 ? 1 - hyper.lr * weight_decay : 1;
     Scalars<T> s;
     s.weight_decay = static_cast<T>(decoupled ? 0 : weight_decay);
-    s.decay = static_cast<T>(decoupled ? 1 - lr * weight_decay : 1);
+    s.decay = static_cast<T>(decoupled ? scaled_decay * base_decay : 1);
     s.beta1 = static_cast<T>(hyper.beta1);
     s.one_minus_beta1 = static_cast<T>(1 - hyper.beta1);
     s.beta2 = static_cast<T>(hyper.beta2);

@@ -1,15 +1,20 @@
 // The contract of a rule: the mathematics of one optimizer, floats in, floats out.
 //
-// A rule is a struct with these members, and nothing in it knows a dtype, a device or a thread:
+// A rule is a struct with the members below; nothing in it knows a dtype, a device or a thread.
 //
-//   kName        its name, by which Python asks for it
-//   kStates      the per-parameter states in column order, under torch's names; per-tensor ones (`step`)
-//   first kStateCount  how many of them it has kNeeds       which norms prepare reads (the Need bits); 0
-//   where it reads none kHyper       where each double of Hyper stands in a param group Hyper        the
-//   hyperparameters of a group, all doubles Scalars<T>   what the element update reads: computed once a
-//   tensor, in double, rounded once to T prepare      Hyper and the tensor's context → Scalars; advances the
-//   per-tensor states, `tensor.state` update       one element: param and states in place, from the gradient
-//   and the Scalars
+// kName: its name, by which Python asks for it.
+//
+// kStates, kStateCount: the per-parameter states in column order, under torch's names; the per-tensor ones
+// (`step`) come first. kStateCount says how many of the listed ones it has.
+//
+// Hyper, kHyper: the hyperparameters of a group, all doubles, and where each stands in a param group.
+//
+// kNeeds: the norms that prepare reads (Need bits); 0 where it reads none.
+//
+// prepare: Hyper and the tensor's context to Scalars<T>, computed once a tensor, in double, rounded once to
+// T; advances the per-tensor states, `tensor.state`.
+//
+// update: one element. Param and states in place, from the gradient and the Scalars.
 //
 // The mechanism around it (prepare.h) has applied maximize, the loss scale and clipping to the gradient
 // already. The eager witness in fused_optim/ and the Triton twin in kernels/ hold the same lines in the same
@@ -42,8 +47,10 @@ struct StateField {
 };
 
 struct HyperField {
-  const char* key;  // key of the param group
-  int index;        // element of a pair such as betas; -1: the value itself
+  const char* key;                       // key of the param group
+  int index;                             // element of a pair such as betas; -1: the value itself
+  const char* const* choices = nullptr;  // a string: its index in this list that ends with a null
+  bool optional = false;                 // 0 where neither the group nor the optimizer has the key
 };
 
 // Norms that a rule or a clip may ask the reduce phase for.
