@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from . import backends, checkpoint, masters, states
-from .clip import GLOBAL_NORM, NO_CLIP, NORM, VALUE, GradClip
+from .clip import GLOBAL_NORM, NO_CLIP, VALUE, GradClip
 from .eager import squares_dtype, step_eager
 from .plan import Plan, Row, make_plan, why_not_native, why_refused
 from .scales import Scale, ScaleColumn
@@ -239,8 +239,6 @@ class FusedOptimizer(torch.optim.Optimizer):
                     sums = [self._sum_of_squares(self._rows[index]) for index in witnessed]
                     total = math.fsum(sums) * grad_scale**2 if all(map(math.isfinite, sums)) else sum(sums)
                     self._grad_norm = global_norm = math.sqrt(total + plan.reduce(grad_scale, threads, clip, scalars))
-                elif clip.kind == NORM:
-                    plan.reduce(grad_scale, threads, clip, scalars)
             for index in witnessed:
                 self._step_witness(self._rows[index], grad_scale, global_norm or 0.0)
             plan.run(grad_scale, threads, clip, global_norm, scalars)
@@ -325,6 +323,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                         weight_decay_scale=weight_decay_scale,
                         native=refused is None,
                         clipped=clipped != 0,
+                        trusted=True,
                         master=masters.key_for(param, self._master_weights, place),
                         version=self._versions.get(param, -1),
                         name=place,

@@ -33,6 +33,7 @@ class Row(NamedTuple):
     weight_decay_scale: float
     native: bool
     clipped: bool  # takes part in clipping
+    trusted: bool  # takes part in trust ratios
     master: str | None  # state key of its master weight
     version: int  # of the parameter when its master last agreed with it; -1: not known
     name: str
@@ -205,7 +206,7 @@ def make_plan(rows: list[Row], rules: list[str], defaults: dict[str, Any], struc
         return EagerPlan(rows, len(rules))
     return extension._C.Plan(
         rules=rules,
-        rows=[tuple(row[:8]) for row in rows],
+        rows=[tuple(row[:9]) for row in rows],
         defaults=defaults,
         structural=structural_keys,
         exchange_api=getattr(torch.Tensor, "__dlpack_c_exchange_api__", None),
