@@ -270,12 +270,22 @@ double sum_tile(const T* values, const GradTransform<T>& grad, int64_t n) {
 
 template <class T>
 double max_tile(const T* __restrict values, const GradTransform<T>& grad, int64_t n) {
-  T largest = 0;
-  for (int64_t i = 0; i < n; ++i) {
-    const T value = transform(grad, values[i]);
-    largest = maximum(largest, value < 0 ? -value : value);
+  T lanes[kLanes] = {};
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    for (int k = 0; k < kLanes; ++k) {
+      const T value = transform(grad, values[i + k]);
+      lanes[k] = maximum(lanes[k], value < 0 ? -value : value);
+    }
   }
-  return static_cast<double>(largest);
+  for (int k = 0; i + k < n; ++k) {
+    const T value = transform(grad, values[i + k]);
+    lanes[k] = maximum(lanes[k], value < 0 ? -value : value);
+  }
+  for (int width = kLanes / 2; width > 0; width /= 2) {
+    for (int k = 0; k < width; ++k) lanes[k] = maximum(lanes[k], lanes[k + width]);
+  }
+  return static_cast<double>(lanes[0]);
 }
 
 template <class T>
