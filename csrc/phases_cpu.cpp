@@ -32,7 +32,7 @@ struct Task {
 struct PrepareFunctions {
   void (*prepare)(const Row&, const GroupHyper&, const StepOptions&, const Norms&, double, ScalarsRecord&,
                   MeasuredNorms&);
-  void (*prepare_direction)(const Row&, const GroupHyper&, const Norms&, ScalarsRecord&, MeasuredNorms&);
+  double (*prepare_direction)(const Row&, const GroupHyper&, const Norms&, ScalarsRecord&, MeasuredNorms&);
 };
 
 template <class Rule, class T>
@@ -47,7 +47,9 @@ constexpr PrepareFunctions prepare_functions_of() {
   if constexpr (Rule::kHasDirection) {
     functions.prepare_direction = [](const Row& row, const GroupHyper& group, const Norms& norms,
                                      ScalarsRecord& out, MeasuredNorms& measured) {
-      prepare_direction<Rule, T>(row, group, norms, *reinterpret_cast<Record<Rule, T>*>(out.bytes), measured);
+      auto& record = *reinterpret_cast<Record<Rule, T>*>(out.bytes);
+      prepare_direction<Rule, T>(row, group, norms, record, measured);
+      return static_cast<double>(record.scalars.step_size);
     };
   }
   return functions;
@@ -188,11 +190,11 @@ bool has_direction(const CpuStep& step, size_t r) {
   return step.kernels.accumulate_float[step.rows[r].rule] != nullptr;
 }
 
-Norms accumulate_row(const CpuStep& step, size_t r, int64_t begin, int64_t end) {
+Norms accumulate_row(const CpuStep& step, size_t r, int64_t begin, int64_t end, void* directions = nullptr) {
   const Row& row = step.rows[r];
   const bool in_double = computes_in_double(row.dtype[kParam]);
   const auto* table = in_double ? step.kernels.accumulate_double : step.kernels.accumulate_float;
-  return table[row.rule](row, step.records[r], begin, end);
+  return table[row.rule](row, step.records[r], begin, end, directions);
 }
 
 void apply_row(const CpuStep& step, size_t r, int64_t begin, int64_t end) {
@@ -209,10 +211,23 @@ void prepare_of(const CpuStep& step, size_t r, double global_norm) {
                step.measured[r]);
 }
 
-void prepare_direction_of(const CpuStep& step, size_t r) {
+double prepare_direction_of(const CpuStep& step, size_t r) {
   const Row& row = step.rows[r];
-  prepare_functions(Rules{}, row)
+  return prepare_functions(Rules{}, row)
       .prepare_direction(row, group_of(step, r), step.norms[r], step.records[r], step.measured[r]);
+}
+
+// Both passes of a row with a direction that one thread takes: the root and the division of every element are
+// computed once, their results kept where they are still in the cache.
+void apply_direction_of(const CpuStep& step, size_t r) {
+  static thread_local std::vector<double> directions;
+  const Row& row = step.rows[r];
+  const bool in_double = computes_in_double(row.dtype[kParam]);
+  const auto needed = static_cast<size_t>(in_double ? row.numel : (row.numel + 1) / 2);
+  if (directions.size() < needed) directions.resize(needed);
+  step.norms[r] = accumulate_row(step, r, 0, row.numel, directions.data());
+  const double step_size = prepare_direction_of(step, r);
+  (in_double ? step.kernels.move_double : step.kernels.move_float)(row, step_size, directions.data());
 }
 
 // The sums that `sum(row index, begin, end)` gives for the rows that `takes` names, pieces added in their
@@ -370,14 +385,12 @@ void step_cpu(const CpuStep& step, bool reduced, double global_norm) {
   const auto whole_row = [&](size_t r) {
     if (!reduced) step.norms[r] = reduce_row(step, r, 0, rows[r].numel);
     prepare_of(step, r, global_norm);
-    if (has_direction(step, r)) {
-      step.norms[r] = accumulate_row(step, r, 0, rows[r].numel);
-      prepare_direction_of(step, r);
-    }
+    if (has_direction(step, r)) return apply_direction_of(step, r);
+    apply_row(step, r, 0, rows[r].numel);
   };
   const auto job = [&](size_t t) {
     for_each_row(rows, tasks[t], [&](size_t r, int64_t begin, int64_t end) {
-      if (is_local(r)) whole_row(r);
+      if (is_local(r)) return whole_row(r);
       apply_row(step, r, begin, end);
     });
   };

@@ -12,8 +12,12 @@ namespace fused_optim {
 using ApplyFunction = void (*)(const Row& row, const ScalarsRecord& record, int64_t begin, int64_t end);
 
 // The first pass of a rule with a direction over elements [begin, end) of a row: its states, and the sums of
-// param and direction.
-using AccumulateFunction = Norms (*)(const Row& row, const ScalarsRecord& record, int64_t begin, int64_t end);
+// param and direction. directions: room for the direction of every element in the compute type, or null.
+using AccumulateFunction = Norms (*)(const Row& row, const ScalarsRecord& record, int64_t begin, int64_t end,
+                                     void* directions);
+
+// The second pass over a whole row whose directions the first has kept.
+using MoveFunction = void (*)(const Row& row, double step_size, const void* directions);
 
 // The sums over elements [begin, end) of a row that `needs` names.
 using ReduceFunction = Norms (*)(const Row& row, const GradTransform<double>& grad, unsigned needs,
@@ -26,6 +30,8 @@ struct CpuKernels {
   ApplyFunction apply_double[Rules::kCount];
   AccumulateFunction accumulate_float[Rules::kCount];  // null for a rule without a direction
   AccumulateFunction accumulate_double[Rules::kCount];
+  MoveFunction move_float;
+  MoveFunction move_double;
   ReduceFunction reduce_float;
   ReduceFunction reduce_double;
 };

@@ -279,22 +279,14 @@ bool Plan::number(PyObject* value, double* out) {
 bool Plan::read_trust_ratio(PyObject* group, TrustRatio* out) {
   PyObject* fields = PyObject_CallFunctionObjArgs(trust_ratio_, group, nullptr);
   if (fields == nullptr) return false;
+  bool good = true;
   if (fields != Py_None) {
-    double values[kTrustRatioFields];
-    bool good = PyTuple_Check(fields) && PyTuple_GET_SIZE(fields) == kTrustRatioFields;
-    for (int i = 0; good && i < kTrustRatioFields; ++i) {
-      values[i] = PyFloat_AsDouble(PyTuple_GET_ITEM(fields, i));
-      good = !(values[i] == -1 && PyErr_Occurred());
-    }
-    if (!good) {
-      if (!PyErr_Occurred()) PyErr_SetString(PyExc_TypeError, "a trust ratio has seven numbers");
-      Py_DECREF(fields);
-      return false;
-    }
-    *out = {values[0], values[1], values[2], values[3], values[4], values[5], values[6], 1};
+    out->present = 1;
+    good = PyArg_ParseTuple(fields, "ddddddd", &out->coefficient, &out->eps, &out->min_update, &out->clip,
+                            &out->zero_norm, &out->weight_decay, &out->always) != 0;
   }
   Py_DECREF(fields);
-  return true;
+  return good;
 }
 
 // The index of a string among the choices of its field.

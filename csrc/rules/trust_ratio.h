@@ -20,7 +20,6 @@ struct TrustRatio {
   double always;        // 0: only for tensors with weight decay
   double present;       // 0: no trust ratio in this group
 };
-constexpr int kTrustRatioFields = 7;
 
 inline namespace FO_INSTRUCTION_SET {
 
