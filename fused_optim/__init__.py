@@ -1,6 +1,7 @@
 """Fused optimizers for PyTorch: one plan, one launch for all parameter groups."""
 
 from .adamw import Adam, AdamW
+from .adamwdl import AdamWDL, layerwise_lr_decay
 from .clip import ClipGradByGlobalNorm, ClipGradByNorm, ClipGradByValue
 from .config import __version__, show_config
 from .optimizer import FusedOptimizer
@@ -9,11 +10,13 @@ from .scales import matrices_only
 __all__ = [
     "Adam",
     "AdamW",
+    "AdamWDL",
     "ClipGradByGlobalNorm",
     "ClipGradByNorm",
     "ClipGradByValue",
     "FusedOptimizer",
     "__version__",
+    "layerwise_lr_decay",
     "matrices_only",
     "show_config",
 ]

@@ -23,7 +23,7 @@ from . import backends, checkpoint, masters, states
 from .clip import GLOBAL_NORM, NO_CLIP, NORM, VALUE, GradClip
 from .eager import squares_dtype, step_eager
 from .plan import Plan, Row, make_plan, why_not_native, why_refused
-from .scales import Scale, ScaleColumn
+from .scales import Scale, ScaleColumn, column_of
 
 
 class FusedOptimizer(torch.optim.Optimizer):
@@ -89,8 +89,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         defaults: dict[str, Any],
         *,
         backend: str | None = None,
-        lr_scale: Scale | None = None,
-        weight_decay_scale: Scale | None = None,
+        lr_scale: Scale | ScaleColumn | None = None,
+        weight_decay_scale: Scale | ScaleColumn | None = None,
         grad_clip: GradClip | None = None,
         master_weights: str | None = None,
         state_dtype: torch.dtype | None = None,
@@ -118,8 +118,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         ]
         need_clip = None if grad_clip is None else grad_clip.need_clip
         scales = (
-            ScaleColumn("lr_scale", lr_scale),
-            ScaleColumn("weight_decay_scale", weight_decay_scale),
+            column_of("lr_scale", lr_scale),
+            column_of("weight_decay_scale", weight_decay_scale),
             ScaleColumn("need_clip", need_clip),
         )
         for column in scales:
@@ -168,7 +168,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                 for column in self._scales:
                     column.of(states.own_name(group, position), place, param)
                 masters.key_for(param, self._master_weights, place)
-        except (TypeError, ValueError):
+        except Exception:  # a function of the user's may raise anything
             if self._scales:
                 del self.param_groups[index]
                 raise
