@@ -53,6 +53,8 @@ def test_signature_of_adamwdl() -> None:
 
 
 FUNCTIONS = {
+    "fan_in_lr_scale": "model",
+    "layer_decay": "model, decay_rate, *, n_layers=None, layer_id=None",
     "layerwise_lr_decay": "decay_rate, name_dict, n_layers, param",
     "matrices_only": "name, param",
 }
@@ -60,8 +62,9 @@ FUNCTIONS = {
 
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_signature_of_a_function(name: str) -> None:
-    parameters = inspect.signature(getattr(fused_optim, name)).parameters.values()
-    assert ", ".join(str(p.replace(annotation=inspect.Parameter.empty)) for p in parameters) == FUNCTIONS[name]
+    signature = inspect.signature(getattr(fused_optim, name))
+    parameters = [p.replace(annotation=inspect.Parameter.empty) for p in signature.parameters.values()]
+    assert str(signature.replace(parameters=parameters)).rpartition(" -> ")[0] == f"({FUNCTIONS[name]})"
 
 
 CLIPS: dict[str, dict[str, Any]] = {
