@@ -4,6 +4,7 @@ from .adamw import Adam, AdamW
 from .adamwdl import AdamWDL, layerwise_lr_decay
 from .clip import ClipGradByGlobalNorm, ClipGradByNorm, ClipGradByValue
 from .config import __version__, show_config
+from .description import describe
 from .layers import fan_in_lr_scale, layer_decay
 from .optimizer import FusedOptimizer
 from .scales import matrices_only
@@ -17,6 +18,7 @@ __all__ = [
     "ClipGradByValue",
     "FusedOptimizer",
     "__version__",
+    "describe",
     "fan_in_lr_scale",
     "layer_decay",
     "layerwise_lr_decay",

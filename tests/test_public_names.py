@@ -53,6 +53,8 @@ def test_signature_of_adamwdl() -> None:
 
 
 FUNCTIONS = {
+    "describe": "optimizer, *, file=None",
+    "show_config": "*, file=None",
     "fan_in_lr_scale": "model",
     "layer_decay": "model, decay_rate, *, n_layers=None, layer_id=None",
     "layerwise_lr_decay": "decay_rate, name_dict, n_layers, param",
