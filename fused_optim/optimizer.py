@@ -425,6 +425,18 @@ class FusedOptimizer(torch.optim.Optimizer):
     # Checkpoints ------------------------------------------------------------------------------------------------
 
     @torch._disable_dynamo
+    def state_dict(self) -> dict[str, Any]:
+        """The state and the groups in torch's form, with torch's keys.
+
+        Where a factor of ``lr_scale`` or ``weight_decay_scale`` is not 1, one top-level key more,
+        ``fused_optim_scales``, holds those factors. They are not loaded: it serves `load_state_dict` to warn in the log
+        if the run goes on with others. ``torch.optim`` ignores it.
+        """
+        state_dict = super().state_dict()
+        checkpoint.remember_scales(self, state_dict)
+        return state_dict
+
+    @torch._disable_dynamo
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a checkpoint of this class, of its ``torch.optim`` namesake, apex's FusedAdam or DeepSpeed's.
 
