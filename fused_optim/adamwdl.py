@@ -375,5 +375,6 @@ class AdamWDL(AdamW):
                 group.setdefault("decay_scaling", decay_scaling)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        check_decay_scaling(param_group.get("decay_scaling", "scaled"), "the group's decay_scaling")
+        if isinstance(param_group, dict):  # torch refuses what is none
+            check_decay_scaling(param_group.get("decay_scaling", "scaled"), "the group's decay_scaling")
         super().add_param_group(param_group)

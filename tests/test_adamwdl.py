@@ -179,15 +179,24 @@ def test_multi_precision_is_float32_masters() -> None:
 # Groups, copies and checkpoints ---------------------------------------------------------------------------------
 
 
-def test_groups_may_differ_in_decay_scaling() -> None:
+@pytest.mark.parametrize("scaling", ["scaled", "double"])
+def test_groups_may_differ_in_decay_scaling(scaling: str) -> None:
     one, two = Parameter(torch.ones(2)), Parameter(torch.ones(2))
-    groups = [{"params": [("encoder.layers.0.a", one)]}, {"params": [("encoder.layers.0.b", two)]}]
-    groups[1]["decay_scaling"] = "base"  # type: ignore[assignment]
-    optimizer = AdamWDL(groups, 0.1, weight_decay=0.5, layerwise_decay=0.5, n_layers=1)
+    groups: list[dict[str, Any]] = [
+        {"params": [("encoder.layers.0.a", one)]},
+        {"params": [("encoder.layers.0.b", two)], "decay_scaling": "base"},
+    ]
+    optimizer = AdamWDL(groups, 0.1, weight_decay=0.5, layerwise_decay=0.5, n_layers=1, decay_scaling=scaling)
     one.grad, two.grad = torch.zeros(2), torch.zeros(2)
     optimizer.step()
-    torch.testing.assert_close(one.detach(), torch.full((2,), 1 - 0.1 * 0.5 * 0.5))
-    torch.testing.assert_close(two.detach(), torch.full((2,), 1 - 0.1 * 0.5))
+    base, scaled = 1 - 0.1 * 0.5, 1 - 0.1 * 0.5 * 0.5
+    torch.testing.assert_close(one.detach(), torch.full((2,), scaled if scaling == "scaled" else base * scaled))
+    torch.testing.assert_close(two.detach(), torch.full((2,), base))
+
+
+def test_group_that_is_none_is_torchs_to_refuse() -> None:
+    with pytest.raises(TypeError, match="param_group must be a dict"):
+        AdamWDL(named()).add_param_group([Parameter(torch.ones(1))])  # type: ignore[arg-type]
 
 
 def test_later_group_is_asked_for_its_ratios() -> None:
