@@ -2,16 +2,60 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator, Mapping
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from . import masters
-from .states import is_number, kept_dtype, like_param, name_of, new_step, state_dtype_of
+from .backends import logger
+from .states import is_number, kept_dtype, like_param, name_of, new_step, own_name, state_dtype_of
 
 if TYPE_CHECKING:
     from .optimizer import FusedOptimizer
+
+SCALES = "fused_optim_scales"  # key of a state dict: factors that are not 1
+
+
+def factors(optimizer: FusedOptimizer) -> Iterator[tuple[str, int, str, float]]:
+    """For each factor of each parameter: the argument, the parameter's position over all groups, its place, it."""
+    position_over_all = 0
+    for index, group in enumerate(optimizer.param_groups):
+        for position, param in enumerate(group["params"]):
+            place = name_of(group, index, position)
+            for argument, column in zip(("lr_scale", "weight_decay_scale"), optimizer._scales):
+                yield argument, position_over_all, place, column.of(own_name(group, position), place, param)
+            position_over_all += 1
+
+
+def remember_scales(optimizer: FusedOptimizer, state_dict: dict[str, Any]) -> None:
+    """Note the factors in a state dict, if one of them differs from 1."""
+    found: dict[str, dict[int, float]] = {}
+    for argument, position, _, factor in factors(optimizer):
+        if factor != 1:
+            found.setdefault(argument, {})[position] = factor
+    if found:
+        state_dict[SCALES] = found
+
+
+def compare_scales(optimizer: FusedOptimizer, state_dict: dict[str, Any]) -> None:
+    """Warn if the checkpoint remembers other factors than the optimizer has; a dict without any says nothing."""
+    saved = state_dict.get(SCALES)
+    if not isinstance(saved, Mapping):
+        return
+    differ = []
+    for argument, position, place, factor in factors(optimizer):
+        before = saved.get(argument, {}).get(position, 1.0)
+        if not math.isclose(before, factor, rel_tol=1e-9):
+            differ.append(f"{argument} of {place} was {before:g} and is {factor:g}")
+    if differ:
+        logger.warning(
+            "%s: the checkpoint was written with other factors: %s",
+            type(optimizer).__name__,
+            "; ".join(differ[:20]) + (f"; and {len(differ) - 20} more" if len(differ) > 20 else ""),
+        )
 
 
 def admit(optimizer: Any, state_dict: dict[str, Any]) -> None:
@@ -88,3 +132,4 @@ def restore(optimizer: FusedOptimizer, state_dict: dict[str, Any]) -> None:
         optimizer.state[param] = state
     for group in optimizer.param_groups:
         group.pop("step", None)  # apex and DeepSpeed count steps by group; now each parameter has its own
+    compare_scales(optimizer, state_dict)

@@ -24,7 +24,7 @@ from . import backends, checkpoint, masters, states
 from .clip import GLOBAL_NORM, NO_CLIP, VALUE, GradClip
 from .eager import squares_dtype, step_eager
 from .plan import Plan, Row, make_plan, why_not_native, why_refused
-from .scales import Scale, ScaleColumn
+from .scales import Scale, ScaleColumn, column_of
 
 
 class FusedOptimizer(torch.optim.Optimizer):
@@ -90,8 +90,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         defaults: dict[str, Any],
         *,
         backend: str | None = None,
-        lr_scale: Scale | None = None,
-        weight_decay_scale: Scale | None = None,
+        lr_scale: Scale | ScaleColumn | None = None,
+        weight_decay_scale: Scale | ScaleColumn | None = None,
         grad_clip: GradClip | None = None,
         master_weights: str | None = None,
         state_dtype: torch.dtype | None = None,
@@ -119,8 +119,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         ]
         need_clip = None if grad_clip is None else grad_clip.need_clip
         scales = (
-            ScaleColumn("lr_scale", lr_scale),
-            ScaleColumn("weight_decay_scale", weight_decay_scale),
+            column_of("lr_scale", lr_scale),
+            column_of("weight_decay_scale", weight_decay_scale),
             ScaleColumn("need_clip", need_clip),
         )
         for column in scales:
@@ -169,7 +169,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                 for column in self._scales:
                     column.of(states.own_name(group, position), place, param)
                 masters.key_for(param, self._master_weights, place)
-        except (TypeError, ValueError):
+        except Exception:  # a function of the user's may raise anything
             if self._scales:
                 del self.param_groups[index]
                 raise
@@ -442,6 +442,18 @@ class FusedOptimizer(torch.optim.Optimizer):
             backends.logger.warning("%s: the eager path serves %s: %s", type(self).__name__, what, reason)
 
     # Checkpoints ------------------------------------------------------------------------------------------------
+
+    @torch._disable_dynamo
+    def state_dict(self) -> dict[str, Any]:
+        """The state and the groups in torch's form, with torch's keys.
+
+        Where a factor of ``lr_scale`` or ``weight_decay_scale`` is not 1, one top-level key more,
+        ``fused_optim_scales``, holds those factors. They are not loaded: it serves `load_state_dict` to warn in the log
+        if the run goes on with others. ``torch.optim`` ignores it.
+        """
+        state_dict = super().state_dict()
+        checkpoint.remember_scales(self, state_dict)
+        return state_dict
 
     @torch._disable_dynamo
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

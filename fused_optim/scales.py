@@ -137,7 +137,7 @@ class ScaleColumn:
         if name is None:
             raise ValueError(
                 f"{self.argument} asks for names, but {place} has none; pass model.named_parameters() instead of "
-                "model.parameters(), or a mapping keyed by Parameter"
+                "model.parameters()"
             )
         return plain_name(name)
 
@@ -164,3 +164,29 @@ class ScaleColumn:
         known = {id(param) for _, _, param in params}
         if source and not patterns and not any(id(key) in known for key in source):
             raise ValueError(f"{self.argument}: none of its {len(source)} keys is a parameter of this optimizer")
+
+
+class ScaleProduct(ScaleColumn):
+    """The product of several columns, such as a user's ``lr_scale`` times a ratio that the optimizer computes."""
+
+    def __init__(self, *columns: ScaleColumn) -> None:
+        super().__init__(" times ".join(column.argument for column in columns), None)
+        self.columns = columns
+
+    def resolve(self, params: Sequence[tuple[str | None, str, Tensor]]) -> None:
+        for column in self.columns:
+            column.resolve(params)
+        for name, place, param in params:
+            self.of(name, place, param)
+
+    def of(self, name: str | None, place: str, param: Tensor) -> float:
+        return self._checked(math.prod(column.of(name, place, param) for column in self.columns), place)
+
+    def forget_all_but(self, params: set[Tensor]) -> None:
+        for column in self.columns:
+            column.forget_all_but(params)
+
+
+def column_of(argument: str, scale: Scale | ScaleColumn | None) -> ScaleColumn:
+    """The column of an optimizer's argument; a subclass of the optimizer may have made it already."""
+    return scale if isinstance(scale, ScaleColumn) else ScaleColumn(argument, scale)
