@@ -318,7 +318,8 @@ class AdamWDL(AdamW):
     References:
         Clark et al., `ELECTRA <https://arxiv.org/abs/2003.10555>`_, 2020 (layer-wise learning rate decay).
         Loshchilov and Hutter, `Decoupled Weight Decay Regularization <https://arxiv.org/abs/1711.05101>`_, 2019.
-        `PaddleNLP's AdamWDL <https://github.com/PaddlePaddle/PaddleNLP/blob/v2.8.1/paddlenlp/ops/optimizer/adamwdl.py>`_.
+        `PaddleNLP's AdamWDL
+        <https://github.com/PaddlePaddle/PaddleNLP/blob/v2.8.1/paddlenlp/ops/optimizer/adamwdl.py>`_.
     """
 
     _lazy_mode: bool = False

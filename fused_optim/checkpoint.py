@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import masters
 from .backends import logger
-from .states import is_number, kept_dtype, like_param, name_of, new_step, own_name, state_dtype_of
+from .states import is_number, kept_dtype, like_param, name_of, new_number, number_of, own_name, state_dtype_of
 
 if TYPE_CHECKING:
     from .optimizer import FusedOptimizer
@@ -77,6 +77,12 @@ def admit(optimizer: Any, state_dict: dict[str, Any]) -> None:
                 f"param_groups[{index}] of the state dict was trained with bias_correction=False (apex, DeepSpeed), "
                 f"which {type(optimizer).__name__} does not have"
             )
+        if "exp_avg_sq" in saved:
+            raise ValueError(
+                f"param_groups[{index}] of the state dict holds 'exp_avg_sq' for all its parameters (apex's "
+                "FusedNovoGrad, which keeps norms); give each parameter its own before loading: state[i]['exp_avg_sq'] = norm ** 2, "
+                "where norm is its element of group['exp_avg_sq'][0] (float16) or [1] (float32)"
+            )
         names = optimizer.state_names({**optimizer.defaults, **saved})
         for position, (param, key) in enumerate(zip(group["params"], saved["params"])):
             state = state_dict["state"].get(key)
@@ -93,12 +99,13 @@ def admit(optimizer: Any, state_dict: dict[str, Any]) -> None:
                     raise ValueError(
                         f"{name!r} of {place} has shape {shape} in the state dict, the parameter {tuple(param.shape)}"
                     )
-            step = state.get("step", saved.get("step"))
-            if not is_number(step):
-                raise ValueError(
-                    f"'step' of {place}, in its state or its group, must be a number or a one-element Tensor in the "
-                    f"state dict, found {step!r}; the state has {sorted(state)}"
-                )
+            for name in optimizer.tensor_state_names({**optimizer.defaults, **saved}):
+                value = number_of(state, name, saved, optimizer.missing_step)
+                if not is_number(value) and not (value is None and name in optimizer.late_states):
+                    raise ValueError(
+                        f"{name!r} of {place}, in its state or its group, must be a number or a one-element Tensor in "
+                        f"the state dict, found {value!r}; the state has {sorted(state)}"
+                    )
     optimizer._loading = state_dict
 
 
@@ -112,7 +119,10 @@ def restore(optimizer: FusedOptimizer, state_dict: dict[str, Any]) -> None:
             continue
         names = optimizer.state_names(group)
         # Known keys first and as literals: the plan compares them by identity.
-        state: dict[str, Any] = {"step": new_step(saved.get("step", group.get("step", 0.0)), param)}
+        state: dict[str, Any] = {}
+        for name in optimizer.tensor_state_names(group):
+            value = number_of(saved, name, group, optimizer.missing_step)
+            state[name] = new_number(name, 0.0 if value is None else value, param)
         for name in names:
             if name in saved:
                 dtype = kept_dtype(param, saved[name].dtype)

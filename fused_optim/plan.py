@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -71,6 +71,8 @@ class Plan(Protocol):
 
     def versions(self) -> list[int]: ...
 
+    def norms(self) -> list[tuple[int, float, float, float]]: ...
+
 
 class EagerPlan:
     """The plan without the compiled extension: every row with a gradient goes to the witness."""
@@ -117,6 +119,9 @@ class EagerPlan:
 
     def versions(self) -> list[int]:
         return [-1 for params in self._params for _ in params]
+
+    def norms(self) -> list[tuple[int, float, float, float]]:
+        return []
 
 
 def is_plain(kind: type) -> bool:
@@ -200,7 +205,13 @@ def why_refused(row: Row, kind: str) -> str:
     return "its memory cannot be read"
 
 
-def make_plan(rows: list[Row], rules: list[str], defaults: dict[str, Any], structural_keys: tuple[str, ...]) -> Plan:
+def make_plan(
+    rows: list[Row],
+    rules: list[str],
+    defaults: dict[str, Any],
+    structural_keys: tuple[str, ...],
+    trust_ratio: Callable[[dict[str, Any]], tuple[float, ...] | None] | None,
+) -> Plan:
     """The compiled plan, or the eager one where no row is native."""
     if extension._C is None or not any(row.native for row in rows):
         return EagerPlan(rows, len(rules))
@@ -213,4 +224,5 @@ def make_plan(rows: list[Row], rules: list[str], defaults: dict[str, Any], struc
         is_plain=is_plain,
         describe=describe_tensor,
         current_stream=current_stream,
+        trust_ratio=trust_ratio,
     )

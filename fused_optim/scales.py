@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 Scale = Callable[[str, Tensor], float] | Mapping[Parameter | str, float] | Sequence[float]
+Exclude = Callable[[str, Tensor], bool] | Sequence[str]
 
 WRAPPERS = ("module.", "_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 
@@ -26,6 +27,23 @@ def plain_name(name: str) -> str:
             name = name[len(wrapper) :]
         name = name.replace("." + wrapper, ".")
     return name
+
+
+def excluded(exclude: Exclude | None) -> Scale | None:
+    """What is excluded as a column: 0 where a parameter is, otherwise 1.
+
+    Raises:
+        TypeError: neither a callable nor a sequence of name patterns.
+    """
+    if exclude is None:
+        return None
+    if callable(exclude):
+        return lambda name, param: 0.0 if exclude(name, param) else 1.0
+    if isinstance(exclude, str) or not all(isinstance(pattern, str) for pattern in exclude):
+        raise TypeError(
+            f"exclude must be a callable (name, param) -> bool or a sequence of name patterns, got {exclude!r}"
+        )
+    return dict.fromkeys(exclude, 0.0)
 
 
 def matrices_only(name: str, param: Tensor) -> float:
