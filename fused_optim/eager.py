@@ -101,7 +101,7 @@ def _norm(tensor: Tensor, keep: bool, order: float = 2) -> Number:
 def apply_trust_ratio(
     trust: TrustRatio, group: dict[str, Any], tensor: TensorContext, grad_norm: Number, decayed_norm: Number
 ) -> None:
-    """Apply the factor to what `prepare` will see; ``group`` is a copy, whose weight decay becomes 0 where it is inside.
+    """Apply the factor to what `prepare` will see; ``group`` is a copy, whose decay becomes 0 where it is inside.
 
     ``decayed_norm``: of ``grad + weight_decay * param``.
     """
