@@ -72,7 +72,7 @@ def admit(optimizer: Any, state_dict: dict[str, Any]) -> None:
     for index, (group, saved) in enumerate(zip(groups, saved_groups)):
         if "params" not in saved:
             raise ValueError(f"param_groups[{index}] of the state dict has no 'params'")
-        if saved.get("bias_correction", True) is False:
+        if saved.get("bias_correction", True) is False and "bias_correction" not in optimizer.defaults:
             raise ValueError(
                 f"param_groups[{index}] of the state dict was trained with bias_correction=False (apex, DeepSpeed), "
                 f"which {type(optimizer).__name__} does not have"

@@ -56,7 +56,7 @@ class LARC(torch.optim.Optimizer):
 
     Around an optimizer of this library the factor is computed and applied in the same launches, and no gradient is
     written. Around any other ``torch.optim.Optimizer`` each gradient is replaced by a scaled copy while that one steps,
-    and put back, also when it raises.
+    and put back, also when it raises; with weight_decay_in_ratio an excluded parameter's decay is then in its gradient.
 
     LARC is a ``torch.optim.Optimizer``. ``param_groups``, ``state``, ``defaults``, ``state_dict()`` and
     ``load_state_dict()`` are the inner optimizer's own, so that checkpoints do not see it; ``optimizer`` is the inner
@@ -307,7 +307,8 @@ def check_inner(optimizer: torch.optim.Optimizer, trust: TrustRatio) -> None:
     if isinstance(optimizer, FusedOptimizer):
         if optimizer._larc is not None:
             raise ValueError(f"LARC is around this {type(optimizer).__name__} already")
-        refuse_clip("LARC", optimizer._grad_clip, decay_in_norm=False)
+        normed = isinstance(optimizer, NovoGrad) and trust.weight_decay != OUTSIDE
+        refuse_clip("LARC", optimizer._grad_clip, decay_in_norm=normed)
     if isinstance(optimizer, NovoGrad):
         groups = optimizer.param_groups
         if trust.weight_decay != OUTSIDE and any(group["norm_type"] == 0 for group in groups):
