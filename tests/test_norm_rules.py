@@ -687,3 +687,61 @@ def test_larc_warns_where_it_does_nothing(fallbacks: list[str]) -> None:
     LARC(NovoGrad([Parameter(torch.ones(2))], variant="openseq2seq"))
     assert len(fallbacks) == 1
     assert "does nothing" in fallbacks[0]
+
+
+# SGD beside torch's ---------------------------------------------------------------------------------------------------
+
+SGD_OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "decay": {"weight_decay": 0.1},
+    "momentum": {"momentum": 0.9},
+    "dampening": {"momentum": 0.9, "dampening": 0.3, "weight_decay": 0.1},
+    "nesterov": {"momentum": 0.9, "nesterov": True, "weight_decay": 0.1},
+    "maximize": {"momentum": 0.5, "maximize": True},
+    "tensor lr": {"lr": torch.tensor(0.05, dtype=torch.float64), "momentum": 0.9},
+}
+
+
+@each_implementation
+@pytest.mark.parametrize("options", SGD_OPTIONS.values(), ids=SGD_OPTIONS)
+def test_sgd_is_torchs(options: dict[str, Any], backend: str) -> None:
+    """Parameters, buffers and defaults; the second parameter gets its first gradient late."""
+    ours, theirs = (new_params(torch.float64, [(3, 5), (65,)], device_of(backend)) for _ in range(2))
+    optimizer = SGD(ours, **{"lr": 0.1, **options}, backend=backend)
+    reference = torch.optim.SGD(theirs, **{"lr": 0.1, **options}, foreach=False)
+    if "lr" not in options:
+        assert optimizer.defaults == {**reference.defaults, "foreach": None}
+        assert list(optimizer.param_groups[0]) == list(reference.param_groups[0])
+    for step in range(4):
+        for params in (ours, theirs):
+            train(optimizer if params is ours else reference, params[: 1 if step < 2 else 2], 1, first=step)
+    for one, other in zip(ours, theirs):
+        assert torch.allclose(one, other, rtol=1e-13, atol=1e-15)
+        if options.get("momentum"):
+            buffers = (o.state[p]["momentum_buffer"] for o, p in ((optimizer, one), (reference, other)))
+            assert torch.allclose(*buffers, rtol=1e-13, atol=1e-15)
+        else:
+            assert not optimizer.state[one]
+
+
+@each_implementation
+def test_momentum_may_be_switched_on_and_scheduled(backend: str) -> None:
+    """As OneCycleLR does: a new number at each step, which costs no new plan."""
+    ours, theirs = (new_params(torch.float64, [(3, 5)], device_of(backend)) for _ in range(2))
+    optimizer, reference = SGD(ours, 0.1, backend=backend), torch.optim.SGD(theirs, 0.1, foreach=False)
+    plans: list[Any] = []
+    for step, momentum in enumerate((0.0, 0.9, 0.8, 0.7)):
+        for one, params in ((optimizer, ours), (reference, theirs)):
+            one.param_groups[0]["momentum"] = momentum
+            train(one, params, 1, first=step)
+        plans.append(optimizer._plan)
+    assert torch.allclose(ours[0], theirs[0], rtol=1e-13, atol=1e-15)
+    assert [plan is plans[-1] for plan in plans] == [False, True, True, True]
+
+
+def test_sgd_refuses_what_torchs_refuses() -> None:
+    for options in ({"lr": -1.0}, {"momentum": -0.5}, {"weight_decay": -0.1}, {"nesterov": True}):
+        with pytest.raises(ValueError, match="Invalid|Nesterov") as theirs:
+            torch.optim.SGD([Parameter(torch.ones(2))], **options)
+        with pytest.raises(ValueError, match=str(theirs.value)):
+            SGD([Parameter(torch.ones(2))], **options)
