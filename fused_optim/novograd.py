@@ -210,8 +210,9 @@ class NovoGrad(FusedOptimizer):
         eps: added to the root, in the gradient's unit. Default None: the variant's; 1e-8 for ``"paper"``.
         weight_decay: :math:`\lambda \ge 0`. Default 0.
         variant: one of the above. Default ``"paper"``.
-        grad_averaging, bias_correction, init_zero, norm_type, reg_inside_moment, decoupled_decay, weight_decouple,
-            fixed_decay, eps_root: options of the variants above; default None: the variant's own.
+        grad_averaging, bias_correction, init_zero, norm_type, reg_inside_moment: options of the variants above.
+            Default None: the variant's own.
+        decoupled_decay, weight_decouple, fixed_decay, eps_root: likewise.
         amsgrad: divide by the root of the largest :math:`v_t` so far (``"paper"``, ``"timm"``, ``"tfa"``).
         maximize: ascend instead of descend.
         capturable: for capture into a CUDA graph; without effect on CPU tensors.
