@@ -167,3 +167,19 @@ def test_finetuning_is_clipped(finetune: ModuleType, train_digits: ModuleType) -
     data = train_digits.load_data(0, torch.device("cpu"))
     run.train(data.train_images[:64], data.train_labels[:64])
     assert run.optimizer.last_grad_norm > finetune.CLIP_NORM
+
+
+NOVOGRAD = EXAMPLES / "train_novograd_larc.py"
+
+
+def test_novograd_and_larc_learn_the_digits(tmp_path: Path) -> None:
+    result = run_example(NOVOGRAD, "--device=cpu", folder=tmp_path)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "every accuracy is at least 95 %" in result.stdout
+    assert "prologue.0.weight" in result.stdout
+
+
+def test_novograd_example_names_a_backend_that_is_missing(tmp_path: Path) -> None:
+    result = run_example(NOVOGRAD, "--device=cpu", "--backend=cuda", folder=tmp_path)
+    assert result.returncode == 2
+    assert result.stderr.startswith("train_novograd_larc.py: backend='cuda'")

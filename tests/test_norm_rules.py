@@ -746,3 +746,24 @@ def test_sgd_refuses_what_torchs_refuses() -> None:
             torch.optim.SGD([Parameter(torch.ones(2))], **options)
         with pytest.raises(ValueError, match=re.escape(str(theirs.value))):
             SGD([Parameter(torch.ones(2))], **options)
+
+
+@each_rule
+@each_backend
+@pytest.mark.parametrize("clip", [None, fused_optim.ClipGradByValue(0.5)])
+def test_split_masters_are_float32_masters(rule: str, clip: Any, backend: str, all_native: None) -> None:
+    """Norms are those of the masters, and both kinds give the same run, bit for bit, beside float32 states."""
+    options = {} if clip is None or rule == "lamb" else {"grad_clip": clip}
+    whole, split = (
+        trained(rule, torch.bfloat16, backend, master_weights=kind, **options) for kind in ("float32", "split")
+    )
+    for one, other in zip(whole, split, strict=True):
+        for name in other.keys() - {"param_remainder"}:
+            assert_same_bits(one[name], other[name], name)
+
+
+@each_rule
+def test_master_norms_are_the_witness(rule: str) -> None:
+    ours, theirs = (trained(rule, torch.bfloat16, backend, master_weights="float32") for backend in ("cpu", "eager"))
+    for one, other in zip(ours, theirs, strict=True):
+        assert_close({"master_param": one["master_param"]}, {"master_param": other["master_param"]}, 2e-6)
