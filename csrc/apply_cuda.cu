@@ -266,7 +266,7 @@ FO_DEVICE void update_tile_as(LayoutList<L, Others...>, const Row& row, const Re
 
 template <class Rule, class T>
 __global__ void __launch_bounds__(kThreads, 2) apply_kernel(Bucket bucket) {
-  if (bucket.control->skip != 0) return;
+  const bool skip = bucket.control->skip != 0;  // asked below: the loads until there do not wait for it
   const int warp = static_cast<int>(threadIdx.x) / kWarp;
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
   const unsigned block = bucket.backwards ? gridDim.x - 1 - blockIdx.x : blockIdx.x;
@@ -276,7 +276,7 @@ __global__ void __launch_bounds__(kThreads, 2) apply_kernel(Bucket bucket) {
   const Extent* extents = bucket.extents + bucket.first_extent[block];
   const bool passed = lane < kWarpsPerBlock && extents[1 + lane].first_tile <= tile;
   const Extent extent = extents[__popc(__ballot_sync(0xffffffffu, passed))];
-  if (extent.row < 0) return;
+  if (skip || extent.row < 0) return;
   const Row& row = bucket.rows[extent.row];
   if (!row.active) return;
   const int64_t begin = (tile - extent.first_tile) * kTile;

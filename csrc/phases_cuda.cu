@@ -14,6 +14,9 @@ namespace {
 
 std::atomic<uint64_t> launches{0};
 
+// What changes at a step is sent by up to so many launches, more by a copy.
+constexpr size_t kMostPatches = 8;
+
 // An error is thrown once: what is left of it is cleared, as far as CUDA lets it be.
 void check(cudaError_t error, const char* what) {
   if (error == cudaSuccess) return;
@@ -37,22 +40,57 @@ void launch(const char* phase, void (*kernel)(P...), int64_t blocks, int threads
   check(cudaLaunchKernelEx(&config, kernel, arguments...), phase);
 }
 
+// The driver's functions, through the runtime: the module links to no driver.
+using GetContext = int (*)(void** context);
+using SetContext = int (*)(void* context);
+
+template <class Function>
+Function find_in_driver(const char* name) {
+  void* found = nullptr;
+  cudaDriverEntryPointQueryResult result{};
+#if CUDART_VERSION >= 12050
+  const cudaError_t error = cudaGetDriverEntryPointByVersion(name, &found, 11080, cudaEnableDefault, &result);
+#else
+  const cudaError_t error = cudaGetDriverEntryPoint(name, &found, cudaEnableDefault, &result);
+#endif
+  if (error != cudaSuccess) cudaGetLastError();
+  return error == cudaSuccess && result == cudaDriverEntryPointSuccess ? reinterpret_cast<Function>(found)
+                                                                       : nullptr;
+}
+
+// Makes a device current in this thread. Afterwards the context that was current before is so again, or none
+// where there was none: cudaSetDevice to the device before would create a context on it, which takes hundreds
+// of megabytes of a GPU that this process may have nothing to do with.
 class DeviceGuard {
  public:
-  explicit DeviceGuard(int device) {
-    check(cudaGetDevice(&before_), "choosing the device");
-    if (device != before_) check(cudaSetDevice(device), "choosing the device");
-    changed_ = device != before_;
-  }
+  explicit DeviceGuard(int device) : error_(enter(device)) {}
   ~DeviceGuard() {
-    if (changed_) cudaSetDevice(before_);
+    if (entered_) set()(before_);
   }
   DeviceGuard(const DeviceGuard&) = delete;
   DeviceGuard& operator=(const DeviceGuard&) = delete;
 
+  cudaError_t error() const { return error_; }
+
  private:
-  int before_ = 0;
-  bool changed_ = false;
+  static GetContext get() {
+    static const auto function = find_in_driver<GetContext>("cuCtxGetCurrent");
+    return function;
+  }
+  static SetContext set() {
+    static const auto function = find_in_driver<SetContext>("cuCtxSetCurrent");
+    return function;
+  }
+
+  cudaError_t enter(int device) {
+    entered_ = get() != nullptr && set() != nullptr && get()(&before_) == 0;
+    if (!entered_) return cudaErrorInitializationError;  // no driver, or it has gone before this process
+    return cudaSetDevice(device);
+  }
+
+  void* before_ = nullptr;
+  bool entered_ = false;
+  cudaError_t error_;
 };
 
 // Allocating and freeing is no work on a stream: it must not spoil a capture that goes on in this thread.
@@ -89,16 +127,15 @@ struct Table {
 
   Table(int device, size_t bytes) : device_(device) {
     const DeviceGuard guard(device);
+    check(guard.error(), "choosing the device");
     const RelaxedCapture relaxed;
     check(cudaMalloc(reinterpret_cast<void**>(&base), bytes), "allocating the table");
   }
   ~Table() {
-    int before = 0;
-    if (cudaGetDevice(&before) != cudaSuccess) return;  // the process ends: the driver has gone first
+    const DeviceGuard guard(device_);
+    if (guard.error() != cudaSuccess) return;  // the process ends: the driver has gone first
     const RelaxedCapture relaxed;
-    cudaSetDevice(device_);
     cudaFree(base);  // waits for what still reads it
-    cudaSetDevice(before);
   }
   Table(const Table&) = delete;
   Table& operator=(const Table&) = delete;
@@ -119,21 +156,36 @@ unsigned needs_of(RuleList<R...>, int rule) {
 }
 
 bool has_large_patches() {
-  static const bool known = [] {
-    int version = 0;
-    return cudaDriverGetVersion(&version) == cudaSuccess && version >= 12010;
-  }();
-  return known;
+  int version = 0;
+  return cudaDriverGetVersion(&version) == cudaSuccess && version >= 12010;
 }
+
+// A stream that has nothing to do with any other, and so with no capture.
+class SideStream {
+ public:
+  SideStream() { check(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "creating a stream"); }
+  ~SideStream() { cudaStreamDestroy(stream_); }
+  SideStream(const SideStream&) = delete;
+  SideStream& operator=(const SideStream&) = delete;
+
+  operator cudaStream_t() const { return stream_; }
+
+ private:
+  cudaStream_t stream_ = nullptr;
+};
 
 class CudaPhasesOfDevice final : public CudaPhases {
  public:
   CudaPhasesOfDevice(int device, const std::vector<Row>& rows, size_t groups)
-      : device_(device), row_count_(rows.size()), group_count_(groups) {
+      : device_(device),
+        row_count_(rows.size()),
+        group_count_(groups),
+        has_large_patches_(has_large_patches()) {
     const DeviceGuard guard(device);
+    check(guard.error(), "choosing the device");
     lay_out(rows);
-    check(cudaEventCreateWithFlags(&done_, cudaEventDisableTiming), "creating an event");
     live_ = std::make_unique<Table>(device_, arena_.size());
+    check(cudaEventCreateWithFlags(&done_, cudaEventDisableTiming), "creating an event");
   }
 
   ~CudaPhasesOfDevice() override {
@@ -145,6 +197,7 @@ class CudaPhasesOfDevice final : public CudaPhases {
                 const std::vector<HyperTensors>& tensors, const CudaStep& step,
                 void* stream_pointer) override {
     const DeviceGuard guard(device_);
+    check(guard.error(), "choosing the device");
     const auto stream = static_cast<cudaStream_t>(stream_pointer);
     if (is_capturing(stream_pointer)) {
       throw std::runtime_error(
@@ -152,7 +205,7 @@ class CudaPhasesOfDevice final : public CudaPhases {
           "captured: "
           "it is added on the host");
     }
-    refresh(rows, groups, tensors, stream, false);
+    refresh(rows, groups, tensors, stream);
     launch_reduce(*live_, step, stream);
     launch("the reduce phase", grad_sq_kernel, 1, kPrepareThreads, stream, prepare_table(*live_));
     double grad_sq = 0;
@@ -166,21 +219,23 @@ class CudaPhasesOfDevice final : public CudaPhases {
   void run(const std::vector<Row>& rows, const std::vector<GroupHyper>& groups,
            const std::vector<HyperTensors>& tensors, const CudaStep& step, void* stream_pointer) override {
     const DeviceGuard guard(device_);
+    check(guard.error(), "choosing the device");
     const auto stream = static_cast<cudaStream_t>(stream_pointer);
     const bool capturing = is_capturing(stream_pointer);
-    refresh(rows, groups, tensors, stream, capturing);
+    const Table* table = live_.get();
+    if (capturing) {
+      table = &table_for_replays(rows, groups, tensors);
+    } else {
+      refresh(rows, groups, tensors, stream);
+    }
     const Clip clip = step.options.clip;
     const bool reduces = clip == Clip::global_norm || clip == Clip::norm || needs_ != 0;
-    if (reduces && !step.reduced) launch_reduce(*live_, step, stream);
-    launch_update(*live_, step, reduces, stream);
-    if (capturing) {
-      // The replays' own from now on: a later step would change it under them.
-      captured_.push_back(std::move(live_));
-    } else {
-      check(cudaEventRecord(done_, stream), "recording the step's end");
-      recorded_ = true;
-      stream_ = stream;
-    }
+    if (reduces && !step.reduced) launch_reduce(*table, step, stream);
+    launch_update(*table, step, reduces, stream);
+    if (capturing) return;
+    check(cudaEventRecord(done_, stream), "recording the step's end");
+    recorded_ = true;
+    stream_ = stream;
   }
 
  private:
@@ -309,47 +364,67 @@ class CudaPhasesOfDevice final : public CudaPhases {
   }
 
   // Makes the table on the device equal to words_.
-  void send(Table& table, cudaStream_t stream, bool capturing) {
+  void send(Table& table, cudaStream_t stream) {
     changed_.clear();
-    const bool fresh = table.mirror.empty();
-    const size_t limit = has_large_patches() ? kPatchWords : kPatchWordsSmall;
+    std::vector<uint32_t> mirror;  // until everything is on its way, nothing is known of the table
+    mirror.swap(table.mirror);
+    const bool fresh = mirror.empty();
     const size_t end = fresh ? words_.size() : changing_bytes_ / sizeof(uint32_t);
     constexpr size_t kStride = 64;  // words compared at a time
-    for (size_t begin = 0; begin < end; begin += kStride) {
+    for (size_t begin = 0; begin < end && !fresh; begin += kStride) {
       const size_t stop = std::min(end, begin + kStride);
-      if (!fresh && std::equal(words_.begin() + static_cast<ptrdiff_t>(begin),
-                               words_.begin() + static_cast<ptrdiff_t>(stop),
-                               table.mirror.begin() + static_cast<ptrdiff_t>(begin))) {
+      if (std::equal(words_.begin() + static_cast<ptrdiff_t>(begin),
+                     words_.begin() + static_cast<ptrdiff_t>(stop),
+                     mirror.begin() + static_cast<ptrdiff_t>(begin))) {
         continue;
       }
       for (size_t i = begin; i < stop; ++i) {
-        if (fresh || words_[i] != table.mirror[i]) changed_.push_back(static_cast<uint32_t>(i));
+        if (words_[i] != mirror[i]) changed_.push_back(static_cast<uint32_t>(i));
       }
     }
-    if (changed_.empty()) return;
-    if (changed_.size() > limit && !capturing) {
-      // More than one launch can carry. Memory that is not pinned is read before the call returns.
+    const size_t limit = has_large_patches_ ? kPatchWords : kPatchWordsSmall;
+    if (fresh || changed_.size() > kMostPatches * limit) {
+      // Memory that is not pinned is read before the call returns, for which the driver may wait until the
+      // stream comes to the copy: nothing for every step.
       check(
           cudaMemcpyAsync(table.base, words_.data(), end * sizeof(uint32_t), cudaMemcpyHostToDevice, stream),
           "the upload of the table");
-    } else if (has_large_patches()) {
+    } else if (has_large_patches_) {
       patch<kPatchWords>(large_patch_kernel(), table, changed_, stream);
     } else {
       patch<kPatchWordsSmall>(patch_kernel<kPatchWordsSmall>, table, changed_, stream);
     }
-    table.mirror.resize(words_.size());
-    std::copy_n(words_.begin(), end, table.mirror.begin());
+    mirror.resize(words_.size());
+    std::copy_n(words_.begin(), end, mirror.begin());
+    table.mirror.swap(mirror);
   }
 
   void refresh(const std::vector<Row>& rows, const std::vector<GroupHyper>& groups,
-               const std::vector<HyperTensors>& tensors, cudaStream_t stream, bool capturing) {
+               const std::vector<HyperTensors>& tensors, cudaStream_t stream) {
     cudaGetLastError();  // what somebody left behind unread is not this step's
-    if (live_ == nullptr) live_ = std::make_unique<Table>(device_, arena_.size());
-    if (!capturing && stream_ != stream && recorded_) {
+    if (stream_ != stream && recorded_) {
       check(cudaStreamWaitEvent(stream, done_, 0), "waiting for the last step's stream");
     }
     write(rows, groups, tensors);
-    send(*live_, stream, capturing);
+    send(*live_, stream);
+  }
+
+  // A table of this step for the replays of the graph that is being captured. A later step would change the
+  // live one under them; and the capture may yet fail, so that what it was told was never done. Nothing of
+  // it enters the graph: it is there, on the device, before this returns.
+  const Table& table_for_replays(const std::vector<Row>& rows, const std::vector<GroupHyper>& groups,
+                                 const std::vector<HyperTensors>& tensors) {
+    cudaGetLastError();
+    auto table = std::make_unique<Table>(device_, arena_.size());
+    write(rows, groups, tensors);
+    const RelaxedCapture relaxed;
+    const SideStream side;
+    check(cudaMemcpyAsync(table->base, words_.data(), words_.size() * sizeof(uint32_t),
+                          cudaMemcpyHostToDevice, side),
+          "the upload of the table");
+    check(cudaStreamSynchronize(side), "the upload of the table");
+    captured_.push_back(std::move(table));
+    return *captured_.back();
   }
 
   PrepareTable prepare_table(const Table& table) const {
@@ -386,6 +461,7 @@ class CudaPhasesOfDevice final : public CudaPhases {
 
   const int device_;
   const size_t row_count_, group_count_;
+  const bool has_large_patches_;
   Arena arena_;
   size_t rows_ = 0, groups_ = 0, pieces_ = 0, totals_ = 0, small_ = 0, sums_ = 0, records_ = 0, control_ = 0;
   size_t changing_bytes_ = 0;
@@ -440,20 +516,24 @@ std::string why_no_cuda(int device) {
     return std::string("no CUDA driver that this build can use: ") + cudaGetErrorString(error);
   }
   if (device < 0 || device >= count) return "there is no CUDA device " + std::to_string(device);
-  int before = 0, major = 0, minor = 0;
-  cudaGetDevice(&before);
   {
+    const DeviceGuard guard(device);
     const RelaxedCapture relaxed;
-    error = cudaSetDevice(device);
+    error = guard.error();
     if (error == cudaSuccess) error = load_kernels();
   }
-  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-  cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
-  cudaSetDevice(before);
   if (error == cudaSuccess) return "";
   cudaGetLastError();
+  const std::string text = cudaGetErrorString(error);
+  if (error != cudaErrorNoKernelImageForDevice && error != cudaErrorUnsupportedPtxVersion &&
+      error != cudaErrorInvalidDeviceFunction) {
+    return "CUDA device " + std::to_string(device) + " cannot be used: " + text;
+  }
+  int major = 0, minor = 0;
+  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
   return "no kernel for its architecture, sm_" + std::to_string(major) + std::to_string(minor) +
-         ", was compiled in (set FUSED_OPTIM_CUDA_ARCHS when building): " + cudaGetErrorString(error);
+         ", was compiled in (set FUSED_OPTIM_CUDA_ARCHS when building): " + text;
 }
 
 bool is_capturing(void* stream) {

@@ -97,8 +97,9 @@ struct PatchWords {
   uint32_t value[kWords];
 };
 
-constexpr int kPatchWords = 4090;      // 32,764 bytes of parameters: drivers of CUDA 12.1 and later
-constexpr int kPatchWordsSmall = 498;  // 4,000 bytes: earlier ones
+constexpr int kPatchWordsSmall = 498;  // 4,000 bytes of parameters
+// 32,764 bytes: toolkits and drivers of CUDA 12.1 and later.
+constexpr int kPatchWords = CUDART_VERSION >= 12010 ? 4090 : kPatchWordsSmall;
 
 template <int kWords>
 __global__ void patch_kernel(const __grid_constant__ PatchWords<kWords> words) {

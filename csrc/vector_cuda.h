@@ -79,7 +79,8 @@ FO_DEVICE Vector<S, N> load_vector(const S* column, int i, int n, bool aligned) 
   Vector<S, N> vector{};
 #pragma unroll
   for (int k = 0; k < N; ++k) {
-    if (k < n) vector.element[k] = load_global<kReuse, S>(column + i + k);
+    // The next elements are in the same sectors: these must stay in the first-level cache until then.
+    if (k < n) vector.element[k] = load_global<Reuse::soon, S>(column + i + k);
   }
   return vector;
 }

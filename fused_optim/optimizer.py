@@ -80,6 +80,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     _devices_alone: bool = False  # one of them has all rows
     _norm_tensors: dict[torch.device, Tensor]  # where the kernels write the global norm
     _scalars: list[Tensor]
+    _replayed: tuple[Any, ...] = ()  # what the replays of captured steps read and write: never freed before us
     _reported: frozenset[str] = frozenset()
     _loading: dict[str, Any] | None = None
 
@@ -216,7 +217,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         # A torch function mode, as torch.set_default_device sets one, would make reading `.grad` 20 times slower.
         with torch._C.DisableTorchFunction():
             attention = self._refresh()
-            if self._cuda_devices and self._plan is not None and self._plan.captured():
+            captured = bool(self._cuda_devices) and self._plan is not None and self._plan.captured()
+            if captured:
                 self._check_capture(attention)
             witnessed = self._attend(attention) if attention else []
             plan = self._plan
@@ -243,6 +245,8 @@ class FusedOptimizer(torch.optim.Optimizer):
                     plan.reduce(grad_scale, threads, clip, scalars)
             for index in witnessed:
                 self._step_witness(self._rows[index], grad_scale, global_norm or 0.0)
+            if captured:
+                self._replayed = (*self._replayed, (plan, dict(self._norm_tensors), self._scalars))
             plan.run(grad_scale, threads, clip, global_norm, scalars)
             # Writing through addresses leaves the version counters alone; a stale graph must still raise.
             torch._C._increment_version(plan.touched())

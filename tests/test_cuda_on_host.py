@@ -7,7 +7,9 @@ undefined-behaviour sanitizers (test_cuda_sanitized.py).
 
 from __future__ import annotations
 
+import gc
 import os
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -385,9 +387,56 @@ def test_rows_come_and_go(on_host: OnHost) -> None:
     assert_same_results(ours, twin)
 
 
-def test_an_older_driver_takes_small_patches(on_host: OnHost) -> None:
-    ours, twin = pair(CASES[0], "default", [(5,)] * 300, torch.float32)
-    train_both(ours, twin, 3)
+@pytest.mark.parametrize(("driver", "patches"), [(12000, range(3, 9)), (12010, [1]), (13000, [1])])
+def test_an_older_driver_takes_small_patches(driver: int, patches: Any, on_host: OnHost) -> None:
+    on_host.set_device(driver=driver)
+    ours, twin = pair(CASES[0], "default", [(5,)] * 1200, torch.float32)
+    train_both(ours, twin, 1)
+    kept = [param.grad for param in params_of(ours)]  # so that the next ones lie elsewhere
+    for optimizer in (ours, twin):
+        set_grads(params_of(optimizer), 1)
+    on_host.launches()
+    on_host.copies()
+    ours.step()
+    twin.step()
+    assert len(kept) == 1200
+    assert len(on_host.launches()) - 2 in patches  # beside prepare and apply
+    assert on_host.copies() == 0
+    assert_same_results(ours, twin)
+
+
+def test_a_step_makes_no_context_on_another_device(on_host: OnHost, monkeypatch: pytest.MonkeyPatch) -> None:
+    def on_second_device(tensor: torch.Tensor) -> Any:
+        facts = first_device(tensor)
+        return facts and (*facts[:2], 1, *facts[3:])
+
+    first_device = as_device_memory
+    monkeypatch.setattr(f"{__name__}.as_device_memory", on_second_device)
+    on_host.forget_contexts()
+    params = new_params()
+    optimizer = AdamW(params, backend="cuda")
+    train(optimizer, params, 2)
+    del optimizer
+    gc.collect()
+    assert on_host.contexts() == 0b10
+
+
+def test_a_refused_launch_leaves_nothing_known_of_the_table(on_host: OnHost) -> None:
+    ours, twin = pair(CASES[0], "default", [(5,)] * 1200, torch.float32)
+    on_host.set_device(driver=12000)  # several patches a step
+    train_both(ours, twin, 1)
+    first = [param.grad for param in params_of(ours)]
+    set_grads(params_of(ours), 1)
+    second = [param.grad for param in params_of(ours)]
+    on_host.fail_launch(1)
+    with pytest.raises(RuntimeError, match="refresh"):
+        ours.step()
+    for grad in second:
+        grad.fill_(float("nan"))
+    for param, grad in zip(params_of(ours), first, strict=True):
+        param.grad = grad
+    ours.step()  # the first patch of the step before was done
+    twin.step()
     assert_same_results(ours, twin)
 
 
@@ -444,6 +493,67 @@ def test_two_captures_in_a_row(on_host: OnHost) -> None:
     assert_same_results(mine, other)
 
 
+def test_a_capture_that_fails_leaves_the_live_table_right(on_host: OnHost) -> None:
+    ours, twin = new_params(), new_params()
+    mine, other = AdamW(ours, backend="cuda", capturable=True), AdamW(twin, backend="cpu")
+    train_both(mine, other, 1)
+    set_grads(ours, 2)
+    kept = [param.grad for param in ours]
+    for launch in (0, 1):
+        on_host.begin_capture()
+        on_host.fail_launch(launch)
+        with pytest.raises(RuntimeError, match="LaunchFailure"):
+            mine.step()
+        on_host.end_capture()  # and it is never replayed
+    set_grads(twin, 2)
+    assert kept
+    mine.step()
+    other.step()
+    assert_same_results(mine, other)
+
+
+def test_a_replay_has_only_the_launches_of_the_phases(on_host: OnHost) -> None:
+    params = new_params(shapes=[(5,)] * 1200)
+    optimizer = AdamW(params, backend="cuda", capturable=True)
+    train(optimizer, params, 1)
+    for _ in range(2):
+        on_host.begin_capture()
+        optimizer.step()
+        graph = on_host.end_capture()
+        on_host.launches()
+        on_host.replay(graph)
+        assert len(on_host.launches()) == 2
+
+
+def test_replays_outlive_the_plan_and_what_a_step_allocates(on_host: OnHost) -> None:
+    ours, twin = new_params(), new_params()
+    options = {"grad_clip": ClipGradByGlobalNorm(0.5)}
+    mine = AdamW(ours, backend="cuda", capturable=True, **options)
+    other = AdamW(twin, backend="cpu", **options)
+    train_both(mine, other, 1)
+    set_grads(ours, 2)
+    set_grads(twin, 2)
+    kept = [param.grad for param in ours]
+    on_host.begin_capture()
+    mine.step()
+    graph = on_host.end_capture()
+    norm = weakref.ref(mine._norm_tensors[torch.device("cpu")])
+    extra = Parameter(torch.ones(3))
+    extra.grad = torch.ones(3)
+    mine.add_param_group({"params": [extra]})  # a new plan at the next step
+    mine.step()
+    mine.__setstate__(mine.__getstate__())
+    gc.collect()
+    assert norm() is not None
+    other.step()
+    set_grads(twin, 2)
+    assert kept
+    on_host.replay(graph)
+    other.step()
+    for one, two in zip(ours, twin, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-6, atol=1e-7)
+
+
 def test_captures_that_could_not_be_replayed_are_refused(on_host: OnHost) -> None:
     params = new_params()
     set_grads(params, 0)
@@ -486,6 +596,8 @@ def test_a_gpu_without_code_says_so(shim: OnHost) -> None:
         assert "driver" in shim.module.why_no_cuda(0)
         shim.set_device(devices=1)
         assert "no CUDA device 1" in shim.module.why_no_cuda(1)
+        shim.set_device(has_kernels=False, error=2)
+        assert "CUDA device 0 cannot be used: out of memory" in shim.module.why_no_cuda(0)
     finally:
         shim.set_device()
     assert shim.module.why_no_cuda(0) == ""
