@@ -24,6 +24,9 @@ PINS := .venv/pins.stamp
 INSTALLED := .venv/installed.stamp
 endif
 
+# A test compares with it. Of what it depends on, torchvision has no build for every torch; the test does without.
+TIMM := timm==1.0.31
+
 CPP = $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 
 # Warnings are errors here and nowhere else: a user's compiler may know warnings that ours does not. One GPU
@@ -52,6 +55,7 @@ help:
 	@test -x .venv/bin/python || $(BASE_PYTHON) -m venv .venv || { rm -rf .venv; \
 		echo "$(BASE_PYTHON) cannot make a virtual environment; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps $(TIMM)
 	@touch $@
 
 # Folders are among the prerequisites, so that a source which is added or removed counts too.

@@ -75,11 +75,11 @@ const CpuKernels* requested_kernels() {
 std::unique_ptr<Plan> make_plan(const py::list& rules, const py::list& rows, const py::dict& defaults,
                                 const py::tuple& structural, const py::object& exchange_api,
                                 const py::object& is_plain, const py::object& describe,
-                                const py::object& current_stream) {
+                                const py::object& current_stream, const py::object& trust_ratio) {
   auto plan = std::make_unique<Plan>();
   if (!plan->open(exchange_api.ptr(), is_plain.ptr(), describe.ptr(), current_stream.ptr(),
                   requested_kernels()) ||
-      !plan->build(rules.ptr(), rows.ptr(), defaults.ptr(), structural.ptr())) {
+      !plan->build(rules.ptr(), rows.ptr(), defaults.ptr(), structural.ptr(), trust_ratio.ptr())) {
     throw py::error_already_set();
   }
   return plan;
@@ -121,7 +121,7 @@ PYBIND11_MODULE(_C, module) {
   py::class_<Plan>(module, "Plan", py::custom_type_setup(make_collectable))
       .def(py::init(&make_plan), py::kw_only(), py::arg("rules"), py::arg("rows"), py::arg("defaults"),
            py::arg("structural"), py::arg("exchange_api"), py::arg("is_plain"), py::arg("describe"),
-           py::arg("current_stream") = py::none())
+           py::arg("current_stream") = py::none(), py::arg("trust_ratio") = py::none())
       .def("refresh",
            [](Plan& plan, const py::object& param_groups, const py::object& state) {
              return owned(plan.refresh(param_groups.ptr(), state.ptr()));
@@ -142,6 +142,7 @@ PYBIND11_MODULE(_C, module) {
           py::arg("grad_scale"), py::arg("threads"), py::arg("clip"), py::arg("global_norm"),
           py::arg("scalars") = ScalarsTuples())
       .def("captured", &Plan::captured)
+      .def("norms", [](const Plan& plan) { return owned(plan.norms()); })
       .def("versions", [](const Plan& plan) { return owned(plan.versions()); })
       .def("touched", [](Plan& plan) { return owned(plan.touched()); });
   module.def("build_info", &build_info);

@@ -29,27 +29,45 @@ struct Task {
   int64_t begin, end;          // of the elements, where it is one row
 };
 
-using PrepareFunction = void (*)(const Row&, const GroupHyper&, const StepOptions&, const Norms&, double,
-                                 ScalarsRecord&);
+struct PrepareFunctions {
+  void (*prepare)(const Row&, const GroupHyper&, const StepOptions&, const Norms&, double, ScalarsRecord&,
+                  MeasuredNorms&);
+  double (*prepare_direction)(const Row&, const GroupHyper&, const Norms&, ScalarsRecord&, MeasuredNorms&);
+};
 
 template <class Rule, class T>
-void prepare(const Row& row, const GroupHyper& group, const StepOptions& options, const Norms& norms,
-             double global_norm, ScalarsRecord& out) {
-  const Record<Rule, T> record = prepare_row<Rule, T>(row, group, options, norms, global_norm);
-  std::memcpy(out.bytes, &record, sizeof record);
+constexpr PrepareFunctions prepare_functions_of() {
+  PrepareFunctions functions{};
+  functions.prepare = [](const Row& row, const GroupHyper& group, const StepOptions& options,
+                         const Norms& norms, double global_norm, ScalarsRecord& out,
+                         MeasuredNorms& measured) {
+    const auto record = prepare_row<Rule, T>(row, group, options, norms, global_norm, measured);
+    std::memcpy(out.bytes, &record, sizeof record);
+  };
+  if constexpr (Rule::kHasDirection) {
+    functions.prepare_direction = [](const Row& row, const GroupHyper& group, const Norms& norms,
+                                     ScalarsRecord& out, MeasuredNorms& measured) {
+      auto& record = *reinterpret_cast<Record<Rule, T>*>(out.bytes);
+      prepare_direction<Rule, T>(row, group, norms, record, measured);
+      return static_cast<double>(record.scalars.step_size);
+    };
+  }
+  return functions;
 }
 
 template <class... R>
-PrepareFunction prepare_function(RuleList<R...>, int rule, bool in_double) {
-  static constexpr PrepareFunction in_float_table[] = {prepare<R, float>...};
-  static constexpr PrepareFunction in_double_table[] = {prepare<R, double>...};
-  return (in_double ? in_double_table : in_float_table)[rule];
+const PrepareFunctions& prepare_functions(RuleList<R...>, const Row& row) {
+  static constexpr PrepareFunctions in_float[] = {prepare_functions_of<R, float>()...};
+  static constexpr PrepareFunctions in_double[] = {prepare_functions_of<R, double>()...};
+  return (computes_in_double(row.dtype[kParam]) ? in_double : in_float)[row.rule];
 }
 
 template <class... R>
-unsigned needs_of(RuleList<R...>, int rule) {
-  static constexpr unsigned table[] = {R::kNeeds...};
-  return table[rule];
+unsigned needs_of(RuleList<R...>, int rule, const GroupHyper& group) {
+  unsigned needs = 0;
+  int index = 0;
+  ((needs = index++ == rule ? R::needs(hyper_of<R>(group)) : needs), ...);
+  return needs;
 }
 
 template <class... R>
@@ -153,6 +171,128 @@ void for_each_row(const std::vector<Row>& rows, const Task& task, const F& f) {
   }
 }
 
+const GroupHyper& group_of(const CpuStep& step, size_t r) {
+  return step.groups[static_cast<size_t>(step.rows[r].group)];
+}
+
+Norms reduce_row(const CpuStep& step, size_t r, int64_t begin, int64_t end) {
+  const Row& row = step.rows[r];
+  const GroupHyper& group = group_of(step, r);
+  const unsigned needs = needs_of(row, group, step.options);
+  if (needs == 0) return {};
+  auto grad = transform_before_norms<double>(row, group, step.options);
+  grad.weight_decay = weight_decay_of(Rules{}, row, group);
+  const bool in_double = computes_in_double(row.dtype[kParam]);
+  return (in_double ? step.kernels.reduce_double : step.kernels.reduce_float)(row, grad, needs, begin, end);
+}
+
+bool has_direction(const CpuStep& step, size_t r) {
+  return step.kernels.accumulate_float[step.rows[r].rule] != nullptr;
+}
+
+Norms accumulate_row(const CpuStep& step, size_t r, int64_t begin, int64_t end, void* directions = nullptr) {
+  const Row& row = step.rows[r];
+  const bool in_double = computes_in_double(row.dtype[kParam]);
+  const auto* table = in_double ? step.kernels.accumulate_double : step.kernels.accumulate_float;
+  return table[row.rule](row, step.records[r], begin, end, directions);
+}
+
+void apply_row(const CpuStep& step, size_t r, int64_t begin, int64_t end) {
+  const Row& row = step.rows[r];
+  const bool in_double = computes_in_double(row.dtype[kParam]);
+  const auto* table = in_double ? step.kernels.apply_double : step.kernels.apply_float;
+  table[row.rule](row, step.records[r], begin, end);
+}
+
+void prepare_of(const CpuStep& step, size_t r, double global_norm) {
+  const Row& row = step.rows[r];
+  prepare_functions(Rules{}, row)
+      .prepare(row, group_of(step, r), step.options, step.norms[r], global_norm, step.records[r],
+               step.measured[r]);
+}
+
+double prepare_direction_of(const CpuStep& step, size_t r) {
+  const Row& row = step.rows[r];
+  return prepare_functions(Rules{}, row)
+      .prepare_direction(row, group_of(step, r), step.norms[r], step.records[r], step.measured[r]);
+}
+
+// Both passes of a row with a direction that one thread takes: the root and the division of every element are
+// computed once, their results kept where they are still in the cache.
+void apply_direction_of(const CpuStep& step, size_t r) {
+  static thread_local std::vector<double> directions;
+  const Row& row = step.rows[r];
+  const bool in_double = computes_in_double(row.dtype[kParam]);
+  const auto needed = static_cast<size_t>(in_double ? row.numel : (row.numel + 1) / 2);
+  if (directions.size() < needed) directions.resize(needed);
+  step.norms[r] = accumulate_row(step, r, 0, row.numel, directions.data());
+  const double step_size = prepare_direction_of(step, r);
+  (in_double ? step.kernels.move_double : step.kernels.move_float)(row, step_size, directions.data());
+}
+
+// The sums that `sum(row index, begin, end)` gives for the rows that `takes` names, pieces added in their
+// order.
+template <class Takes, class Sum>
+void sum_over(const CpuStep& step, const std::vector<Task>& tasks, const Takes& takes, const Sum& sum) {
+  const std::vector<Row>& rows = step.rows;
+  std::vector<Norms> partial(tasks.size());
+  const auto job = [&](size_t t) {
+    for_each_row(rows, tasks[t], [&](size_t r, int64_t begin, int64_t end) {
+      if (!takes(r)) return;
+      const Norms norms = sum(r, begin, end);
+      (begin == 0 && end == rows[r].numel ? step.norms[r] : partial[t]) = norms;
+    });
+  };
+  run_tasks(job, tasks.size(), active_elements(rows) < kSerialElements ? 1 : step.threads);
+  for (size_t t = 0; t < tasks.size(); ++t) {
+    const Task& task = tasks[t];
+    const size_t r = task.first_row;
+    const bool piece = task.last_row - r == 1 && task.end - task.begin < rows[r].numel;
+    if (!piece || !takes(r)) continue;
+    Norms& total = step.norms[r];
+    if (task.begin == 0) total = {};
+    total.grad_sq += partial[t].grad_sq;
+    total.grad_max = maximum(total.grad_max, partial[t].grad_max);
+    total.param_sq += partial[t].param_sq;
+    total.decayed_sq += partial[t].decayed_sq;
+    total.direction_sq += partial[t].direction_sq;
+  }
+}
+
+// prepare for the active rows that `takes` names. Rows of equal hyperparameters, scales and step have equal
+// scalars: nearly always the row before has them. Logarithms and exponentials are dearer than the comparison.
+template <class Takes>
+void prepare_rows(const CpuStep& step, double global_norm, const Takes& takes) {
+  const std::vector<Row>& rows = step.rows;
+  const Row* before = nullptr;
+  size_t source = 0;
+  double state_before[kMaxPerTensorStates] = {}, state_after[kMaxPerTensorStates] = {};
+  for (size_t r = 0; r < rows.size(); ++r) {
+    const Row& row = rows[r];
+    if (!row.active || !takes(r)) continue;
+    const GroupHyper& group = group_of(step, r);
+    const int per_tensor = per_tensor_states_of(Rules{}, row.rule);
+    double state[kMaxPerTensorStates] = {};
+    for (int i = 0; i < per_tensor; ++i) state[i] = load_number(row, kFirstState + i);
+    const bool alike =
+        before != nullptr && before->rule == row.rule && before->dtype[kParam] == row.dtype[kParam] &&
+        before->lr_scale == row.lr_scale && before->weight_decay_scale == row.weight_decay_scale &&
+        before->clipped == row.clipped && std::equal(state, state + per_tensor, state_before) &&
+        std::memcmp(&step.groups[static_cast<size_t>(before->group)], &group, sizeof group) == 0;
+    if (alike) {
+      for (int i = 0; i < per_tensor; ++i) store_number(row, kFirstState + i, state_after[i]);
+      step.records[r] = step.records[source];
+      continue;
+    }
+    prepare_of(step, r, global_norm);
+    if (group.needs != 0 || (row.clipped && step.options.clip == Clip::norm)) continue;
+    before = &row;
+    source = r;
+    std::copy(state, state + per_tensor, state_before);
+    for (int i = 0; i < per_tensor; ++i) state_after[i] = load_number(row, kFirstState + i);
+  }
+}
+
 }  // namespace
 
 bool has_openmp() { return find_openmp() != nullptr; }
@@ -176,41 +316,7 @@ const CpuKernels* choose_cpu_kernels(const char* requested) {
   return nullptr;
 }
 
-unsigned needs_of_rule(int rule) { return needs_of(Rules{}, rule); }
-
-void reduce_cpu(const CpuKernels& kernels, const std::vector<Row>& rows,
-                const std::vector<GroupHyper>& groups, const StepOptions& options, int threads,
-                std::vector<Norms>& out) {
-  const std::vector<Task> tasks = split(rows);
-  std::vector<Norms> partial(tasks.size());
-  const auto sum = [&](size_t r, int64_t begin, int64_t end) {
-    const Row& row = rows[r];
-    const bool clip = row.clipped && (options.clip == Clip::global_norm || options.clip == Clip::norm);
-    const unsigned needs = needs_of_rule(row.rule) | (clip ? static_cast<unsigned>(kNeedsGradSq) : 0u);
-    if (needs == 0) return Norms{0, 0, 0};
-    const auto grad = transform_before_norms<double>(row, groups[static_cast<size_t>(row.group)], options);
-    const bool in_double = computes_in_double(row.dtype[kParam]);
-    return (in_double ? kernels.reduce_double : kernels.reduce_float)(row, grad, needs, begin, end);
-  };
-  const auto job = [&](size_t t) {
-    for_each_row(rows, tasks[t], [&](size_t r, int64_t begin, int64_t end) {
-      const Norms norms = sum(r, begin, end);
-      (begin == 0 && end == rows[r].numel ? out[r] : partial[t]) = norms;
-    });
-  };
-  run_tasks(job, tasks.size(), active_elements(rows) < kSerialElements ? 1 : threads);
-  for (size_t t = 0; t < tasks.size(); ++t) {
-    const Task& task = tasks[t];
-    const bool piece =
-        task.last_row - task.first_row == 1 && task.end - task.begin < rows[task.first_row].numel;
-    if (!piece) continue;
-    Norms& total = out[task.first_row];
-    if (task.begin == 0) total = Norms{0, 0, 0};
-    total.grad_sq += partial[t].grad_sq;
-    total.grad_max = maximum(total.grad_max, partial[t].grad_max);
-    total.param_sq += partial[t].param_sq;
-  }
-}
+unsigned needs_of_rule(int rule, const GroupHyper& group) { return needs_of(Rules{}, rule, group); }
 
 double sum_of_squares(const std::vector<Row>& rows, const std::vector<Norms>& norms) {
   double sum = 0, lost = 0;  // Neumaier's sum: exact enough that the order of the rows does not show
@@ -223,56 +329,72 @@ double sum_of_squares(const std::vector<Row>& rows, const std::vector<Norms>& no
   return std::isfinite(sum) ? sum + lost : sum;
 }
 
-void prepare_cpu(const std::vector<Row>& rows, const std::vector<GroupHyper>& groups,
-                 const StepOptions& options, const std::vector<Norms>& norms, double global_norm,
-                 std::vector<ScalarsRecord>& out) {
-  // Rows of equal hyperparameters, scales and step have equal scalars: nearly always the row before has them.
-  // Logarithms and exponentials are dearer than the comparison.
-  const Row* before = nullptr;
-  size_t source = 0;
-  double state_before[kMaxPerTensorStates] = {}, state_after[kMaxPerTensorStates] = {};
-  for (size_t r = 0; r < rows.size(); ++r) {
-    const Row& row = rows[r];
-    if (!row.active) continue;
-    const GroupHyper& group = groups[static_cast<size_t>(row.group)];
-    const int per_tensor = per_tensor_states_of(Rules{}, row.rule);
-    double state[kMaxPerTensorStates] = {};
-    for (int i = 0; i < per_tensor; ++i) state[i] = load_number(row, kFirstState + i);
-    const bool alike =
-        before != nullptr && before->rule == row.rule && before->dtype[kParam] == row.dtype[kParam] &&
-        before->lr_scale == row.lr_scale && before->weight_decay_scale == row.weight_decay_scale &&
-        before->clipped == row.clipped && std::equal(state, state + per_tensor, state_before) &&
-        std::memcmp(&groups[static_cast<size_t>(before->group)], &group, sizeof group) == 0;
-    if (alike) {
-      for (int i = 0; i < per_tensor; ++i) store_number(row, kFirstState + i, state_after[i]);
-      out[r] = out[source];
-      continue;
-    }
-    const auto function = prepare_function(Rules{}, row.rule, computes_in_double(row.dtype[kParam]));
-    function(row, group, options, norms[r], global_norm, out[r]);
-    if (needs_of_rule(row.rule) != 0 || options.clip == Clip::norm) continue;
-    before = &row;
-    source = r;
-    std::copy(state, state + per_tensor, state_before);
-    for (int i = 0; i < per_tensor; ++i) state_after[i] = load_number(row, kFirstState + i);
-  }
+void reduce_cpu(const CpuStep& step) {
+  const std::vector<Task> tasks = split(step.rows);
+  sum_over(
+      step, tasks, [](size_t) { return true; },
+      [&](size_t r, int64_t begin, int64_t end) { return reduce_row(step, r, begin, end); });
 }
 
-void apply_cpu(const CpuKernels& kernels, const std::vector<Row>& rows,
-               const std::vector<ScalarsRecord>& records, int threads) {
-  const auto apply = [&](size_t r, int64_t begin, int64_t end) {
-    const auto* table =
-        computes_in_double(rows[r].dtype[kParam]) ? kernels.apply_double : kernels.apply_float;
-    table[rows[r].rule](rows[r], records[r], begin, end);
+void step_cpu(const CpuStep& step, bool reduced, double global_norm) {
+  const std::vector<Row>& rows = step.rows;
+  const bool serial = step.threads <= 1 || active_elements(rows) < kSerialElements;
+  const auto needs = [&](size_t r) {
+    const unsigned reduced_ones = needs_of(rows[r], group_of(step, r), step.options);
+    return (reduced ? 0 : reduced_ones) | (has_direction(step, r) ? kNeedsDirectionSq : 0u);
   };
-  if (threads <= 1 || active_elements(rows) < kSerialElements) {
-    for (size_t r = 0; r < rows.size(); ++r) {
-      if (rows[r].active) apply(r, 0, rows[r].numel);
+  // Rows that one thread takes through all phases, while their memory is in its cache.
+  const auto is_local = [&](size_t r) { return rows[r].numel <= kTaskElements && needs(r) != 0; };
+  bool any_norms = false, any_large = false;
+  for (size_t r = 0; r < rows.size(); ++r) {
+    const bool measures = rows[r].active && needs(r) != 0;
+    any_norms = any_norms || measures;
+    any_large = any_large || (measures && rows[r].numel > kTaskElements);
+  }
+  if (!any_norms) {
+    prepare_rows(step, global_norm, [](size_t) { return true; });
+    if (serial) {
+      for (size_t r = 0; r < rows.size(); ++r) {
+        if (rows[r].active) apply_row(step, r, 0, rows[r].numel);
+      }
+      return;
     }
+    const std::vector<Task> tasks = split(rows);
+    run_tasks(
+        [&](size_t t) {
+          for_each_row(rows, tasks[t], [&](size_t r, int64_t b, int64_t e) { apply_row(step, r, b, e); });
+        },
+        tasks.size(), step.threads);
     return;
   }
   const std::vector<Task> tasks = split(rows);
-  run_tasks([&](size_t t) { for_each_row(rows, tasks[t], apply); }, tasks.size(), threads);
+  const auto is_shared = [&](size_t r) { return !is_local(r); };
+  if (any_large && !reduced) {
+    sum_over(step, tasks, is_shared,
+             [&](size_t r, int64_t b, int64_t e) { return reduce_row(step, r, b, e); });
+  }
+  prepare_rows(step, global_norm, is_shared);
+  if (any_large) {
+    sum_over(
+        step, tasks, [&](size_t r) { return is_shared(r) && has_direction(step, r); },
+        [&](size_t r, int64_t b, int64_t e) { return accumulate_row(step, r, b, e); });
+    for (size_t r = 0; r < rows.size(); ++r) {
+      if (rows[r].active && is_shared(r) && has_direction(step, r)) prepare_direction_of(step, r);
+    }
+  }
+  const auto whole_row = [&](size_t r) {
+    if (!reduced) step.norms[r] = reduce_row(step, r, 0, rows[r].numel);
+    prepare_of(step, r, global_norm);
+    if (has_direction(step, r)) return apply_direction_of(step, r);
+    apply_row(step, r, 0, rows[r].numel);
+  };
+  const auto job = [&](size_t t) {
+    for_each_row(rows, tasks[t], [&](size_t r, int64_t begin, int64_t end) {
+      if (is_local(r)) return whole_row(r);
+      apply_row(step, r, begin, end);
+    });
+  };
+  run_tasks(job, tasks.size(), serial ? 1 : step.threads);
 }
 
 }  // namespace fused_optim

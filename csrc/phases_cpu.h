@@ -11,6 +11,14 @@ namespace fused_optim {
 // The element update of one rule over elements [begin, end) of a row.
 using ApplyFunction = void (*)(const Row& row, const ScalarsRecord& record, int64_t begin, int64_t end);
 
+// The first pass of a rule with a direction over elements [begin, end) of a row: its states, and the sums of
+// param and direction. directions: room for the direction of every element in the compute type, or null.
+using AccumulateFunction = Norms (*)(const Row& row, const ScalarsRecord& record, int64_t begin, int64_t end,
+                                     void* directions);
+
+// The second pass over a whole row whose directions the first has kept.
+using MoveFunction = void (*)(const Row& row, double step_size, const void* directions);
+
 // The sums over elements [begin, end) of a row that `needs` names.
 using ReduceFunction = Norms (*)(const Row& row, const GradTransform<double>& grad, unsigned needs,
                                  int64_t begin, int64_t end);
@@ -20,6 +28,10 @@ struct CpuKernels {
   const char* capability;
   ApplyFunction apply_float[Rules::kCount];
   ApplyFunction apply_double[Rules::kCount];
+  AccumulateFunction accumulate_float[Rules::kCount];  // null for a rule without a direction
+  AccumulateFunction accumulate_double[Rules::kCount];
+  MoveFunction move_float;
+  MoveFunction move_double;
   ReduceFunction reduce_float;
   ReduceFunction reduce_double;
 };
@@ -37,25 +49,30 @@ const CpuKernels* choose_cpu_kernels(const char* requested);
 // Whether an OpenMP runtime was found in the process; otherwise std::thread serves.
 bool has_openmp();
 
-// Which norms the rule with this index reads.
-unsigned needs_of_rule(int rule);
+// Which norms a rule with these hyperparameters reads.
+unsigned needs_of_rule(int rule, const GroupHyper& group);
 
-// The sums of every active row, in fixed chunks added in a fixed order: the same bits for any number of
-// threads.
-void reduce_cpu(const CpuKernels& kernels, const std::vector<Row>& rows,
-                const std::vector<GroupHyper>& groups, const StepOptions& options, int threads,
-                std::vector<Norms>& out);
+// One step's rows and numbers, and where its intermediate results go, row by row.
+struct CpuStep {
+  const CpuKernels& kernels;
+  const std::vector<Row>& rows;
+  const std::vector<GroupHyper>& groups;
+  const StepOptions& options;
+  int threads;
+  std::vector<Norms>& norms;
+  std::vector<ScalarsRecord>& records;
+  std::vector<MeasuredNorms>& measured;
+};
+
+// The norms that rules, trust ratios and clipping need, of every active row, in fixed chunks added in a fixed
+// order: the same bits for any number of threads.
+void reduce_cpu(const CpuStep& step);
 
 // The sum over all active, clipped rows; the split into groups does not change it.
 double sum_of_squares(const std::vector<Row>& rows, const std::vector<Norms>& norms);
 
-// Per-tensor scalars of every active row: advances `step`, computes bias corrections and clip coefficients.
-void prepare_cpu(const std::vector<Row>& rows, const std::vector<GroupHyper>& groups,
-                 const StepOptions& options, const std::vector<Norms>& norms, double global_norm,
-                 std::vector<ScalarsRecord>& out);
-
-// The element update of every active row.
-void apply_cpu(const CpuKernels& kernels, const std::vector<Row>& rows,
-               const std::vector<ScalarsRecord>& records, int threads);
+// The step of every active row. reduced: reduce_cpu has run. A row that is small enough for one thread's
+// cache is reduced, prepared and applied back to back.
+void step_cpu(const CpuStep& step, bool reduced, double global_norm);
 
 }  // namespace fused_optim

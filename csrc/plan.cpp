@@ -95,7 +95,8 @@ bool Plan::open(PyObject* exchange_api, PyObject* is_plain, PyObject* describe, 
   return reader_.open(exchange_api, is_plain, describe, current_stream);
 }
 
-bool Plan::build(PyObject* rules, PyObject* rows, PyObject* defaults, PyObject* structural) {
+bool Plan::build(PyObject* rules, PyObject* rows, PyObject* defaults, PyObject* structural,
+                 PyObject* trust_ratio) {
   for (Py_ssize_t g = 0; g < PyList_GET_SIZE(rules); ++g) {
     const char* name = PyUnicode_AsUTF8(PyList_GET_ITEM(rules, g));
     if (name == nullptr) return false;
@@ -113,6 +114,8 @@ bool Plan::build(PyObject* rules, PyObject* rows, PyObject* defaults, PyObject* 
   hyper_tensors_.resize(groups_.size());
   Py_INCREF(defaults);
   defaults_ = defaults;
+  Py_INCREF(trust_ratio);
+  trust_ratio_ = trust_ratio;
   for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(structural); ++i) {
     PyObject* key = PyTuple_GET_ITEM(structural, i);
     Py_INCREF(key);
@@ -129,6 +132,7 @@ bool Plan::build(PyObject* rules, PyObject* rows, PyObject* defaults, PyObject* 
   }
   norms_.resize(rows_.size());
   records_.resize(rows_.size());
+  measured_.resize(rows_.size());
   find_devices();
   return true;
 }
@@ -197,18 +201,19 @@ bool Plan::captured() const {
 }
 
 bool Plan::row_from_tuple(PyObject* tuple) {
-  int group, native, clipped;
+  int group, native, clipped, trusted;
   long long version;
   PyObject *param, *master;
   Row row{};
-  if (!PyArg_ParseTuple(tuple, "iOddppOL", &group, &param, &row.lr_scale, &row.weight_decay_scale, &native,
-                        &clipped, &master, &version)) {
+  if (!PyArg_ParseTuple(tuple, "iOddpppOL", &group, &param, &row.lr_scale, &row.weight_decay_scale, &native,
+                        &clipped, &trusted, &master, &version)) {
     return false;
   }
   HostRow host;
   host.type = Py_TYPE(param);
   host.version = version;
   row.clipped = clipped != 0;
+  row.trusted = trusted != 0;
   if (master != Py_None) host.master_key = intern(PyUnicode_AsUTF8(master));
   PyObject* descriptor = PyObject_GetAttr(reinterpret_cast<PyObject*>(Py_TYPE(param)), grad_name());
   if (descriptor == nullptr) return false;
@@ -219,7 +224,6 @@ bool Plan::row_from_tuple(PyObject* tuple) {
   TensorView view;
   row.group = group;
   row.rule = groups_[static_cast<size_t>(group)].rule;
-  needs_ |= needs_of_rule(row.rule);
   if (native && reader_.read(param, view) && is_number(view.dtype)) {
     host.native = true;
     host.ndim = view.ndim;
@@ -272,6 +276,19 @@ bool Plan::number(PyObject* value, double* out) {
   return true;
 }
 
+bool Plan::read_trust_ratio(PyObject* group, TrustRatio* out) {
+  PyObject* fields = PyObject_CallFunctionObjArgs(trust_ratio_, group, nullptr);
+  if (fields == nullptr) return false;
+  bool good = true;
+  if (fields != Py_None) {
+    out->present = 1;
+    good = PyArg_ParseTuple(fields, "ddddddd", &out->coefficient, &out->eps, &out->min_update, &out->clip,
+                            &out->zero_norm, &out->weight_decay, &out->always) != 0;
+  }
+  Py_DECREF(fields);
+  return good;
+}
+
 // The index of a string among the choices of its field.
 bool Plan::choice(PyObject* value, const HyperField& field, double* out) {
   const char* text = PyUnicode_Check(value) ? PyUnicode_AsUTF8(value) : nullptr;
@@ -316,6 +333,8 @@ bool Plan::parse_group(PyObject* group, size_t index, bool* stale) {
   }
   bool constant = true;
   double hyper[kMaxHyper], maximize = 0;
+  TrustRatio trust{};
+  if (trust_ratio_ != Py_None && !read_trust_ratio(group, &trust)) return false;
   HyperTensors tensors{};
   PyObject* maximizes = PyDict_GetItemWithError(group, maximize_name());
   if (maximizes == nullptr && PyErr_Occurred()) return false;
@@ -371,8 +390,11 @@ bool Plan::parse_group(PyObject* group, size_t index, bool* stale) {
       return false;
     }
   }
-  hypers_[index].maximize = maximize;
-  std::memcpy(hypers_[index].rule, hyper, rule.hyper.size() * sizeof(double));
+  GroupHyper& parsed = hypers_[index];
+  parsed.maximize = maximize;
+  parsed.trust = trust;
+  std::memcpy(parsed.rule, hyper, rule.hyper.size() * sizeof(double));
+  parsed.needs = needs_of_rule(known.rule, parsed) | needs_of(trust);
   hyper_tensors_[index] = tensors;
   std::vector<Entry> entries;
   PyObject *key, *value;
@@ -544,6 +566,8 @@ const char* Plan::refresh_row(HostRow& host, Row& row, PyObject* state) {
 }
 
 const char* Plan::read_states(HostRow& host, Row& row, PyObject* state) {
+  if (rule_names()[static_cast<size_t>(row.rule)].state_names.empty() && host.master_key == nullptr)
+    return nullptr;
   PyObject* states = find_state(host, state);
   if (states == nullptr || !PyDict_Check(states)) return "state";
   const RuleNames& rule = rule_names()[static_cast<size_t>(row.rule)];
@@ -669,7 +693,7 @@ void Plan::find_overlaps() {
 double Plan::reduce(const StepOptions& options, int threads, const std::vector<DeviceScalars>& scalars) {
   const Unlocked unlocked(active_elements_ > kElementsUnderLock || !devices_.empty(), busy_);
   const std::vector<Row>& rows = host_rows();
-  reduce_cpu(*kernels_, rows, hypers_, options, threads, norms_);
+  reduce_cpu({*kernels_, rows, hypers_, options, threads, norms_, records_, measured_});
   double sum = sum_of_squares(rows, norms_);
   for (Device& device : devices_) {
     if (!collect(device)) continue;
@@ -693,16 +717,28 @@ void Plan::run(const StepOptions& options, int threads, std::optional<double> gl
       step.global_norm = global_norm.value_or(0);
       device.phases->run(device.table, hypers_, hyper_tensors_, step, device.stream);
     }
-    const std::vector<Row>& rows = host_rows();
-    if (needs_ != 0 && !reduced_) reduce_cpu(*kernels_, rows, hypers_, options, threads, norms_);
-    prepare_cpu(rows, hypers_, options, norms_, global_norm.value_or(0), records_);
-    apply_cpu(*kernels_, rows, records_, threads);
+    step_cpu({*kernels_, host_rows(), hypers_, options, threads, norms_, records_, measured_}, reduced_,
+             global_norm.value_or(0));
   }
   for (size_t r = 0; r < rows_.size(); ++r) {
     if (rows_[r].active && hosts_[r].master_key != nullptr)
       ++hosts_[r].version;  // the caller counts this step's write
   }
   release();
+}
+
+PyObject* Plan::norms() const {
+  PyObject* list = PyList_New(0);
+  for (size_t r = 0; list != nullptr && r < rows_.size(); ++r) {
+    const bool measured = hypers_[static_cast<size_t>(rows_[r].group)].needs != 0;
+    if (!rows_[r].active || !measured || hosts_[r].device.device_type != dlpack::kCPU) continue;
+    const MeasuredNorms& norms = measured_[r];
+    PyObject* item = Py_BuildValue("nddd", static_cast<Py_ssize_t>(r), norms.grad_norm, norms.param_norm,
+                                   norms.trust_ratio);
+    if (item == nullptr || PyList_Append(list, item) != 0) Py_CLEAR(list);
+    Py_XDECREF(item);
+  }
+  return list;
 }
 
 PyObject* Plan::versions() const {
@@ -755,6 +791,7 @@ int Plan::traverse(visitproc visit, void* arg) const {
   }
   for (PyObject* key : structural_keys_) Py_VISIT(key);
   Py_VISIT(defaults_);
+  Py_VISIT(trust_ratio_);
   Py_VISIT(touched_);
   return reader_.traverse(visit, arg);
 }
@@ -782,6 +819,7 @@ void Plan::clear() {
   }
   for (PyObject* key : keys) Py_DECREF(key);
   Py_CLEAR(defaults_);
+  Py_CLEAR(trust_ratio_);
   Py_CLEAR(touched_);
   reader_.clear();
 }

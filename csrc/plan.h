@@ -38,10 +38,12 @@ class Plan {
             const CpuKernels* kernels);
 
   // rules: the rule's name of each group. rows: (group index, param, lr scale, weight decay scale, native,
-  // clipped, key of the master's state or None, the param's version when its master was last in step with it
-  // or -1) of each parameter, in the order of the groups. defaults: hyperparameters that a group may lack.
-  // structural: group keys whose change calls for a new plan.
-  bool build(PyObject* rules, PyObject* rows, PyObject* defaults, PyObject* structural);
+  // clipped, trusted, key of the master's state or None, the param's version when its master was last in step
+  // with it or -1) of each parameter, in the order of the groups. defaults: hyperparameters that a group may
+  // lack. structural: group keys whose change calls for a new plan. trust_ratio: called with a group whose
+  // items have changed, returns None or the fields of its TrustRatio.
+  bool build(PyObject* rules, PyObject* rows, PyObject* defaults, PyObject* structural,
+             PyObject* trust_ratio);
 
   // Reads everything again and changes nothing. None: the groups no longer are those of the plan, build a new
   // one. Otherwise a sequence of (row index, reason): rows with a gradient that no native backend takes as
@@ -63,6 +65,10 @@ class Plan {
 
   // The version of each row's parameter after the last run; -1 where it has no master.
   PyObject* versions() const;
+
+  // The norms of the last run: (row index, grad norm, param norm, trust ratio) of each row that it stepped on
+  // the CPU and of which it measured any.
+  PyObject* norms() const;
 
   // The parameters that the last run() wrote, in a list that stays the plan's.
   PyObject* touched();
@@ -118,6 +124,7 @@ class Plan {
   bool collect(Device& device) const;
   CudaStep step_of(const Device& device, const StepOptions& options,
                    const std::vector<DeviceScalars>& scalars) const;
+  bool read_trust_ratio(PyObject* group, TrustRatio* out);
   bool number(PyObject* value, double* out);
   bool choice(PyObject* value, const HyperField& field, double* out);
   const char* refresh_row(HostRow& host, Row& row, PyObject* state);
@@ -141,9 +148,10 @@ class Plan {
   std::vector<Row> host_rows_;               // rows_ without theirs, if there are any
   std::vector<Norms> norms_;
   std::vector<ScalarsRecord> records_;
-  unsigned needs_ = 0;    // norms that some rule reads
+  std::vector<MeasuredNorms> measured_;
   bool reduced_ = false;  // norms_ are those of the gradients that refresh() found
   PyObject* defaults_ = nullptr;
+  PyObject* trust_ratio_ = nullptr;
   std::vector<PyObject*> structural_keys_;
   PyObject* touched_ = nullptr;
   int64_t active_elements_ = 0;

@@ -4,6 +4,7 @@
 
 #include "row.h"
 #include "rules/all.h"
+#include "rules/trust_ratio.h"
 #include "storage.h"
 
 namespace fused_optim {
@@ -20,7 +21,9 @@ struct StepOptions {
 
 struct GroupHyper {
   double maximize;
+  TrustRatio trust;
   double rule[kMaxHyper];
+  uint64_t needs;  // Need bits of the rule and of the trust ratio
 };
 
 // Sums over one tensor, of the gradient after its sign, the loss scale and clipping by value.
@@ -28,12 +31,22 @@ struct Norms {
   double grad_sq;
   double grad_max;
   double param_sq;
+  double decayed_sq;
+  double direction_sq;
 };
 
-// What happens to a gradient element before a rule sees it: clamp(scale * grad, min, max).
+// The norms of one tensor as a user may read them after the step; NaN where nobody asked for one.
+struct MeasuredNorms {
+  double grad_norm;  // clipped, before the trust ratio
+  double param_norm;
+  double trust_ratio;
+};
+
+// What happens to a gradient element before a rule sees it: clamp(scale * grad, min, max) + weight_decay *
+// param.
 template <class T>
 struct GradTransform {
-  T scale, min, max;
+  T scale, min, max, weight_decay;
 };
 
 template <class Rule, class T>
@@ -63,14 +76,28 @@ FO_HOST_DEVICE inline T transform(const GradTransform<T>& grad, T value) {
   return value > grad.max ? grad.max : value;
 }
 
-// The part of the transform that is known before any norm is.
+// What a rule sees of a gradient element.
+template <class T>
+FO_HOST_DEVICE inline T transform(const GradTransform<T>& grad, T value, T param) {
+  value = transform(grad, value);
+  return grad.weight_decay != 0 ? value + grad.weight_decay * param : value;
+}
+
+// The norms that are reduced for a row before its prepare.
+FO_HOST_DEVICE inline unsigned needs_of(const Row& row, const GroupHyper& group, const StepOptions& options) {
+  auto needs = static_cast<unsigned>(group.needs) & ~static_cast<unsigned>(kNeedsDirectionSq);
+  if (row.clipped && (options.clip == Clip::global_norm || options.clip == Clip::norm)) needs |= kNeedsGradSq;
+  return needs;
+}
+
+// The part of the transform that is known before any norm is; its weight decay is that of kNeedsDecayedSq.
 template <class T>
 FO_HOST_DEVICE inline GradTransform<T> transform_before_norms(const Row& row, const GroupHyper& group,
                                                               const StepOptions& options) {
   const bool clamped = options.clip == Clip::value && row.clipped;
   return {static_cast<T>(group.maximize != 0 ? -options.grad_scale : options.grad_scale),
           static_cast<T>(clamped ? options.clip_min : -HUGE_VAL),
-          static_cast<T>(clamped ? options.clip_max : HUGE_VAL)};
+          static_cast<T>(clamped ? options.clip_max : HUGE_VAL), 0};
 }
 
 FO_HOST_DEVICE inline double clip_coefficient(const Row& row, const StepOptions& options, const Norms& norms,
@@ -99,31 +126,74 @@ FO_HOST_DEVICE inline void store_number(const Row& row, int index, double value)
   }
 }
 
+template <class Rule>
+FO_HOST_DEVICE inline typename Rule::Hyper hyper_of(const GroupHyper& group) {
+  static_assert(sizeof(typename Rule::Hyper) <= sizeof group.rule, "raise kMaxHyper");
+  typename Rule::Hyper hyper;
+  __builtin_memcpy(&hyper, group.rule, sizeof hyper);
+  return hyper;
+}
+
+// The weight decay of a row, for the norm of grad + weight_decay * param.
+template <class... R>
+FO_HOST_DEVICE inline double weight_decay_of(RuleList<R...>, const Row& row, const GroupHyper& group) {
+  double weight_decay = 0;
+  int rule = 0;
+  ((weight_decay = rule++ == row.rule ? hyper_of<R>(group).weight_decay : weight_decay), ...);
+  return weight_decay * row.weight_decay_scale;
+}
+
 template <class Rule, class T>
 FO_HOST_DEVICE inline Record<Rule, T> prepare_row(const Row& row, const GroupHyper& group,
                                                   const StepOptions& options, const Norms& norms,
-                                                  double global_norm) {
+                                                  double global_norm, MeasuredNorms& measured) {
   constexpr int kPerTensor = per_tensor_states<Rule>();
   static_assert(kPerTensor <= kMaxPerTensorStates && Rule::kStateCount <= kMaxStates, "raise the limit");
-  static_assert(sizeof(typename Rule::Hyper) <= sizeof group.rule, "raise kMaxHyper");
   static_assert(sizeof(Record<Rule, T>) <= kScalarsBytes, "raise kScalarsBytes");
   const double coefficient = clip_coefficient(row, options, norms, global_norm);
-  typename Rule::Hyper hyper;
-  __builtin_memcpy(&hyper, group.rule, sizeof hyper);
-  TensorContext tensor{row.lr_scale,
-                       row.weight_decay_scale,
-                       coefficient * sqrt(norms.grad_sq),
-                       coefficient * norms.grad_max,
-                       sqrt(norms.param_sq),
-                       {}};
+  auto hyper = hyper_of<Rule>(group);
+  TensorContext tensor{};
+  tensor.lr_scale = row.lr_scale;
+  tensor.weight_decay_scale = row.weight_decay_scale;
+  tensor.grad_norm = coefficient * sqrt(norms.grad_sq);
+  tensor.grad_max = coefficient * norms.grad_max;
+  tensor.param_norm = sqrt(norms.param_sq);
+  tensor.trusted = row.trusted;
+  tensor.grad_scale = 1;
+  tensor.trust_ratio = 1;
+  const unsigned needs = needs_of(row, group, options);
+  measured.grad_norm = (needs & kNeedsGradSq) != 0 ? tensor.grad_norm : NAN;
+  measured.param_norm = (needs & kNeedsParamSq) != 0 ? tensor.param_norm : NAN;
+  apply_trust_ratio(group.trust, hyper.lr, hyper.weight_decay, sqrt(norms.decayed_sq), tensor);
   for (int i = 0; i < kPerTensor; ++i) tensor.state[i] = load_number(row, kFirstState + i);
   Record<Rule, T> record;
   record.scalars = Rule::template prepare<T>(hyper, tensor);
   for (int i = 0; i < kPerTensor; ++i) store_number(row, kFirstState + i, tensor.state[i]);
+  measured.trust_ratio = tensor.trust_ratio;
   record.grad = transform_before_norms<T>(row, group, options);
-  record.grad.scale =
-      static_cast<T>(coefficient * (group.maximize != 0 ? -options.grad_scale : options.grad_scale));
+  const double sign = group.maximize != 0 ? -1 : 1;
+  record.grad.scale = static_cast<T>(coefficient * (sign * options.grad_scale) * tensor.grad_scale);
+  record.grad.weight_decay = static_cast<T>(tensor.coupled_weight_decay);
+  if (tensor.grad_scale != 1 && options.clip == Clip::value && row.clipped) {
+    record.grad.min = static_cast<T>(options.clip_min * tensor.grad_scale);
+    record.grad.max = static_cast<T>(options.clip_max * tensor.grad_scale);
+  }
   return record;
+}
+
+// The second prepare of a rule with a direction: its step size, from the norms of the first pass.
+template <class Rule, class T>
+FO_HOST_DEVICE inline void prepare_direction(const Row& row, const GroupHyper& group, const Norms& norms,
+                                             Record<Rule, T>& record, MeasuredNorms& measured) {
+  TensorContext tensor{};
+  tensor.lr_scale = row.lr_scale;
+  tensor.weight_decay_scale = row.weight_decay_scale;
+  tensor.param_norm = sqrt(norms.param_sq);
+  tensor.direction_norm = sqrt(norms.direction_sq);
+  tensor.trusted = row.trusted;
+  record.scalars.step_size = static_cast<T>(Rule::scale_direction(hyper_of<Rule>(group), tensor));
+  measured.param_norm = tensor.param_norm;
+  measured.trust_ratio = tensor.trust_ratio;
 }
 
 }  // namespace FO_INSTRUCTION_SET

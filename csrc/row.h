@@ -31,6 +31,7 @@ struct Row {
   int32_t rule;   // index into the list of rules
   DType dtype[kColumns];
   bool clipped;  // takes part in clipping
+  bool trusted;  // takes part in trust ratios
   bool active;   // has a gradient that this backend takes at this step
 };
 

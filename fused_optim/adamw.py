@@ -9,15 +9,16 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from .arithmetic import one_minus_power, square_root
 from .clip import GradClip
-from .eager import TensorContext, one_minus_power, square_root
+from .eager import TensorContext
 from .optimizer import FusedOptimizer
 from .scales import Scale
 
 
 def prepare(group: dict[str, Any], tensor: TensorContext) -> SimpleNamespace:
     """Per tensor: the scalars that `update` reads."""
-    step = tensor.step
+    step = tensor.state["step"] = tensor.state["step"] + 1
     beta1, beta2 = group["betas"]
     lr = group["lr"] * tensor.lr_scale
     weight_decay = group["weight_decay"] * tensor.weight_decay_scale
@@ -27,8 +28,9 @@ def prepare(group: dict[str, Any], tensor: TensorContext) -> SimpleNamespace:
     base_decay = 1 - group["lr"] * weight_decay if decay_scaling != "scaled" else 1.0
     bias_correction1 = one_minus_power(beta1, step)
     bias_correction2 = one_minus_power(beta2, step)
+    if not decoupled:
+        tensor.coupled_weight_decay = tensor.coupled_weight_decay + weight_decay
     return SimpleNamespace(
-        weight_decay=0.0 if decoupled else weight_decay,
         decay=scaled_decay * base_decay if decoupled else 1.0,
         beta1=beta1,
         one_minus_beta1=1 - beta1,
@@ -43,8 +45,6 @@ def prepare(group: dict[str, Any], tensor: TensorContext) -> SimpleNamespace:
 def update(param: Tensor, grad: Tensor, states: dict[str, Tensor], s: SimpleNamespace) -> Tensor:
     """Per element: the new param; `states` receives the new states."""
     exp_avg, exp_avg_sq = states["exp_avg"], states["exp_avg_sq"]
-    if isinstance(s.weight_decay, Tensor) or s.weight_decay != 0:
-        grad = grad + s.weight_decay * param
     param = param * s.decay
     exp_avg = s.beta1 * exp_avg + s.one_minus_beta1 * grad
     exp_avg_sq = s.beta2 * exp_avg_sq + s.one_minus_beta2 * grad * grad

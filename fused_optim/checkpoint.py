@@ -2,16 +2,60 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator, Mapping
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from . import masters
-from .states import is_number, kept_dtype, like_param, name_of, new_step, state_dtype_of
+from .backends import logger
+from .states import is_number, kept_dtype, like_param, name_of, new_number, number_of, own_name, state_dtype_of
 
 if TYPE_CHECKING:
     from .optimizer import FusedOptimizer
+
+SCALES = "fused_optim_scales"  # key of a state dict: factors that are not 1
+
+
+def factors(optimizer: FusedOptimizer) -> Iterator[tuple[str, int, str, float]]:
+    """For each factor of each parameter: the argument, the parameter's position over all groups, its place, it."""
+    position_over_all = 0
+    for index, group in enumerate(optimizer.param_groups):
+        for position, param in enumerate(group["params"]):
+            place = name_of(group, index, position)
+            for argument, column in zip(("lr_scale", "weight_decay_scale"), optimizer._scales):
+                yield argument, position_over_all, place, column.of(own_name(group, position), place, param)
+            position_over_all += 1
+
+
+def remember_scales(optimizer: FusedOptimizer, state_dict: dict[str, Any]) -> None:
+    """Note the factors in a state dict, if one of them differs from 1."""
+    found: dict[str, dict[int, float]] = {}
+    for argument, position, _, factor in factors(optimizer):
+        if factor != 1:
+            found.setdefault(argument, {})[position] = factor
+    if found:
+        state_dict[SCALES] = found
+
+
+def compare_scales(optimizer: FusedOptimizer, state_dict: dict[str, Any]) -> None:
+    """Warn if the checkpoint remembers other factors than the optimizer has; a dict without any says nothing."""
+    saved = state_dict.get(SCALES)
+    if not isinstance(saved, Mapping):
+        return
+    differ = []
+    for argument, position, place, factor in factors(optimizer):
+        before = saved.get(argument, {}).get(position, 1.0)
+        if not math.isclose(before, factor, rel_tol=1e-9):
+            differ.append(f"{argument} of {place} was {before:g} and is {factor:g}")
+    if differ:
+        logger.warning(
+            "%s: the checkpoint was written with other factors: %s",
+            type(optimizer).__name__,
+            "; ".join(differ[:20]) + (f"; and {len(differ) - 20} more" if len(differ) > 20 else ""),
+        )
 
 
 def admit(optimizer: Any, state_dict: dict[str, Any]) -> None:
@@ -33,6 +77,12 @@ def admit(optimizer: Any, state_dict: dict[str, Any]) -> None:
                 f"param_groups[{index}] of the state dict was trained with bias_correction=False (apex, DeepSpeed), "
                 f"which {type(optimizer).__name__} does not have"
             )
+        if "exp_avg_sq" in saved:
+            raise ValueError(
+                f"param_groups[{index}] of the state dict holds 'exp_avg_sq' for all its parameters (apex's "
+                "FusedNovoGrad, which keeps norms); give each parameter its own before loading: state[i]['exp_avg_sq'] = norm ** 2, "
+                "where norm is its element of group['exp_avg_sq'][0] (float16) or [1] (float32)"
+            )
         names = optimizer.state_names({**optimizer.defaults, **saved})
         for position, (param, key) in enumerate(zip(group["params"], saved["params"])):
             state = state_dict["state"].get(key)
@@ -49,12 +99,13 @@ def admit(optimizer: Any, state_dict: dict[str, Any]) -> None:
                     raise ValueError(
                         f"{name!r} of {place} has shape {shape} in the state dict, the parameter {tuple(param.shape)}"
                     )
-            step = state.get("step", saved.get("step"))
-            if not is_number(step):
-                raise ValueError(
-                    f"'step' of {place}, in its state or its group, must be a number or a one-element Tensor in the "
-                    f"state dict, found {step!r}; the state has {sorted(state)}"
-                )
+            for name in optimizer.tensor_state_names({**optimizer.defaults, **saved}):
+                value = number_of(state, name, saved, optimizer.missing_step)
+                if not is_number(value) and not (value is None and name in optimizer.late_states):
+                    raise ValueError(
+                        f"{name!r} of {place}, in its state or its group, must be a number or a one-element Tensor in "
+                        f"the state dict, found {value!r}; the state has {sorted(state)}"
+                    )
     optimizer._loading = state_dict
 
 
@@ -68,7 +119,10 @@ def restore(optimizer: FusedOptimizer, state_dict: dict[str, Any]) -> None:
             continue
         names = optimizer.state_names(group)
         # Known keys first and as literals: the plan compares them by identity.
-        state: dict[str, Any] = {"step": new_step(saved.get("step", group.get("step", 0.0)), param)}
+        state: dict[str, Any] = {}
+        for name in optimizer.tensor_state_names(group):
+            value = number_of(saved, name, group, optimizer.missing_step)
+            state[name] = new_number(name, 0.0 if value is None else value, param)
         for name in names:
             if name in saved:
                 dtype = kept_dtype(param, saved[name].dtype)
@@ -88,3 +142,4 @@ def restore(optimizer: FusedOptimizer, state_dict: dict[str, Any]) -> None:
         optimizer.state[param] = state
     for group in optimizer.param_groups:
         group.pop("step", None)  # apex and DeepSpeed count steps by group; now each parameter has its own
+    compare_scales(optimizer, state_dict)

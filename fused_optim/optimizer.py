@@ -17,13 +17,17 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import ParamsT
+from torch.autograd import profiler
+from torch.optim.optimizer import Optimizer, ParamsT, _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from . import backends, checkpoint, masters, states
-from .clip import GLOBAL_NORM, NO_CLIP, NORM, VALUE, GradClip
-from .eager import squares_dtype, step_eager
+from .arithmetic import Number
+from .clip import GLOBAL_NORM, NO_CLIP, VALUE, GradClip
+from .eager import MeasuredNorms, squares_dtype, step_eager
+from .norms import Norms, collect_norms
 from .plan import Plan, Row, make_plan, why_not_native, why_refused
-from .scales import Scale, ScaleColumn
+from .scales import Exclude, Scale, ScaleColumn, column_of, excluded
+from .trust_ratio import TrustRatio
 
 
 class FusedOptimizer(torch.optim.Optimizer):
@@ -45,6 +49,8 @@ class FusedOptimizer(torch.optim.Optimizer):
             bits that a bfloat16 parameter lacks of it. Default None: none.
         state_dtype: dtype of the element states of 16-bit parameters, as ``torch.float32``; default None: the
             parameter's, as in torch, or float32 where there are master weights.
+        exclude: what takes no part in a trust ratio: a callable ``(name, param) -> bool`` or a sequence of name
+            patterns.
 
     Raises:
         ValueError: an unknown backend, one that takes none of the parameters, a ``state_dtype`` or ``master_weights``
@@ -57,8 +63,15 @@ class FusedOptimizer(torch.optim.Optimizer):
     structural_keys: ClassVar[tuple[str, ...]] = ("differentiable",)
     # Element states that may be missing in a state that has the others, and then start at zero.
     late_states: ClassVar[tuple[str, ...]] = ()
+    # The step count of a state that has others but no "step".
+    missing_step: ClassVar[float] = 0.0
     prepare: ClassVar[Callable[..., Any]]
     update: ClassVar[Callable[..., Tensor]]
+    # A rule whose step length depends on the norm of its own direction has these three instead of `update`.
+    has_direction: ClassVar[bool] = False
+    accumulate: ClassVar[Callable[..., None]]
+    direction: ClassVar[Callable[..., Tensor]]
+    scale_direction: ClassVar[Callable[..., Number]]
 
     # GradScaler sets both for one step and deletes them again (torch's contract); it multiplies by what it finds, so
     # the class must not have them.
@@ -71,11 +84,14 @@ class FusedOptimizer(torch.optim.Optimizer):
     _state_dtype: torch.dtype | None = None
     _master_weights: str | None = None
     _grad_clip: GradClip | None = None
-    _scales: tuple[ScaleColumn, ...] = ()  # of lr, of weight_decay, of clipping (1 or 0)
+    _scales: tuple[ScaleColumn, ...] = ()  # of lr, of weight_decay; of clipping and of trust ratios (1 or 0)
+    _larc: TrustRatio | None = None  # LARC's, which is around this optimizer
     _plan: Plan | None = None
     _rows: Sequence[Row] = ()
     _versions: dict[Tensor, int]
     _grad_norm: float | Tensor | None = None
+    _witness_norms: dict[int, MeasuredNorms]  # by row, of the last step
+    _measured: dict[torch.device, Tensor]  # where the kernels write the norms of their rows
     _cuda_devices: tuple[torch.device, ...] = ()  # that rows of the plan are on
     _devices_alone: bool = False  # one of them has all rows
     _norm_tensors: dict[torch.device, Tensor]  # where the kernels write the global norm
@@ -90,11 +106,12 @@ class FusedOptimizer(torch.optim.Optimizer):
         defaults: dict[str, Any],
         *,
         backend: str | None = None,
-        lr_scale: Scale | None = None,
-        weight_decay_scale: Scale | None = None,
+        lr_scale: Scale | ScaleColumn | None = None,
+        weight_decay_scale: Scale | ScaleColumn | None = None,
         grad_clip: GradClip | None = None,
         master_weights: str | None = None,
         state_dtype: torch.dtype | None = None,
+        exclude: Exclude | None = None,
     ) -> None:
         self._forced_backend = backends.requested(backend)
         if state_dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
@@ -108,7 +125,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._master_weights = master_weights
         self._grad_clip = grad_clip
         self._versions = {}
-        self._norm_tensors = {}
+        self._norm_tensors, self._measured, self._witness_norms = {}, {}, {}
         super().__init__(params, defaults)
         if self._forced_backend is not None:
             backends.check_forced(self._forced_backend, self._devices())
@@ -119,9 +136,10 @@ class FusedOptimizer(torch.optim.Optimizer):
         ]
         need_clip = None if grad_clip is None else grad_clip.need_clip
         scales = (
-            ScaleColumn("lr_scale", lr_scale),
-            ScaleColumn("weight_decay_scale", weight_decay_scale),
+            column_of("lr_scale", lr_scale),
+            column_of("weight_decay_scale", weight_decay_scale),
             ScaleColumn("need_clip", need_clip),
+            ScaleColumn("exclude", excluded(exclude)),
         )
         for column in scales:
             column.resolve(named)
@@ -136,6 +154,22 @@ class FusedOptimizer(torch.optim.Optimizer):
     def state_names(self, group: dict[str, Any]) -> tuple[str, ...]:
         """The names of a group's states that have one number an element."""
         raise NotImplementedError
+
+    def tensor_state_names(self, group: dict[str, Any]) -> tuple[str, ...]:
+        """The names of a group's states that have one number a tensor."""
+        return ("step",)
+
+    def norms(self, group: dict[str, Any]) -> frozenset[str]:
+        """Which norms of the gradient `prepare` reads: ``"grad_norm"``, ``"grad_max"``."""
+        return frozenset()
+
+    def trust_ratio(self, group: dict[str, Any]) -> TrustRatio | None:
+        """The trust ratio of a group, if it has one."""
+        return self._larc
+
+    def exempt(self, group: dict[str, Any], param: Tensor) -> bool:
+        """Whether a parameter has neither trust ratio nor weight decay, whatever the user said."""
+        return False
 
     def _devices(self) -> set[torch.device]:
         return {param.device for group in self.param_groups for param in group["params"]}
@@ -155,6 +189,16 @@ class FusedOptimizer(torch.optim.Optimizer):
             return self._grad_norm.clone()  # the next step writes it again
         return None if self._grad_norm is None else torch.tensor(self._grad_norm, dtype=torch.float32)
 
+    @property
+    def last_norms(self) -> Norms | None:
+        """Norms of the last step, one number for each parameter that it stepped, on the parameters' device.
+
+        ``grad_norm`` is that of the gradient, unscaled and clipped, before the trust ratio; ``param_norm`` that of the
+        parameter before the step; ``trust_ratio`` 1 where there is none. What the step did not measure is NaN. None
+        before a step, and for an optimizer that measures nothing. Reading them waits for nothing.
+        """
+        return collect_norms(self._rows, self._plan, self._witness_norms, self._measured)
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; its parameters' factors are asked for like those of the constructor.
 
@@ -169,7 +213,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                 for column in self._scales:
                     column.of(states.own_name(group, position), place, param)
                 masters.key_for(param, self._master_weights, place)
-        except (TypeError, ValueError):
+        except Exception:  # a function of the user's may raise anything
             if self._scales:
                 del self.param_groups[index]
                 raise
@@ -192,6 +236,23 @@ class FusedOptimizer(torch.optim.Optimizer):
             RuntimeError, TypeError, KeyError: a gradient, a state or a hyperparameter that cannot be used. The text
                 names the parameter; no parameter, state or step count has changed.
         """
+        if (
+            self._optimizer_step_pre_hooks
+            or self._optimizer_step_post_hooks
+            or _global_optimizer_pre_hooks
+            or _global_optimizer_post_hooks
+            or profiler._is_profiler_enabled
+        ):
+            if type(self).step is not FusedOptimizer.step:  # torch has wrapped the subclass's
+                return self._plain_step(closure)
+            return self._hooked_step() if closure is None else self._hooked_step(closure)
+        return self._plain_step(closure)
+
+    # Tells torch not to wrap `step` itself: its wrapper opens a profiler range even where nobody records, which is
+    # a tenth of the step of a small model.
+    step.hooked = True  # type: ignore[attr-defined]
+
+    def _plain_step(self, closure: Callable[[], float] | None = None) -> float | None:
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -201,6 +262,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         else:
             self._step()
         return loss
+
+    _hooked_step = Optimizer.profile_hook_step(_plain_step)
 
     @torch._disable_dynamo
     def _step_outside_graph(self) -> None:
@@ -241,10 +304,9 @@ class FusedOptimizer(torch.optim.Optimizer):
                     sums = [self._sum_of_squares(self._rows[index]) for index in witnessed]
                     total = math.fsum(sums) * grad_scale**2 if all(map(math.isfinite, sums)) else sum(sums)
                     self._grad_norm = global_norm = math.sqrt(total + plan.reduce(grad_scale, threads, clip, scalars))
-                elif clip.kind == NORM:
-                    plan.reduce(grad_scale, threads, clip, scalars)
-            for index in witnessed:
-                self._step_witness(self._rows[index], grad_scale, global_norm or 0.0)
+            self._witness_norms = {
+                index: self._step_witness(self._rows[index], grad_scale, global_norm or 0.0) for index in witnessed
+            }
             if captured:
                 self._replayed = (*self._replayed, (plan, dict(self._norm_tensors), self._scalars))
             plan.run(grad_scale, threads, clip, global_norm, scalars)
@@ -318,9 +380,11 @@ class FusedOptimizer(torch.optim.Optimizer):
                     self._report(f"parameters on {param.device}", passed_over)
                 refused = why_not_native(param, group, backend)
                 place = states.name_of(group, index, position)
-                lr_scale, weight_decay_scale, clipped = (
+                lr_scale, weight_decay_scale, clipped, trusted = (
                     column.of(states.own_name(group, position), place, param) for column in self._scales
                 )
+                if self.exempt(group, param):
+                    weight_decay_scale = trusted = 0.0
                 rows.append(
                     Row(
                         group=index,
@@ -329,6 +393,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                         weight_decay_scale=weight_decay_scale,
                         native=refused is None,
                         clipped=clipped != 0,
+                        trusted=trusted != 0,
                         master=masters.key_for(param, self._master_weights, place),
                         version=self._versions.get(param, -1),
                         name=place,
@@ -341,7 +406,10 @@ class FusedOptimizer(torch.optim.Optimizer):
             dict.fromkeys(row.param.device for row in rows if row.native and row.backend == "cuda")
         )
         self._devices_alone = len(self._cuda_devices) == 1 and all(row.backend == "cuda" and row.native for row in rows)
-        self._plan = make_plan(rows, [self.rule(group) for group in groups], self.defaults, self.structural_keys)
+        rules = [self.rule(group) for group in groups]
+        trusts = any(self.trust_ratio(group) is not None for group in groups)
+        trust_ratio = self.trust_ratio if trusts else None
+        self._plan = make_plan(rows, rules, self.defaults, self.structural_keys, trust_ratio)
 
     def _drop_plan(self) -> None:
         """Forget the plan, but not which parameters agree with their masters."""
@@ -385,7 +453,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                 self._report(row.name, row.refused or why_refused(row, kind), kind=row.refused or kind)
         return [index for index, _ in left]
 
-    def _step_witness(self, row: Row, grad_scale: float, global_norm: float) -> None:
+    def _step_witness(self, row: Row, grad_scale: float, global_norm: float) -> MeasuredNorms:
         group = {**self.defaults, **self.param_groups[row.group]}
         bounds = None
         if self._grad_clip is not None and row.clipped:
@@ -397,12 +465,14 @@ class FusedOptimizer(torch.optim.Optimizer):
             else:
                 grad_scale *= options.coefficient(math.sqrt(self._sum_of_squares(row)) * grad_scale)
         with torch.set_grad_enabled(bool(group["differentiable"])):
-            step_eager(
+            measured = step_eager(
                 self,
                 group,
                 row.param,
                 self.state[row.param],
                 self.state_names(group),
+                self.tensor_state_names(group),
+                trusted=row.trusted,
                 lr_scale=row.lr_scale,
                 weight_decay_scale=row.weight_decay_scale,
                 grad_scale=grad_scale,
@@ -411,6 +481,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             )
         if row.master is not None:
             self._versions[row.param] = row.param._version
+        return measured
 
     def _sum_of_squares(self, row: Row) -> float:
         """Of a gradient that the witness steps; 0 where it takes no part in clipping."""
@@ -427,6 +498,18 @@ class FusedOptimizer(torch.optim.Optimizer):
             backends.logger.warning("%s: the eager path serves %s: %s", type(self).__name__, what, reason)
 
     # Checkpoints ------------------------------------------------------------------------------------------------
+
+    @torch._disable_dynamo
+    def state_dict(self) -> dict[str, Any]:
+        """The state and the groups in torch's form, with torch's keys.
+
+        Where a factor of ``lr_scale`` or ``weight_decay_scale`` is not 1, one top-level key more,
+        ``fused_optim_scales``, holds those factors. They are not loaded: it serves `load_state_dict` to warn in the log
+        if the run goes on with others. ``torch.optim`` ignores it.
+        """
+        state_dict = super().state_dict()
+        checkpoint.remember_scales(self, state_dict)
+        return state_dict
 
     @torch._disable_dynamo
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -457,13 +540,14 @@ class FusedOptimizer(torch.optim.Optimizer):
             "_master_weights": self._master_weights,
             "_grad_clip": self._grad_clip,
             "_scales": self._scales,
+            "_larc": self._larc,
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._plan = None
         self._versions = {}
-        self._norm_tensors = {}
+        self._norm_tensors, self._measured, self._witness_norms = {}, {}, {}
         self._rows = ()
         for group in self.param_groups:
             for key, value in self.defaults.items():

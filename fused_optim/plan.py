@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -33,6 +33,7 @@ class Row(NamedTuple):
     weight_decay_scale: float
     native: bool
     clipped: bool  # takes part in clipping
+    trusted: bool  # takes part in trust ratios
     master: str | None  # state key of its master weight
     version: int  # of the parameter when its master last agreed with it; -1: not known
     name: str
@@ -69,6 +70,8 @@ class Plan(Protocol):
     def touched(self) -> list[Tensor]: ...
 
     def versions(self) -> list[int]: ...
+
+    def norms(self) -> list[tuple[int, float, float, float]]: ...
 
 
 class EagerPlan:
@@ -116,6 +119,9 @@ class EagerPlan:
 
     def versions(self) -> list[int]:
         return [-1 for params in self._params for _ in params]
+
+    def norms(self) -> list[tuple[int, float, float, float]]:
+        return []
 
 
 def is_plain(kind: type) -> bool:
@@ -199,17 +205,24 @@ def why_refused(row: Row, kind: str) -> str:
     return "its memory cannot be read"
 
 
-def make_plan(rows: list[Row], rules: list[str], defaults: dict[str, Any], structural_keys: tuple[str, ...]) -> Plan:
+def make_plan(
+    rows: list[Row],
+    rules: list[str],
+    defaults: dict[str, Any],
+    structural_keys: tuple[str, ...],
+    trust_ratio: Callable[[dict[str, Any]], tuple[float, ...] | None] | None,
+) -> Plan:
     """The compiled plan, or the eager one where no row is native."""
     if extension._C is None or not any(row.native for row in rows):
         return EagerPlan(rows, len(rules))
     return extension._C.Plan(
         rules=rules,
-        rows=[tuple(row[:8]) for row in rows],
+        rows=[tuple(row[:9]) for row in rows],
         defaults=defaults,
         structural=structural_keys,
         exchange_api=getattr(torch.Tensor, "__dlpack_c_exchange_api__", None),
         is_plain=is_plain,
         describe=describe_tensor,
         current_stream=current_stream,
+        trust_ratio=trust_ratio,
     )

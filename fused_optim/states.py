@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from numbers import Real
 from typing import TYPE_CHECKING, Any
 
@@ -117,19 +118,31 @@ def check_state(row: Row, state: Any, group: dict[str, Any], optimizer: FusedOpt
                 "delete optimizer.state[param] to start it anew"
             )
         check_memory(value, f"state {name!r} of {row.name}")
-    step = state.get("step", group.get("step"))
-    if not is_number(step):
-        raise RuntimeError(
-            f"state 'step' of {row.name} must be a number or a one-element Tensor, found {step!r}; "
-            "delete optimizer.state[param] to start it anew"
-        )
+    for name in optimizer.tensor_state_names(group):
+        value = number_of(state, name, group, optimizer.missing_step)
+        if not is_number(value) and not (value is None and name in optimizer.late_states):
+            raise RuntimeError(
+                f"state {name!r} of {row.name} must be a number or a one-element Tensor, found {value!r}; "
+                "delete optimizer.state[param] to start it anew"
+            )
 
 
-def new_step(value: float | Tensor, param: Tensor) -> Tensor:
-    """A step count as the plan reads it: 0-d, float32, on the parameter's device, in memory of its own."""
+def number_of(state: Mapping[str, Any], name: str, group: Mapping[str, Any], missing_step: float) -> Any:
+    """A per-tensor state as it is found; apex and DeepSpeed keep the step in the group, torch's SGD keeps none."""
+    if name == "step" and name not in state:
+        return group.get("step", missing_step or None)
+    return state.get(name)
+
+
+def new_number(name: str, value: float | Tensor, param: Tensor) -> Tensor:
+    """A per-tensor state as the plan reads it: 0-d, on the parameter's device, in memory of its own.
+
+    A step count is float32, as torch's; any other number float64 beside float64 parameters, otherwise float32.
+    """
+    dtype = torch.float64 if name != "step" and param.dtype == torch.float64 else torch.float32
     if isinstance(value, Tensor):
-        return value.detach().to(device=param.device, dtype=torch.float32, copy=True).reshape(())
-    return torch.full((), float(value), dtype=torch.float32, device=param.device)
+        return value.detach().to(device=param.device, dtype=dtype, copy=True).reshape(())
+    return torch.full((), float(value), dtype=dtype, device=param.device)
 
 
 def state_dtype_of(param: Tensor, wanted: torch.dtype | None) -> torch.dtype:
@@ -164,11 +177,11 @@ def repair_state(
     """
     param = row.param
     state = all_states[param]
-    if not isinstance(state.get("step"), Tensor):
-        state["step"] = new_step(state.get("step", group.get("step", 0.0)), param)
-    step = state["step"]
-    if step.shape != () or step.device != param.device or step.dtype not in (torch.float32, torch.float64):
-        state["step"] = new_step(step, param)
+    for name in optimizer.tensor_state_names(group):
+        value = number_of(state, name, group, optimizer.missing_step if state else 0.0)
+        adopted = isinstance(value, Tensor) and value.shape == () and value.device == param.device
+        if not adopted or value.dtype not in (torch.float32, torch.float64):
+            state[name] = new_number(name, 0.0 if value is None else value, param)
     for name in optimizer.state_names(group):
         value = state.get(name)
         if value is None:
@@ -179,7 +192,7 @@ def repair_state(
         same_layout = not row.native or value.stride() == torch.empty_like(param, device="meta").stride()
         if value.dtype != dtype or value.device != param.device or not same_layout:
             state[name] = like_param(value, param, dtype)
-    names = ["step", *optimizer.state_names(group)]
+    names = [*optimizer.tensor_state_names(group), *optimizer.state_names(group)]
     if row.master is not None:
         names.append(row.master)
         master = state.get(row.master)

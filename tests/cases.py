@@ -6,7 +6,7 @@ A new optimizer is one more `Case`, a new backend one more entry in `BACKENDS`; 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +84,8 @@ class Case:
     exact: Callable[..., dict[str, Exact]]
     # Constructor arguments by the name of the variant; each is also an argument of the reference.
     variants: dict[str, dict[str, Any]]
-    golden: tuple[str, ...] = ()
+    # Trajectories in tests/golden by the file's stem, with what its hyperparameters do not say, or say in words.
+    golden: dict[str, dict[str, Any]] = field(default_factory=dict)
     bad_arguments: tuple[dict[str, Any], ...] = ()
 
     @property
@@ -153,7 +154,36 @@ CASES = (
         torch.optim.AdamW,
         exact_adam,
         ADAM_VARIANTS,
-        golden=("torch_adamw_default", "torch_adamw_bigeps", "paddle33_adamw_default"),
+        golden={
+            "torch_adamw_default_float64": {},
+            "torch_adamw_bigeps_float64": {},
+            "paddle33_adamw_default_float64": {},
+            "paddle33_adamw_clip_global_float64": {"grad_clip": fused_optim.ClipGradByGlobalNorm(1.0)},
+            "paddle33_adamw_clip_norm_float32": {"grad_clip": fused_optim.ClipGradByNorm(1.0)},
+            "paddle33_adamw_clip_value_float64": {"grad_clip": fused_optim.ClipGradByValue(0.5, -0.25)},
+        },
+        bad_arguments=ADAM_BAD_ARGUMENTS,
+    ),
+    Case(
+        fused_optim.AdamWDL,
+        torch.optim.AdamW,
+        exact_adam,
+        ADAM_VARIANTS,
+        golden={
+            "torch_adamw_default_float64": {},
+            "paddle33_adamw_default_float64": {},
+            "paddle33_adamw_applydecay_float64": {
+                "apply_decay_param_fun": lambda name: not any(word in name for word in ("bias", "norm", "scale"))
+            },
+            "adamwdl_paddle33_wd01_float64": {"decay_scaling": "double"},
+            "adamwdl_paddle33_n_layers2_float64": {"decay_scaling": "double"},
+            "adamwdl_paddle33_custom_fn_float64": {
+                "decay_scaling": "double",
+                "set_param_lr_fun": lambda rate, names, n_layers, param: (
+                    rate**0.5 if "weight" in names[param.name] else 1.0
+                ),
+            },
+        },
         bad_arguments=ADAM_BAD_ARGUMENTS,
     ),
     Case(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import shutil
 from collections.abc import Iterator
@@ -24,6 +25,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         programs = {program for mark in item.iter_markers("requires") for program in mark.args}
         if missing := sorted(program for program in programs if shutil.which(program) is None):
             item.add_marker(pytest.mark.skip(reason=f"needs {', '.join(missing)} on PATH"))
+        modules = {module for mark in item.iter_markers("requires") for module in mark.kwargs.get("modules", ())}
+        if missing := sorted(module for module in modules if importlib.util.find_spec(module) is None):
+            item.add_marker(pytest.mark.skip(reason=f"needs {', '.join(missing)} installed"))
 
 
 @pytest.fixture(autouse=True)

@@ -67,7 +67,7 @@ def test_rule_names_no_dtype_device_or_thread(path: Path) -> None:
     words = set(re.findall(r"\w+", code))
     forbidden = {"float", "bfloat16", "float16", "half", "DType", "Row", "blockIdx", "threadIdx", "thread", "std"}
     assert words & forbidden == set()
-    assert [name for name in re.findall(r'#\s*include\s*[<"]([^>"]+)', path.read_text()) if name != "rule.h"] == []
+    assert set(re.findall(r'#\s*include\s*[<"]([^>"]+)', path.read_text())) <= {"rule.h", "momentum.h"}
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -89,7 +89,7 @@ def test_optimizer_class_is_short(case: type) -> None:
 
 def test_every_rule_is_in_the_list() -> None:
     listed = re.findall(r'#include "(\w+)\.h"', (ROOT / "csrc" / "rules" / "all.h").read_text())
-    assert {path.stem for path in RULE_FILES} <= set(listed)
+    assert {path.stem for path in RULE_FILES if "kName" in path.read_text()} == set(listed)
 
 
 def test_witness_shares_no_code_with_what_it_judges() -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from cases import (
+    CASES,
     DTYPES,
     Case,
     assert_same_bits,
@@ -31,6 +32,8 @@ from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
+
+import fused_optim
 
 FEW = [(5,), (3, 4), (), (0,)]
 
@@ -594,3 +597,101 @@ def test_load_hooks_may_change_the_dict(case: Case, backend: str) -> None:
     optimizer.register_load_state_dict_pre_hook(lambda owner, state_dict: {"state": {}})
     with pytest.raises(ValueError, match="'param_groups'"):
         optimizer.load_state_dict(saved)
+
+
+# Factors --------------------------------------------------------------------------------------------------------
+
+KEY = "fused_optim_scales"
+HALF = {"0.*": 0.5}
+
+
+def with_factors(case: Case, model: nn.Module | None = None, **options: Any) -> tuple[nn.Module, Any]:
+    model = model_of() if model is None else model
+    optimizer = case.make(model.named_parameters(), **options)
+    train_model(model, optimizer, 2)
+    return model, optimizer
+
+
+@each_case
+def test_factors_stand_in_the_checkpoint_where_one_is_not_1(case: Case) -> None:
+    for options in ({}, {"lr_scale": {"0.*": 1.0}}, {"lr_scale": [1, 1.0, 1, 1], "weight_decay_scale": lambda n, p: 1}):
+        assert with_factors(case, **options)[1].state_dict().keys() == {"state", "param_groups"}
+    _, optimizer = with_factors(case, lr_scale=HALF, weight_decay_scale=fused_optim.matrices_only)
+    _, plain = with_factors(case)
+    saved = optimizer.state_dict()
+    assert saved.keys() == {"state", "param_groups", KEY}
+    assert saved[KEY] == {"lr_scale": {0: 0.5, 1: 0.5}, "weight_decay_scale": {1: 0.0, 3: 0.0}}
+    for group, other in zip(saved["param_groups"], plain.state_dict()["param_groups"], strict=True):
+        assert group.keys() == other.keys()
+    assert saved["state"][0].keys() == plain.state_dict()["state"][0].keys()
+    assert through_file(saved)[KEY] == saved[KEY]
+
+
+@each_case
+def test_resuming_with_the_same_factors_warns_not(case: Case, fallbacks: list[str]) -> None:
+    _, optimizer = with_factors(case, lr_scale=HALF)
+    _, other = with_factors(case, lr_scale=lambda name, param: 0.5 * (1 + 1e-14) if name[0] == "0" else 1.0)
+    _, torchs = with_factors(case)
+    other.load_state_dict(through_file(optimizer.state_dict()))
+    other.load_state_dict(torchs.state_dict())  # says nothing about factors
+    assert fallbacks == []
+
+
+@each_case
+@pytest.mark.parametrize("now", [{}, {"lr_scale": {"0.weight": 0.5, "0.bias": 0.25}}, {"weight_decay_scale": HALF}])
+def test_resuming_with_other_factors_warns(case: Case, now: dict[str, Any], fallbacks: list[str]) -> None:
+    model, optimizer = with_factors(case, lr_scale=HALF)
+    twin, other = with_factors(case, copy.deepcopy(model), **now)
+    saved = through_file(optimizer.state_dict())
+    other.load_state_dict(saved)
+    (line,) = fallbacks
+    assert line.startswith(f"WARNING: {case.name}: the checkpoint was written with other factors: lr_scale of '0.")
+    weight = "lr_scale of '0.weight' (param_groups[0]['params'][0]) was 0.5 and is 1"
+    assert (weight in line) == ("lr_scale" not in now)
+    assert ("lr_scale of '0.bias' (param_groups[0]['params'][1]) was 0.5 and is 0.25" in line) == ("lr_scale" in now)
+    assert ("weight_decay_scale of '0.weight'" in line) == ("weight_decay_scale" in now)
+    assert "1.weight" not in line
+    assert_same_snapshots(  # all else is loaded, and the factors stay the optimizer's
+        [{**entry, "param": 0} for entry in snapshot(other)], [{**entry, "param": 0} for entry in snapshot(optimizer)]
+    )
+    train_model(twin, other, 1)
+    assert other.state_dict().get(KEY, {}) != saved[KEY]
+
+
+def test_long_warnings_are_cut(fallbacks: list[str]) -> None:
+    params = [nn.Parameter(torch.ones(1)) for _ in range(25)]
+    saved = fused_optim.AdamW(params, lr_scale=[0.5] * 25).state_dict()
+    fused_optim.AdamW(params).load_state_dict(saved)
+    assert fallbacks[0].count("was 0.5 and is 1") == 20
+    assert fallbacks[0].endswith("; and 5 more")
+
+
+@each_case
+def test_checkpoint_with_factors_goes_to_torchs_and_back(case: Case) -> None:
+    model, optimizer = with_factors(case, lr_scale=HALF)
+    saved = copy.deepcopy(optimizer.state_dict())
+    torchs = case.make_reference(model.named_parameters())
+    torchs.load_state_dict(saved)
+    assert_same_results(torchs, optimizer)
+    assert torchs.state_dict().keys() == {"state", "param_groups"}
+    train_model(model, torchs, 1)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@each_case
+def test_distributed_checkpoint_passes_factors_over(case: Case, fallbacks: list[str]) -> None:
+    model, optimizer = with_factors(case, lr_scale=HALF)
+    saved = get_optimizer_state_dict(model, optimizer)
+    assert saved.keys() == {"state", "param_groups"}
+    twin = model_of()
+    twin.load_state_dict(model.state_dict())
+    other = case.make(twin.named_parameters())
+    set_optimizer_state_dict(twin, other, copy.deepcopy(saved))
+    assert_same_results(other, optimizer)
+    assert fallbacks == []
+
+
+@pytest.mark.parametrize("damaged", [None, 3, [], {"lr_scale": {}}])
+def test_damaged_factors_load(damaged: Any) -> None:
+    _, optimizer = with_factors(CASES[0], lr_scale=HALF)
+    optimizer.load_state_dict({**optimizer.state_dict(), KEY: damaged})

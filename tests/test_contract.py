@@ -240,6 +240,22 @@ def test_hooks_run(case: Case, backend: str) -> None:
 
 @each_implementation
 @each_case
+def test_hooks_run_once_around_the_step_of_a_subclass(case: Case, backend: str) -> None:
+    class Louder(case.optimizer):  # type: ignore[misc,name-defined]
+        def step(self, closure: Any = None) -> Any:
+            return super().step(closure)
+
+    params = new_params()
+    optimizer, calls = Louder(params, backend=backend), []
+    optimizer.register_step_pre_hook(lambda *_: calls.append("pre"))
+    optimizer.register_step_post_hook(lambda *_: calls.append("post"))
+    set_grads(params, 1)
+    optimizer.step()
+    assert calls == ["pre", "post"]
+
+
+@each_implementation
+@each_case
 def test_hooks_run_in_torchs_order(case: Case, backend: str) -> None:
     orders = []
     for make, options in ((case.make, {"backend": backend}), (case.make_reference, {})):

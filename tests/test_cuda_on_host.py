@@ -34,7 +34,7 @@ from cases import (
 from cuda_on_host.build import OnHost, compile_module
 from torch.nn import Parameter
 
-from fused_optim import AdamW, ClipGradByGlobalNorm, ClipGradByNorm, ClipGradByValue, backends, extension
+from fused_optim import AdamW, AdamWDL, ClipGradByGlobalNorm, ClipGradByNorm, ClipGradByValue, backends, extension
 from fused_optim import plan as plan_module
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -206,6 +206,40 @@ def test_thousands_of_tensors_and_groups(on_host: OnHost, all_native: None) -> N
     set_grads(params_of(optimizers[0]), 7)
     optimizers[0].step()
     assert len(on_host.launches()) <= 3
+
+
+@pytest.mark.parametrize("way", ["timm's groups", "groups with rates", "factors"])
+def test_layers_take_no_launches_of_their_own(way: str, on_host: OnHost, all_native: None) -> None:
+    """Layer decay of 12 layers with a decay mask: the launches of one group."""
+    optimizers = []
+    for backend in ("cuda", "cpu"):
+        params = new_params(torch.float32, [(5, 3), (7,)] * 12)
+        scales = [0.75 ** (11 - position // 2) for position in range(24)]
+        if way == "factors":
+            optimizer = AdamWDL(
+                [(f"encoder.layers.{position // 2}.{position % 2}", param) for position, param in enumerate(params)],
+                layerwise_decay=0.75,
+                apply_decay_param_fun=lambda name: name.endswith("0"),
+                decay_scaling="double",
+                backend=backend,
+            )
+        else:
+            key, unit = ("lr_scale", 1.0) if way == "timm's groups" else ("lr", 1e-3)
+            groups = [
+                {"params": [param], key: unit * scale, "weight_decay": 0.1 * (position % 2)}
+                for position, (param, scale) in enumerate(zip(params, scales, strict=True))
+            ]
+            optimizer = AdamW(groups, backend=backend)
+        optimizers.append(optimizer)
+    for step in range(3):
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = 1e-3 / (step + 1) * group.get("lr_scale", 1.0)  # what timm's schedulers do
+            on_host.launches()
+            train(optimizer, params_of(optimizer), 1, first=step)
+            if optimizer is optimizers[0]:
+                assert len(on_host.launches()) <= 3
+    assert_same_results(*optimizers)
 
 
 # Launches and bytes ----------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The demo, as a user starts it."""
+"""The demo and the examples, as a user starts them."""
 
 from __future__ import annotations
 
@@ -11,15 +11,18 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
+import torch
 from rich.console import Console
 
-TRAIN_DIGITS = Path(__file__).parents[1] / "examples" / "train_digits.py"
+EXAMPLES = Path(__file__).parents[1] / "examples"
+TRAIN_DIGITS = EXAMPLES / "train_digits.py"
+FINETUNE = EXAMPLES / "finetune_layer_decay.py"
 
 
-def run_train_digits(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
+def run_example(example: Path, *arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
     # One thread: with two on a machine of two busy cores, what takes 9 s took 47 s now and then.
     return subprocess.run(
-        [sys.executable, str(TRAIN_DIGITS), *arguments],
+        [sys.executable, str(example), *arguments],
         cwd=folder,
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"},
         capture_output=True,
@@ -28,21 +31,30 @@ def run_train_digits(*arguments: str, folder: Path) -> subprocess.CompletedProce
     )
 
 
-@pytest.fixture(scope="module")
-def train_digits() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("train_digits", TRAIN_DIGITS)
+def load_example(example: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(example.stem, example)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    # The annotations of its NamedTuple are resolved through sys.modules.
+    # The annotations of its NamedTuple are resolved through sys.modules, where other examples find it too.
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     return module
 
 
+@pytest.fixture(scope="module")
+def train_digits() -> ModuleType:
+    return load_example(TRAIN_DIGITS)
+
+
+@pytest.fixture(scope="module")
+def finetune(train_digits: ModuleType) -> ModuleType:
+    return load_example(FINETUNE)
+
+
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_short_training_prints_the_table_and_writes_the_plot(device: str, tmp_path: Path) -> None:
-    done = run_train_digits(f"--device={device}", "--epochs=1", "--output=made/plot.png", folder=tmp_path)
+    done = run_example(TRAIN_DIGITS, f"--device={device}", "--epochs=1", "--output=made/plot.png", folder=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
 
     number = r"\s*│\s*([0-9.]+)"
@@ -110,3 +122,48 @@ def test_bounds_tell_runs_that_differ(train_digits: ModuleType, loss: float, acc
 def test_bounds_tell_runs_that_have_not_learnt(train_digits: ModuleType) -> None:
     stock = SimpleNamespace(title="stock", final_loss=0.2, accuracy=94.9)
     assert not train_digits.check([stock, stock], Console(quiet=True))
+
+
+# Fine-tuning with layer decay -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_factors_train_as_groups_do(device: str, tmp_path: Path) -> None:
+    done = run_example(FINETUNE, f"--device={device}", "--epochs=1", "--describe", folder=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    number = r"\s*│\s*([0-9.]+)"
+    rows = re.findall(rf"│ (torch AdamW|fused_optim AdamW)[^│]*?{number * 4}", done.stdout)
+    assert [row[0] for row in rows] == ["torch AdamW", "torch AdamW", "fused_optim AdamW"]
+    groups, losses, times, ratios = zip(*([float(value) for value in row[1:]] for row in rows), strict=True)
+    assert groups == (28, 28, 1)  # 12 layers, what comes before and after them, each with and without decay
+    assert losses == pytest.approx([losses[0]] * 3, rel=1e-4)
+    assert min(times) > 0
+    assert ratios[0] == 1
+    assert re.search(r"^blocks\.11\.qkv\.weight .* 0\.0015 +0\.1 ", done.stdout, re.MULTILINE)  # 0.002 * 0.75
+    assert re.search(r"^blocks\.0\.qkv\.bias .* 6\.33527e-05 +0 ", done.stdout, re.MULTILINE)  # 0.002 * 0.75 ** 12
+
+
+def test_finetuning_by_a_backend_that_cannot_serve_ends_with_its_reason(
+    finetune: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", [FINETUNE.name, "--device=cpu", "--backend=cuda"])
+    assert finetune.main() == 2
+    assert capsys.readouterr().err.startswith("finetune_layer_decay.py: backend='cuda'")
+
+
+@pytest.mark.parametrize(
+    ("losses", "keeps"),
+    [([2.0, 1.0], True), ([2.0001, 1.0], True), ([2.001, 1.0], False), ([2.0, float("nan")], False)],
+)
+def test_loss_curves_that_differ_are_told(finetune: ModuleType, losses: list[float], keeps: bool) -> None:
+    stock = SimpleNamespace(title="stock", losses=[2.0, 1.0])
+    other = SimpleNamespace(title="other", losses=losses)
+    assert finetune.check([stock, other], Console(quiet=True)) is keeps
+
+
+def test_finetuning_is_clipped(finetune: ModuleType, train_digits: ModuleType) -> None:
+    """Or the comparison would say nothing about clipping."""
+    run = finetune.Run("fused_optim", train_digits.VisionTransformer(depth=finetune.DEPTH), None)
+    data = train_digits.load_data(0, torch.device("cpu"))
+    run.train(data.train_images[:64], data.train_labels[:64])
+    assert run.optimizer.last_grad_norm > finetune.CLIP_NORM

@@ -393,12 +393,18 @@ def test_nan_and_inf_are_the_witnesss(case: Case, dtype: torch.dtype, backend: s
 
 
 @each_implementation
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize(
-    ("case", "golden"), [pytest.param(case, name, id=name) for case in CASES for name in case.golden]
+    ("case", "golden", "dtype"),
+    [
+        pytest.param(case, golden, dtype, id=f"{case.name}-{golden}-in-{str(dtype).removeprefix('torch.')}")
+        for case in CASES
+        for golden in case.golden
+        for dtype in (torch.float64, torch.float32)
+        if golden.endswith("float64") or dtype == torch.float32
+    ],
 )
 def test_golden_trajectory(case: Case, golden: str, dtype: torch.dtype, backend: str) -> None:
-    data = np.load(GOLDEN / f"{golden}_float64.npz")
+    data = np.load(GOLDEN / f"{golden}.npz")
     meta = json.loads(str(data["meta"]))
     shapes = json.loads(str(data["shapes"]))
     sizes = [int(np.prod(shape)) for shape in shapes]
@@ -410,7 +416,8 @@ def test_golden_trajectory(case: Case, golden: str, dtype: torch.dtype, backend:
     named = [
         (str(name), torch.nn.Parameter(value)) for name, value in zip(data["names"], split(data["p0"]), strict=True)
     ]
-    options = {key: value for key, value in meta["hyper"].items() if key != "lr"}
+    options = {key: value for key, value in meta["hyper"].items() if key not in ("lr", "learning_rate")}
+    options |= case.golden[golden]
     optimizer = case.optimizer(named, float(data["lr"][0]), backend=backend, **options)
     for lr, grads, expected in zip(data["lr"], data["g"], data["p"], strict=True):
         optimizer.param_groups[0]["lr"] = float(lr)

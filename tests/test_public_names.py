@@ -30,6 +30,45 @@ def test_signature_is_torchs_and_then_ours(name: str) -> None:
     assert facts[len(theirs) :] == [(key, keyword_only, value) for key, value in OURS.items()]
 
 
+ADAMWDL = {
+    "layerwise_decay": 1.0,
+    "n_layers": 12,
+    "set_param_lr_fun": fused_optim.layerwise_lr_decay,
+    "name_dict": None,
+    "apply_decay_param_fun": None,
+    "decay_scaling": "scaled",
+    "lazy_mode": False,
+    "multi_precision": False,
+}
+
+
+def test_signature_of_adamwdl() -> None:
+    """AdamW's positional arguments, its own and AdamW's keywords, ours."""
+    ours = list(inspect.signature(fused_optim.AdamWDL).parameters.values())
+    theirs = list(inspect.signature(torch.optim.AdamW).parameters.values())
+    assert [(p.name, p.kind, p.default) for p in ours[:6]] == [(p.name, p.kind, p.default) for p in theirs[:6]]
+    assert all(p.kind is inspect.Parameter.KEYWORD_ONLY for p in ours[6:])
+    keywords = ADAMWDL | {p.name: p.default for p in theirs[6:]} | OURS
+    assert [(p.name, p.default) for p in ours[6:]] == list(keywords.items())
+
+
+FUNCTIONS = {
+    "describe": "optimizer, *, file=None",
+    "show_config": "*, file=None",
+    "fan_in_lr_scale": "model",
+    "layer_decay": "model, decay_rate, *, n_layers=None, layer_id=None",
+    "layerwise_lr_decay": "decay_rate, name_dict, n_layers, param",
+    "matrices_only": "name, param",
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_signature_of_a_function(name: str) -> None:
+    signature = inspect.signature(getattr(fused_optim, name))
+    parameters = [p.replace(annotation=inspect.Parameter.empty) for p in signature.parameters.values()]
+    assert str(signature.replace(parameters=parameters)).rpartition(" -> ")[0] == f"({FUNCTIONS[name]})"
+
+
 CLIPS: dict[str, dict[str, Any]] = {
     "ClipGradByGlobalNorm": {"clip_norm": inspect.Parameter.empty, "need_clip": None},
     "ClipGradByNorm": {"clip_norm": inspect.Parameter.empty, "need_clip": None},

@@ -10,7 +10,7 @@ template <bool kAmsgrad>
 struct Adam {
   static constexpr const char* kName = kAmsgrad ? "amsgrad" : "adamw";
   static constexpr int kStateCount = kAmsgrad ? 4 : 3;
-  static constexpr unsigned kNeeds = 0;
+  static constexpr bool kHasDirection = false;
   static constexpr StateField kStates[] = {
       {"step", true}, {"exp_avg", false}, {"exp_avg_sq", false}, {"max_exp_avg_sq", false}};
 
@@ -27,9 +27,11 @@ struct Adam {
                                           {"decoupled_weight_decay", -1},
                                           {"decay_scaling", -1, kDecayScaling, true}};
 
+  static unsigned needs(const Hyper&) { return 0; }
+
   template <class T>
   struct Scalars {
-    T weight_decay, decay, beta1, one_minus_beta1, beta2, one_minus_beta2;
+    T decay, beta1, one_minus_beta1, beta2, one_minus_beta2;
     T inverse_sqrt_bias_correction2, eps, step_size;
   };
 
@@ -45,7 +47,7 @@ struct Adam {
     const double scaled_decay = hyper.decay_scaling != 1 ? 1 - lr * weight_decay : 1;
     const double base_decay = hyper.decay_scaling != 0 ? 1 - hyper.lr * weight_decay : 1;
     Scalars<T> s;
-    s.weight_decay = static_cast<T>(decoupled ? 0 : weight_decay);
+    if (!decoupled) tensor.coupled_weight_decay = tensor.coupled_weight_decay + weight_decay;
     s.decay = static_cast<T>(decoupled ? scaled_decay * base_decay : 1);
     s.beta1 = static_cast<T>(hyper.beta1);
     s.one_minus_beta1 = static_cast<T>(1 - hyper.beta1);
@@ -58,10 +60,9 @@ struct Adam {
   }
 
   template <class T>
-  FO_HOST_DEVICE static void update(T& param, T grad, T (&state)[kStateCount - 1], const Scalars<T>& s) {
+  FO_HOST_DEVICE static void update(T& param, T grad, T* state, const Scalars<T>& s) {
     T& exp_avg = state[0];
     T& exp_avg_sq = state[1];
-    grad = s.weight_decay != 0 ? grad + s.weight_decay * param : grad;
     param = param * s.decay;
     exp_avg = s.beta1 * exp_avg + s.one_minus_beta1 * grad;
     exp_avg_sq = s.beta2 * exp_avg_sq + s.one_minus_beta2 * grad * grad;

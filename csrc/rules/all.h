@@ -2,6 +2,10 @@
 #pragma once
 
 #include "adamw.h"
+#include "lamb.h"
+#include "lion.h"
+#include "novograd.h"
+#include "sgd.h"
 
 namespace fused_optim {
 inline namespace FO_INSTRUCTION_SET {
@@ -11,7 +15,7 @@ struct RuleList {
   static constexpr int kCount = sizeof...(R);
 };
 
-using Rules = RuleList<Adam<false>, Adam<true>>;
+using Rules = RuleList<Adam<false>, Adam<true>, Sgd, Momentum, NovoGrad<false>, NovoGrad<true>, Lamb, Lion>;
 
 }  // namespace FO_INSTRUCTION_SET
 }  // namespace fused_optim

@@ -9,16 +9,20 @@
 //
 // Hyper, kHyper: the hyperparameters of a group, all doubles, and where each stands in a param group.
 //
-// kNeeds: the norms that prepare reads (Need bits); 0 where it reads none.
+// needs: the norms that prepare reads (Need bits); 0 where it reads none.
 //
 // prepare: Hyper and the tensor's context to Scalars<T>, computed once a tensor, in double, rounded once to
 // T; advances the per-tensor states, `tensor.state`.
 //
 // update: one element. Param and states in place, from the gradient and the Scalars.
 //
+// kHasDirection: a rule whose step length depends on the norm of its own direction (LAMB) has, instead of
+// update, accumulate: the states from the gradient; direction: from the states as they were rounded at the
+// store; and scale_direction: the Scalars' step_size, once the norms of direction and param are known.
+//
 // The mechanism around it (prepare.h) has applied maximize, the loss scale and clipping to the gradient
-// already. The eager witness in fused_optim/ and the Triton twin in kernels/ hold the same lines in the same
-// order.
+// already, and afterwards adds the coupled weight decay. The eager witness in fused_optim/ and the Triton
+// twin in kernels/ hold the same lines in the same order.
 #pragma once
 
 #include <cmath>
@@ -54,20 +58,31 @@ struct HyperField {
 };
 
 // Norms that a rule or a clip may ask the reduce phase for.
-enum Need : unsigned { kNeedsGradSq = 1, kNeedsParamSq = 2, kNeedsGradMax = 4 };
+enum Need : unsigned {
+  kNeedsGradSq = 1,
+  kNeedsParamSq = 2,
+  kNeedsGradMax = 4,
+  kNeedsDecayedSq = 8,    // of grad + weight_decay * param
+  kNeedsDirectionSq = 16  // measured by the first of two passes
+};
 
 // Limits that the tables are laid out for; static_asserts hold the rules to them.
 constexpr int kMaxHyper = 15;
-constexpr int kMaxPerTensorStates = 2;
+constexpr int kMaxPerTensorStates = 3;
 constexpr int kScalarsBytes = 192;
 
-// What prepare knows of one tensor.
+// What prepare knows of one tensor, and what it may say to the mechanism.
 struct TensorContext {
   double lr_scale;
   double weight_decay_scale;
-  double grad_norm;                   // L2 norm of the gradient as update will see it, if the rule needs it
-  double grad_max;                    // its largest magnitude, likewise
-  double param_norm;                  // L2 norm of the parameter (of the master, where there is one)
+  double grad_norm;             // L2 norm of the gradient, clipped and times the trust ratio, if `needs` asks
+  double grad_max;              // its largest magnitude, likewise
+  double param_norm;            // L2 norm of the parameter (of the master, where there is one), likewise
+  double direction_norm;        // L2 norm of the direction; for scale_direction
+  bool trusted;                 // not excluded from trust ratios
+  double grad_scale;            // out: what update sees is this times the gradient,
+  double coupled_weight_decay;  // out: plus this times the parameter
+  double trust_ratio;           // out: for the log
   double state[kMaxPerTensorStates];  // the per-tensor states, read before and stored after prepare
 };
 
@@ -85,6 +100,12 @@ FO_HOST_DEVICE inline double square_root(double value) { return sqrt(value); }
 template <class T>
 FO_HOST_DEVICE inline T maximum(T a, T b) {
   return b > a || b != b ? b : a;
+}
+
+// torch.sign: 0 for a NaN.
+template <class T>
+FO_HOST_DEVICE inline T sign(T value) {
+  return value > 0 ? T(1) : value < 0 ? T(-1) : T(0);
 }
 
 }  // namespace FO_INSTRUCTION_SET

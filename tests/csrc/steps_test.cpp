@@ -39,20 +39,43 @@ uint64_t hash(uint64_t seed, const std::vector<unsigned char>& bytes) {
   return seed;
 }
 
-uint64_t train(const CpuKernels& kernels, int rule, int states, DType dtype, bool decoupled, int64_t numel) {
+// A rule, its states, and hyperparameters in the order of its Hyper.
+struct Case {
+  int rule, tensor_states, element_states;
+  std::vector<double> hyper;
+};
+
+const Case kCases[] = {
+    {0, 1, 2, {0.01, 0.9, 0.99, 1e-8, 0.1, 0, 0}},           // adamw, coupled
+    {0, 1, 2, {0.01, 0.9, 0.99, 1e-8, 0.1, 1, 2}},           // adamw, decoupled twice
+    {1, 1, 3, {0.01, 0.9, 0.99, 1e-8, 0.1, 1, 0}},           // amsgrad
+    {2, 0, 0, {0.01, 0.1}},                                  // sgd
+    {3, 1, 1, {0.01, 0.9, 0.5, 0.1, 1, 0}},                  // momentum, nesterov
+    {4, 2, 1, {0.01, 0.9, 0.99, 1e-8, 0.1, 0, 0, 0, 0, 2}},  // novograd
+    {5,
+     3,
+     1,
+     {0.01, 0.9, 0.99, 1e-8, 0.1, 2, 1, 1, 0, 0}},        // novograd, amsgrad, apex with the largest element
+    {6, 1, 2, {0.01, 0.9, 0.99, 1e-8, 0.1, 1, 1, 0, 0}},  // lamb
+    {7, 0, 1, {0.01, 0.9, 0.99, 0.1}},                    // lion
+};
+
+uint64_t train(const CpuKernels& kernels, const Case& test, DType dtype, bool trust, int64_t numel) {
   random_state = 7;
   Row row{};
   row.numel = numel;
   row.lr_scale = row.weight_decay_scale = 1;
-  row.rule = rule;
-  row.active = row.clipped = true;
-  float step = 0;
+  row.rule = test.rule;
+  row.active = row.clipped = row.trusted = true;
+  float numbers[kMaxPerTensorStates] = {};
   std::vector<std::vector<unsigned char>> columns(static_cast<size_t>(kColumns));
-  for (int c = 0; c < kFirstState + states; ++c) {
+  const int first = kFirstState + test.tensor_states;
+  for (int c = 0; c < first + test.element_states; ++c) {
     if (c == kMaster) continue;
-    row.dtype[c] = c == kFirstState ? DType::float32 : dtype;
-    if (c == kFirstState) {
-      row.address[c] = reinterpret_cast<uint64_t>(&step);
+    const bool per_tensor = c >= kFirstState && c < first;
+    row.dtype[c] = per_tensor ? DType::float32 : dtype;
+    if (per_tensor) {
+      row.address[c] = reinterpret_cast<uint64_t>(&numbers[c - kFirstState]);
       continue;
     }
     auto& bytes = columns[static_cast<size_t>(c)];
@@ -61,16 +84,17 @@ uint64_t train(const CpuKernels& kernels, int rule, int states, DType dtype, boo
     for (int64_t i = 0; c <= kGrad && i < numel; ++i) put(bytes, dtype, i, random_number());
   }
   GroupHyper hyper{};
-  const double values[] = {0.01, 0.9, 0.99, 1e-8, 0.1, decoupled ? 1.0 : 0.0};
-  std::memcpy(hyper.rule, values, sizeof values);
+  std::memcpy(hyper.rule, test.hyper.data(), test.hyper.size() * sizeof(double));
+  if (trust) hyper.trust = {0.02, 1e-8, 0, 1, kZeroNormSkip, kDecayInNorm, 1, 1};
+  hyper.needs = needs_of_rule(test.rule, hyper) | needs_of(hyper.trust);
   const std::vector<Row> rows{row};
   const std::vector<GroupHyper> groups{hyper};
-  const std::vector<Norms> norms(1);
+  std::vector<Norms> norms(1);
   std::vector<ScalarsRecord> records(1);
+  std::vector<MeasuredNorms> measured(1);
   const StepOptions options{0.5, Clip::none, 0, 0, 0};
   for (int t = 0; t < 5; ++t) {
-    prepare_cpu(rows, groups, options, norms, 0, records);
-    apply_cpu(kernels, rows, records, 2);
+    step_cpu({kernels, rows, groups, options, 2, norms, records, measured}, false, 0);
   }
   uint64_t result = 14695981039346656037u;
   for (const auto& bytes : columns) result = hash(result, bytes);
@@ -82,13 +106,14 @@ uint64_t train(const CpuKernels& kernels, int rule, int states, DType dtype, boo
 int main() {
   const CpuKernels* kernels = choose_cpu_kernels("default");
   if (kernels == nullptr) return 1;
-  for (int rule = 0; rule < 2; ++rule) {
+  for (const Case& test : kCases) {
     for (const DType dtype : {DType::float32, DType::float64, DType::bfloat16, DType::float16}) {
-      for (const bool decoupled : {false, true}) {
+      for (const bool trust : {false, true}) {
         for (const int64_t numel : {int64_t{1}, int64_t{17}, int64_t{5000}, int64_t{300001}}) {
-          const uint64_t bits = train(*kernels, rule, 3 + rule, dtype, decoupled, numel);
-          std::printf("rule %d dtype %d decoupled %d numel %ld: %016lx\n", rule, static_cast<int>(dtype),
-                      decoupled, static_cast<long>(numel), static_cast<unsigned long>(bits));
+          const uint64_t bits = train(*kernels, test, dtype, trust, numel);
+          std::printf("case %ld dtype %d trust %d numel %ld: %016lx\n", static_cast<long>(&test - kCases),
+                      static_cast<int>(dtype), trust, static_cast<long>(numel),
+                      static_cast<unsigned long>(bits));
         }
       }
     }

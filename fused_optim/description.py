@@ -1,0 +1,127 @@
+"""What an optimizer will do to each parameter: `describe()`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator
+from typing import Any, TextIO
+
+import torch
+from torch import Tensor
+from torch.nn.parameter import is_lazy
+
+from . import backends, masters, states
+from .optimizer import FusedOptimizer
+from .plan import why_not_native
+
+HEADINGS = ("parameter", "shape", "dtype", "lr", "weight decay", "state", "bytes", "backend")
+NUMBERS = ("lr", "weight decay", "bytes")
+
+
+def describe(optimizer: Any, *, file: TextIO | None = None) -> None:
+    """Print a table of what an optimizer does to each parameter, before or during training.
+
+    One line a parameter: its shape and dtype; the learning rate (``lr`` of its group times its ``lr_scale``); the
+    weight decay (of its group times its ``weight_decay_scale``); its states with their dtypes, and their bytes; the
+    backend that serves it. States that do not exist yet are those that the first step makes.
+
+    Args:
+        optimizer: an optimizer of this package; a wrapper around one that has it as ``optimizer``, as accelerate's;
+            or any other with ``param_groups``, of which only the states that exist and no backend are known.
+        file: where to print; default ``sys.stdout``.
+
+    Raises:
+        TypeError: ``optimizer`` has no ``param_groups``.
+
+    Example:
+        >>> import torch, fused_optim
+        >>> model = torch.nn.Linear(4, 2)
+        >>> optimizer = fused_optim.AdamW(
+        ...     model.named_parameters(), weight_decay_scale=fused_optim.matrices_only, backend="eager")
+        >>> fused_optim.describe(optimizer)
+        AdamW: 2 parameters of 10 elements in 1 group; 88 bytes of state
+        parameter  shape   dtype       lr  weight decay  state                               bytes  backend
+        weight     (2, 4)  float32  0.001          0.01  float32: exp_avg, exp_avg_sq, step     68  eager
+        bias       (2,)    float32  0.001             0  float32: exp_avg, exp_avg_sq, step     20  eager
+    """
+    kinds = [type(optimizer).__name__]
+    while not isinstance(optimizer, FusedOptimizer) and hasattr(getattr(optimizer, "optimizer", None), "param_groups"):
+        optimizer = optimizer.optimizer
+        kinds.append(type(optimizer).__name__)
+    if not hasattr(optimizer, "param_groups"):
+        raise TypeError(f"describe takes an optimizer with param_groups, got {type(optimizer).__name__}")
+    lines = list(_lines(optimizer))
+    elements = sum(
+        0 if is_lazy(param) else param.numel() for group in optimizer.param_groups for param in group["params"]
+    )
+    total = sum(int(line[HEADINGS.index("bytes")].replace(",", "")) for line in lines)
+    groups = len(optimizer.param_groups)
+    out = sys.stdout if file is None else file
+    print(
+        f"{' around '.join(kinds)}: {len(lines):,} parameters of {elements:,} elements in {groups:,} "
+        f"group{'s' * (groups != 1)}; {total:,} bytes of state",
+        file=out,
+    )
+    rows = [HEADINGS, *lines]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(HEADINGS))]
+    for row in rows:
+        cells = (
+            f"{cell:>{width}}" if heading in NUMBERS else f"{cell:<{width}}"
+            for heading, cell, width in zip(HEADINGS, row, widths)
+        )
+        print("  ".join(cells).rstrip(), file=out)
+
+
+def _lines(optimizer: Any) -> Iterator[tuple[str, ...]]:
+    for index, group in enumerate(optimizer.param_groups):
+        for position, param in enumerate(group["params"]):
+            name, place = states.own_name(group, position), states.name_of(group, index, position)
+            lr_scale = weight_decay_scale = 1.0
+            backend = "-"
+            tensors = getattr(optimizer, "state", {}).get(param) or {}
+            found = {key: value for key, value in tensors.items() if isinstance(value, Tensor)}
+            state = [(key, value.dtype, value.numel()) for key, value in found.items()]
+            if isinstance(optimizer, FusedOptimizer):
+                group = {**optimizer.defaults, **group}
+                lr_scale, weight_decay_scale, _ = (column.of(name, place, param) for column in optimizer._scales)
+                backend, _ = backends.choose(param.device, optimizer._forced_backend)
+                backend = backend if why_not_native(param, group, backend) is None else "eager"
+                state += [entry for entry in _first_state(optimizer, group, param, place) if entry[0] not in found]
+            yield (
+                place if name is None else name,
+                "not known" if is_lazy(param) else str(tuple(param.shape)),
+                _word(param.dtype),
+                _product(group.get("lr"), lr_scale),
+                _product(group.get("weight_decay"), weight_decay_scale),
+                _state_cell(state),
+                f"{sum(dtype.itemsize * numel for _, dtype, numel in state):,}",
+                backend,
+            )
+
+
+def _first_state(
+    optimizer: FusedOptimizer, group: dict[str, Any], param: Tensor, place: str
+) -> Iterator[tuple[str, torch.dtype, int]]:
+    """The states that a first step makes: name, dtype, elements."""
+    numel = 0 if is_lazy(param) else param.numel()
+    for key in optimizer.state_names(group):
+        yield key, states.state_dtype_of(param, optimizer._state_dtype), numel
+    yield "step", torch.float32, 1
+    master = masters.key_for(param, optimizer._master_weights, place)
+    if master is not None:
+        yield master, torch.float32 if master == "master_param" else torch.int16, numel
+
+
+def _state_cell(state: Iterable[tuple[str, torch.dtype, int]]) -> str:
+    by_dtype: dict[torch.dtype, list[str]] = {}
+    for key, dtype, _ in sorted(state, key=lambda entry: (entry[0] == "step", entry[0])):
+        by_dtype.setdefault(dtype, []).append(key)
+    return "; ".join(f"{_word(dtype)}: {', '.join(keys)}" for dtype, keys in by_dtype.items()) or "-"
+
+
+def _word(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _product(value: Any, scale: float) -> str:
+    return "-" if not states.is_number(value) else f"{float(value) * scale:.6g}"
