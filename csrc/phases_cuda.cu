@@ -150,8 +150,8 @@ struct Table {
 };
 
 template <class... R>
-unsigned needs_of(RuleList<R...>, int rule) {
-  static constexpr unsigned table[] = {R::kNeeds...};
+int first_state_of(RuleList<R...>, int rule) {
+  static constexpr int table[] = {kFirstState + per_tensor_states<R>()...};
   return table[rule];
 }
 
@@ -207,7 +207,7 @@ class CudaPhasesOfDevice final : public CudaPhases {
     }
     refresh(rows, groups, tensors, stream);
     launch_reduce(*live_, step, stream);
-    launch("the reduce phase", grad_sq_kernel, 1, kPrepareThreads, stream, prepare_table(*live_));
+    launch("the reduce phase", grad_sq_kernel, 1, kThreads, stream, prepare_table(*live_));
     double grad_sq = 0;
     check(cudaMemcpyAsync(&grad_sq, &live_->at<Control>(control_)->grad_sq, sizeof grad_sq,
                           cudaMemcpyDeviceToHost, stream),
@@ -228,8 +228,10 @@ class CudaPhasesOfDevice final : public CudaPhases {
     } else {
       refresh(rows, groups, tensors, stream);
     }
-    const Clip clip = step.options.clip;
-    const bool reduces = clip == Clip::global_norm || clip == Clip::norm || needs_ != 0;
+    const bool reduces = step.options.clip == Clip::global_norm || step.options.clip == Clip::norm ||
+                         std::any_of(groups.begin(), groups.end(), [](const GroupHyper& group) {
+                           return (group.needs & ~uint64_t{kNeedsDirectionSq}) != 0;
+                         });
     if (reduces && !step.reduced) launch_reduce(*table, step, stream);
     launch_update(*table, step, reduces, stream);
     if (capturing) return;
@@ -244,6 +246,7 @@ class CudaPhasesOfDevice final : public CudaPhases {
     bool in_double;
     int64_t blocks;
     size_t extents, first_extent;
+    int64_t first_tile_sums;  // of its tiles among those of all buckets; -1: it has none
   };
 
   // Decides where everything lies, and writes what never changes.
@@ -254,16 +257,22 @@ class CudaPhasesOfDevice final : public CudaPhases {
 
     std::vector<std::vector<Extent>> extents;
     std::vector<std::vector<int32_t>> first_extents;
+    std::vector<DirectionRow> directions;
+    int64_t tile_sums = 0;
     for (const bool in_double : {false, true}) {
       for (int rule = 0; rule < Rules::kCount; ++rule) {
         std::vector<Extent> list;
         std::vector<int32_t> first;
         int64_t tiles = 0;
+        const bool has_direction = accumulate_kernel_of(rule, in_double) != nullptr;
         for (size_t r = 0; r < rows.size(); ++r) {
           const Row& row = rows[r];
-          if (row.rule != rule || computes_in_double(row.dtype[kParam]) != in_double || row.numel == 0)
-            continue;
+          if (row.rule != rule || computes_in_double(row.dtype[kParam]) != in_double) continue;
           const int64_t end = tiles + (row.numel + kTile - 1) / kTile;
+          if (has_direction) {
+            directions.push_back({tile_sums + tiles, end - tiles, static_cast<int64_t>(r)});
+          }
+          if (row.numel == 0) continue;
           // Blocks whose first tile is in this row.
           for (int64_t tile = static_cast<int64_t>(first.size()) * kWarpsPerBlock; tile < end;
                tile += kWarpsPerBlock) {
@@ -276,7 +285,9 @@ class CudaPhasesOfDevice final : public CudaPhases {
         list.push_back({tiles, -1});
         for (int i = 1; i < kWarpsPerBlock; ++i) list.push_back({std::numeric_limits<int64_t>::max(), -1});
         buckets_.push_back({rule, in_double, static_cast<int64_t>(first.size()),
-                            arena_.place<Extent>(list.size()), arena_.place<int32_t>(first.size())});
+                            arena_.place<Extent>(list.size()), arena_.place<int32_t>(first.size()),
+                            has_direction ? tile_sums : -1});
+        if (has_direction) tile_sums += tiles;
         extents.push_back(std::move(list));
         first_extents.push_back(std::move(first));
       }
@@ -304,6 +315,8 @@ class CudaPhasesOfDevice final : public CudaPhases {
     pieces_ = arena_.place<Piece>(pieces.size());
     totals_ = arena_.place<Pieces>(totals.size());
     small_ = arena_.place<int32_t>(small.size());
+    direction_count_ = static_cast<int64_t>(directions.size());
+    directions_ = arena_.place<DirectionRow>(directions.size());
 
     words_.assign(arena_.size() / sizeof(uint32_t), 0);
     for (size_t b = 0; b < buckets_.size(); ++b) {
@@ -313,12 +326,14 @@ class CudaPhasesOfDevice final : public CudaPhases {
     put(pieces_, pieces);
     put(totals_, totals);
     put(small_, small);
+    put(directions_, directions);
 
     // Only kernels touch what follows.
     sums_ = arena_.place<Sums>(static_cast<size_t>(next));
+    sums_bytes_ = arena_.size() - sums_;
     records_ = arena_.place<ScalarsRecord>(row_count_);
     control_ = arena_.place<Control>(1);
-    for (const Row& row : rows) needs_ |= needs_of(Rules{}, row.rule);
+    tile_sums_ = arena_.place<TileSums>(static_cast<size_t>(tile_sums));
   }
 
   unsigned char* bytes(size_t offset) { return reinterpret_cast<unsigned char*>(words_.data()) + offset; }
@@ -383,6 +398,10 @@ class CudaPhasesOfDevice final : public CudaPhases {
       }
     }
     const size_t limit = has_large_patches_ ? kPatchWords : kPatchWordsSmall;
+    if (fresh) {
+      // The sums of a row that is not active are read and not used.
+      check(cudaMemsetAsync(table.base + sums_, 0, sums_bytes_, stream), "clearing the table");
+    }
     if (fresh || changed_.size() > kMostPatches * limit) {
       // Memory that is not pinned is read before the call returns, for which the driver may wait until the
       // stream comes to the copy: nothing for every step.
@@ -422,6 +441,7 @@ class CudaPhasesOfDevice final : public CudaPhases {
     check(cudaMemcpyAsync(table->base, words_.data(), words_.size() * sizeof(uint32_t),
                           cudaMemcpyHostToDevice, side),
           "the upload of the table");
+    check(cudaMemsetAsync(table->base + sums_, 0, sums_bytes_, side), "clearing the table");
     check(cudaStreamSynchronize(side), "the upload of the table");
     captured_.push_back(std::move(table));
     return *captured_.back();
@@ -447,15 +467,35 @@ class CudaPhasesOfDevice final : public CudaPhases {
            table.at<const Row>(rows_), table.at<Sums>(sums_));
   }
 
-  void launch_update(const Table& table, const CudaStep& step, bool backwards, cudaStream_t stream) const {
-    const auto blocks = static_cast<int64_t>((row_count_ + kPrepareThreads - 1) / kPrepareThreads);
-    launch("the prepare phase", prepare_kernel, blocks, kPrepareThreads, stream, prepare_table(table), step);
+  Bucket bucket(const Table& table, const BucketPlan& plan, bool backwards) const {
+    TileSums* sums =
+        plan.first_tile_sums < 0 ? nullptr : table.at<TileSums>(tile_sums_) + plan.first_tile_sums;
+    return {table.at<Extent>(plan.extents),
+            table.at<int32_t>(plan.first_extent),
+            table.at<Row>(rows_),
+            table.at<ScalarsRecord>(records_),
+            table.at<Control>(control_),
+            sums,
+            first_state_of(Rules{}, plan.rule),
+            backwards};
+  }
+
+  // Each pass begins with what the one before it has touched last.
+  void launch_update(const Table& table, const CudaStep& step, bool reduces, cudaStream_t stream) const {
+    const auto blocks = static_cast<int64_t>((row_count_ + kPreparedRows - 1) / kPreparedRows);
+    launch("the prepare phase", prepare_kernel, blocks, kThreads, stream, prepare_table(table), step);
     for (const BucketPlan& plan : buckets_) {
-      const Bucket bucket{table.at<Extent>(plan.extents), table.at<int32_t>(plan.first_extent),
-                          table.at<Row>(rows_),           table.at<ScalarsRecord>(records_),
-                          table.at<Control>(control_),    backwards};
+      if (plan.first_tile_sums < 0) continue;
+      launch("the apply phase", accumulate_kernel_of(plan.rule, plan.in_double), plan.blocks, kThreads,
+             stream, bucket(table, plan, reduces));
+    }
+    launch("the prepare phase", direction_kernel, direction_count_, kThreads, stream,
+           table.at<const DirectionRow>(directions_), table.at<const TileSums>(tile_sums_),
+           prepare_table(table), step);
+    for (const BucketPlan& plan : buckets_) {
+      const bool second = plan.first_tile_sums >= 0;
       launch("the apply phase", apply_kernel_of(plan.rule, plan.in_double), plan.blocks, kThreads, stream,
-             bucket);
+             bucket(table, plan, reduces != second));
     }
   }
 
@@ -463,10 +503,11 @@ class CudaPhasesOfDevice final : public CudaPhases {
   const size_t row_count_, group_count_;
   const bool has_large_patches_;
   Arena arena_;
-  size_t rows_ = 0, groups_ = 0, pieces_ = 0, totals_ = 0, small_ = 0, sums_ = 0, records_ = 0, control_ = 0;
+  size_t rows_ = 0, groups_ = 0, pieces_ = 0, totals_ = 0, small_ = 0, directions_ = 0;
+  size_t sums_ = 0, sums_bytes_ = 0, records_ = 0, control_ = 0, tile_sums_ = 0;
   size_t changing_bytes_ = 0;
   int32_t piece_count_ = 0, small_count_ = 0, total_count_ = 0;
-  unsigned needs_ = 0;
+  int64_t direction_count_ = 0;
   std::vector<BucketPlan> buckets_;
   std::vector<uint32_t> words_;    // what the table should hold
   std::vector<uint32_t> changed_;  // offsets
@@ -487,14 +528,17 @@ cudaError_t load_kernel(Kernel kernel) {
 cudaError_t load_kernels() {
   for (const bool in_double : {false, true}) {
     for (int rule = 0; rule < Rules::kCount; ++rule) {
-      const cudaError_t error = load_kernel(apply_kernel_of(rule, in_double));
+      cudaError_t error = load_kernel(apply_kernel_of(rule, in_double));
+      const ApplyKernel first = accumulate_kernel_of(rule, in_double);
+      if (error == cudaSuccess && first != nullptr) error = load_kernel(first);
       if (error != cudaSuccess) return error;
     }
   }
-  for (const cudaError_t error : {load_kernel(reduce_kernel), load_kernel(total_kernel),
-                                  load_kernel(grad_sq_kernel), load_kernel(prepare_kernel),
-                                  has_large_patches() ? load_kernel(large_patch_kernel())
-                                                      : load_kernel(patch_kernel<kPatchWordsSmall>)}) {
+  for (const cudaError_t error :
+       {load_kernel(reduce_kernel), load_kernel(total_kernel), load_kernel(grad_sq_kernel),
+        load_kernel(prepare_kernel), load_kernel(direction_kernel),
+        has_large_patches() ? load_kernel(large_patch_kernel())
+                            : load_kernel(patch_kernel<kPatchWordsSmall>)}) {
     if (error != cudaSuccess) return error;
   }
   return cudaSuccess;
