@@ -324,10 +324,11 @@ bool Plan::parse_group(PyObject* group, size_t index, bool* stale) {
   for (size_t i = 0; i < structural_keys_.size(); ++i) {
     PyObject* value = PyDict_GetItemWithError(group, structural_keys_[i]);
     if (PyErr_Occurred()) return false;
+    const int truth = value == nullptr ? 0 : PyObject_IsTrue(value);
+    if (truth < 0) return false;
     if (known.structural.size() <= i) {
-      Py_XINCREF(value);
-      known.structural.push_back(value);
-    } else if (value != known.structural[i]) {
+      known.structural.push_back(truth);
+    } else if (truth != known.structural[i]) {
       *stale = true;
       return true;
     }
@@ -395,7 +396,8 @@ bool Plan::parse_group(PyObject* group, size_t index, bool* stale) {
   parsed.maximize = maximize;
   parsed.trust = trust;
   std::memcpy(parsed.rule, hyper, rule.hyper.size() * sizeof(double));
-  parsed.needs = needs_of_rule(known.rule, parsed) | needs_of(trust);
+  const unsigned rule_needs = needs_of_rule(known.rule, parsed);
+  parsed.needs = rule_needs | needs_of(trust, rule_needs);
   hyper_tensors_[index] = tensors;
   std::vector<Entry> entries;
   PyObject *key, *value;
@@ -793,7 +795,6 @@ int Plan::traverse(visitproc visit, void* arg) const {
       Py_VISIT(entry.key);
       Py_VISIT(entry.value);
     }
-    for (PyObject* value : group.structural) Py_VISIT(value);
   }
   for (PyObject* key : structural_keys_) Py_VISIT(key);
   Py_VISIT(defaults_);
@@ -821,7 +822,6 @@ void Plan::clear() {
       Py_DECREF(entry.key);
       Py_DECREF(entry.value);
     }
-    for (PyObject* value : group.structural) Py_XDECREF(value);
   }
   for (PyObject* key : keys) Py_DECREF(key);
   Py_CLEAR(defaults_);

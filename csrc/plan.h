@@ -40,8 +40,8 @@ class Plan {
   // rules: the rule's name of each group. rows: (group index, param, lr scale, weight decay scale, native,
   // clipped, trusted, key of the master's state or None, the param's version when its master was last in step
   // with it or -1) of each parameter, in the order of the groups. defaults: hyperparameters that a group may
-  // lack. structural: group keys whose change calls for a new plan. trust_ratio: called with a group whose
-  // items have changed, returns None or the fields of its TrustRatio.
+  // lack. structural: group keys for which a change between true and false calls for a new plan. trust_ratio:
+  // called with a group whose items have changed, returns None or the fields of its TrustRatio.
   bool build(PyObject* rules, PyObject* rows, PyObject* defaults, PyObject* structural,
              PyObject* trust_ratio);
 
@@ -99,9 +99,9 @@ class Plan {
   struct Group {
     int rule = 0;
     size_t first_row = 0, last_row = 0;
-    std::vector<Entry> entries;         // the group's items when it was last read
-    std::vector<PyObject*> structural;  // values of the structural keys then
-    bool constant = false;              // no value can change while its object stays
+    std::vector<Entry> entries;   // the group's items when it was last read
+    std::vector<int> structural;  // truth of the structural keys' values then
+    bool constant = false;        // no value can change while its object stays
   };
 
   void release();  // lets go of the gradients that refresh() holds

@@ -5,11 +5,22 @@ from .adamwdl import AdamWDL, layerwise_lr_decay
 from .clip import ClipGradByGlobalNorm, ClipGradByNorm, ClipGradByValue
 from .config import __version__, show_config
 from .description import describe
+from .lamb import LAMB
+from .larc import LARC
+from .lars import LARS
 from .layers import fan_in_lr_scale, layer_decay
+from .lion import Lion
+from .norms import Norms
+from .novograd import NovoGrad
 from .optimizer import FusedOptimizer
 from .scales import matrices_only
+from .sgd import SGD
 
 __all__ = [
+    "LAMB",
+    "LARC",
+    "LARS",
+    "SGD",
     "Adam",
     "AdamW",
     "AdamWDL",
@@ -17,6 +28,9 @@ __all__ = [
     "ClipGradByNorm",
     "ClipGradByValue",
     "FusedOptimizer",
+    "Lion",
+    "Norms",
+    "NovoGrad",
     "__version__",
     "describe",
     "fan_in_lr_scale",

@@ -72,7 +72,7 @@ def admit(optimizer: Any, state_dict: dict[str, Any]) -> None:
     for index, (group, saved) in enumerate(zip(groups, saved_groups)):
         if "params" not in saved:
             raise ValueError(f"param_groups[{index}] of the state dict has no 'params'")
-        if saved.get("bias_correction", True) is False:
+        if saved.get("bias_correction", True) is False and "bias_correction" not in optimizer.defaults:
             raise ValueError(
                 f"param_groups[{index}] of the state dict was trained with bias_correction=False (apex, DeepSpeed), "
                 f"which {type(optimizer).__name__} does not have"
@@ -80,8 +80,9 @@ def admit(optimizer: Any, state_dict: dict[str, Any]) -> None:
         if "exp_avg_sq" in saved:
             raise ValueError(
                 f"param_groups[{index}] of the state dict holds 'exp_avg_sq' for all its parameters (apex's "
-                "FusedNovoGrad, which keeps norms); give each parameter its own before loading: state[i]['exp_avg_sq'] = norm ** 2, "
-                "where norm is its element of group['exp_avg_sq'][0] (float16) or [1] (float32)"
+                "FusedNovoGrad, which keeps norms); give each parameter its own before loading: "
+                "state[i]['exp_avg_sq'] = norm ** 2, where norm is its element of group['exp_avg_sq'][0] (float16) or "
+                "[1] (float32)"
             )
         names = optimizer.state_names({**optimizer.defaults, **saved})
         for position, (param, key) in enumerate(zip(group["params"], saved["params"])):

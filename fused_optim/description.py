@@ -83,7 +83,9 @@ def _lines(optimizer: Any) -> Iterator[tuple[str, ...]]:
             state = [(key, value.dtype, value.numel()) for key, value in found.items()]
             if isinstance(optimizer, FusedOptimizer):
                 group = {**optimizer.defaults, **group}
-                lr_scale, weight_decay_scale, _ = (column.of(name, place, param) for column in optimizer._scales)
+                lr_scale, weight_decay_scale, *_ = (column.of(name, place, param) for column in optimizer._scales)
+                if optimizer.exempt(group, param):
+                    weight_decay_scale = 0.0
                 backend, _ = backends.choose(param.device, optimizer._forced_backend)
                 backend = backend if why_not_native(param, group, backend) is None else "eager"
                 state += [entry for entry in _first_state(optimizer, group, param, place) if entry[0] not in found]
@@ -106,7 +108,8 @@ def _first_state(
     numel = 0 if is_lazy(param) else param.numel()
     for key in optimizer.state_names(group):
         yield key, states.state_dtype_of(param, optimizer._state_dtype), numel
-    yield "step", torch.float32, 1
+    for key in optimizer.tensor_state_names(group):
+        yield key, states.number_dtype(key, param), 1
     master = masters.key_for(param, optimizer._master_weights, place)
     if master is not None:
         yield master, torch.float32 if master == "master_param" else torch.int16, numel

@@ -101,7 +101,7 @@ def _norm(tensor: Tensor, keep: bool, order: float = 2) -> Number:
 def apply_trust_ratio(
     trust: TrustRatio, group: dict[str, Any], tensor: TensorContext, grad_norm: Number, decayed_norm: Number
 ) -> None:
-    """Apply the factor to what `prepare` will see; ``group`` is a copy, whose weight decay becomes 0 where it is inside.
+    """Apply the factor to what `prepare` will see; ``group`` is a copy, whose decay becomes 0 where it is inside.
 
     ``decayed_norm``: of ``grad + weight_decay * param``.
     """
@@ -164,7 +164,7 @@ def step_eager(
         trusted=trusted,
     )
     norms = rule.norms(group)
-    trust = rule.trust_ratio(group) if trusted else None
+    trust = rule.trust_ratio(group)
     grad_norm: Number = math.nan
     if norms or trust is not None:
         grad = scale * raw if bounds is None else (scale * raw).clamp(*bounds)
@@ -176,7 +176,8 @@ def step_eager(
             tensor.param_norm = _norm(whole, keep)
             decay = group["weight_decay"] * weight_decay_scale
             decayed_norm = _norm(grad + decay * whole if _is_nonzero(decay) else grad, keep)
-            apply_trust_ratio(trust, group, tensor, grad_norm, decayed_norm)
+            if trusted:
+                apply_trust_ratio(trust, group, tensor, grad_norm, decayed_norm)
     s = rule.prepare(group, tensor)
     for name, value in tensor.state.items():
         state[name].copy_(value) if isinstance(value, Tensor) else state[name].fill_(value)

@@ -130,11 +130,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         super().__init__(params, defaults)
         if self._forced_backend is not None:
             backends.check_forced(self._forced_backend, self._devices())
-        named = [
-            (states.own_name(group, position), states.name_of(group, index, position), param)
-            for index, group in enumerate(self.param_groups)
-            for position, param in enumerate(group["params"])
-        ]
+        named = self._named()
         need_clip = None if grad_clip is None else grad_clip.need_clip
         scales = (
             column_of("lr_scale", lr_scale),
@@ -147,6 +143,13 @@ class FusedOptimizer(torch.optim.Optimizer):
         for _, place, param in named:
             masters.key_for(param, master_weights, place)
         self._scales = scales
+
+    def _named(self) -> list[tuple[str | None, str, Tensor]]:
+        return [
+            (states.own_name(group, position), states.name_of(group, index, position), param)
+            for index, group in enumerate(self.param_groups)
+            for position, param in enumerate(group["params"])
+        ]
 
     def rule(self, group: dict[str, Any]) -> str:
         """The name of the C++ rule that a group follows."""
@@ -167,6 +170,12 @@ class FusedOptimizer(torch.optim.Optimizer):
     def trust_ratio(self, group: dict[str, Any]) -> TrustRatio | None:
         """The trust ratio of a group, if it has one."""
         return self._larc
+
+    def attach_larc(self, trust: TrustRatio, trusted: ScaleColumn) -> None:
+        """Take LARC's factor into every step from now on; `LARC` calls this."""
+        trusted.resolve(self._named())
+        self._larc, self._scales = trust, (*self._scales[:3], trusted)
+        self._plan = None
 
     def exempt(self, group: dict[str, Any], param: Tensor) -> bool:
         """Whether a parameter has neither trust ratio nor weight decay, whatever the user said."""

@@ -134,12 +134,14 @@ def number_of(state: Mapping[str, Any], name: str, group: Mapping[str, Any], mis
     return state.get(name)
 
 
-def new_number(name: str, value: float | Tensor, param: Tensor) -> Tensor:
-    """A per-tensor state as the plan reads it: 0-d, on the parameter's device, in memory of its own.
+def number_dtype(name: str, param: Tensor) -> torch.dtype:
+    """The dtype of a per-tensor state: a step count is float32, as torch's; others are float64 beside float64."""
+    return torch.float64 if name != "step" and param.dtype == torch.float64 else torch.float32
 
-    A step count is float32, as torch's; any other number float64 beside float64 parameters, otherwise float32.
-    """
-    dtype = torch.float64 if name != "step" and param.dtype == torch.float64 else torch.float32
+
+def new_number(name: str, value: float | Tensor, param: Tensor) -> Tensor:
+    """A per-tensor state as the plan reads it: 0-d, on the parameter's device, in memory of its own."""
+    dtype = number_dtype(name, param)
     if isinstance(value, Tensor):
         return value.detach().to(device=param.device, dtype=dtype, copy=True).reshape(())
     return torch.full((), float(value), dtype=dtype, device=param.device)

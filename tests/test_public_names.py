@@ -52,6 +52,50 @@ def test_signature_of_adamwdl() -> None:
     assert [(p.name, p.default) for p in ours[6:]] == list(keywords.items())
 
 
+SIGNATURES = {
+    "NovoGrad": "params, lr=0.001, betas=None, eps=None, weight_decay=0, *, variant='paper', grad_averaging=None, "
+    "amsgrad=False, bias_correction=None, init_zero=None, norm_type=None, reg_inside_moment=None, "
+    "decoupled_decay=None, weight_decouple=None, fixed_decay=None, eps_root=None, maximize=False, capturable=False",
+    "LARS": "params, lr, momentum=0.9, weight_decay=0, *, variant='timm', trust_coefficient=0.001, eps=None, "
+    "nesterov=False, dampening=0, trust_clip=False, always_adapt=False, exclude=None, maximize=False, capturable=False",
+    "LAMB": "params, lr=0.001, betas=(0.9, 0.999), eps=1e-06, weight_decay=0.01, *, variant='timm', "
+    "bias_correction=True, grad_averaging=True, max_grad_norm=1.0, trust_clip=False, always_adapt=False, exclude=None, "
+    "maximize=False, capturable=False",
+    "Lion": "params, lr=0.0001, betas=(0.9, 0.99), weight_decay=0.0, *, maximize=False, capturable=False",
+}
+LARC = (
+    "optimizer, eta=None, mode='clip', *, eps=None, min_update=None, zero_norm=None, weight_decay_in_ratio=None, "
+    "exclude=None, variant=None"
+)
+
+
+def written(signature: inspect.Signature) -> str:
+    parameters = [p.replace(annotation=inspect.Parameter.empty) for p in signature.parameters.values()]
+    return str(signature.replace(parameters=parameters)).rpartition(" -> ")[0][1:-1]
+
+
+@pytest.mark.parametrize("name", SIGNATURES)
+def test_signature_and_then_ours(name: str) -> None:
+    ours = ", ".join(f"{key}={value!r}" for key, value in OURS.items())
+    assert written(inspect.signature(getattr(fused_optim, name))) == f"{SIGNATURES[name]}, {ours}"
+
+
+def test_signature_of_larc() -> None:
+    assert written(inspect.signature(fused_optim.LARC)) == LARC
+
+
+def test_signature_of_sgd() -> None:
+    ours = inspect.signature(fused_optim.SGD).parameters
+    theirs = inspect.signature(torch.optim.SGD).parameters
+    facts = [(p.name, p.kind, p.default) for p in ours.values()]
+    assert facts[: len(theirs)] == [(p.name, p.kind, p.default) for p in theirs.values()]
+    assert [(name, default) for name, _, default in facts[len(theirs) :]] == [("capturable", False), *OURS.items()]
+
+
+def test_norms_are_named() -> None:
+    assert fused_optim.Norms._fields == ("names", "grad_norm", "param_norm", "trust_ratio")
+
+
 FUNCTIONS = {
     "describe": "optimizer, *, file=None",
     "show_config": "*, file=None",

@@ -23,10 +23,13 @@ struct TrustRatio {
 
 inline namespace FO_INSTRUCTION_SET {
 
-inline unsigned needs_of(const TrustRatio& trust) {
+// The norms that a trust ratio takes around a rule with these needs: where the decay is in the gradient, the
+// rule's norm is that of the sum.
+inline unsigned needs_of(const TrustRatio& trust, unsigned rule_needs) {
   if (trust.present == 0) return 0;
-  return kNeedsParamSq | static_cast<unsigned>(kNeedsGradSq) |
-         (trust.weight_decay == kDecayInNorm ? static_cast<unsigned>(kNeedsDecayedSq) : 0u);
+  const bool inside = trust.weight_decay != kDecayOutside;
+  const bool of_sum = trust.weight_decay == kDecayInNorm || (inside && (rule_needs & kNeedsGradSq) != 0);
+  return static_cast<unsigned>(kNeedsParamSq) | kNeedsGradSq | (of_sum ? kNeedsDecayedSq : 0u);
 }
 
 // The factor. lr and weight_decay are the tensor's; grad_norm is that of grad + weight_decay * param where
@@ -46,7 +49,7 @@ FO_HOST_DEVICE inline double trust_ratio(const TrustRatio& trust, double lr, dou
 }
 
 // Applies the factor to what prepare will see; `weight_decay` is the group's, and becomes 0 where the decay
-// is inside. decayed_norm: of grad + weight_decay * param, for kDecayInNorm.
+// is inside. decayed_norm: of grad + weight_decay * param.
 FO_HOST_DEVICE inline void apply_trust_ratio(const TrustRatio& trust, double group_lr, double& weight_decay,
                                              double decayed_norm, TensorContext& tensor) {
   const double decay = weight_decay * tensor.weight_decay_scale;
@@ -54,14 +57,16 @@ FO_HOST_DEVICE inline void apply_trust_ratio(const TrustRatio& trust, double gro
   const bool inside = trust.weight_decay != kDecayOutside;
   const double grad_norm = trust.weight_decay == kDecayInNorm ? decayed_norm : tensor.grad_norm;
   const double ratio = trust_ratio(trust, group_lr * tensor.lr_scale, decay, grad_norm, tensor.param_norm);
-  const bool zero = tensor.param_norm == 0 || grad_norm == 0;
+  const bool skip = trust.zero_norm == kZeroNormSkip && (tensor.param_norm == 0 || grad_norm == 0);
+  double seen_norm = tensor.grad_norm;
   if (inside) {
     weight_decay = 0;
-    tensor.coupled_weight_decay = trust.zero_norm == kZeroNormSkip && zero ? 0 : decay * ratio;
+    tensor.coupled_weight_decay = skip ? 0 : decay * ratio;
+    if (!skip) seen_norm = decayed_norm;
   }
   tensor.trust_ratio = ratio;
   tensor.grad_scale = ratio;
-  tensor.grad_norm = ratio * grad_norm;
+  tensor.grad_norm = ratio * seen_norm;
   tensor.grad_max = ratio * tensor.grad_max;
 }
 

@@ -86,7 +86,8 @@ uint64_t train(const CpuKernels& kernels, const Case& test, DType dtype, bool tr
   GroupHyper hyper{};
   std::memcpy(hyper.rule, test.hyper.data(), test.hyper.size() * sizeof(double));
   if (trust) hyper.trust = {0.02, 1e-8, 0, 1, kZeroNormSkip, kDecayInNorm, 1, 1};
-  hyper.needs = needs_of_rule(test.rule, hyper) | needs_of(hyper.trust);
+  hyper.needs = needs_of_rule(test.rule, hyper);
+  hyper.needs |= needs_of(hyper.trust, static_cast<unsigned>(hyper.needs));
   const std::vector<Row> rows{row};
   const std::vector<GroupHyper> groups{hyper};
   std::vector<Norms> norms(1);

@@ -1,0 +1,180 @@
+"""LARS."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from .arguments import check_arguments
+from .clip import ClipGradByGlobalNorm, ClipGradByNorm, GradClip
+from .scales import Exclude, Scale
+from .sgd import MomentumOptimizer
+from .trust_ratio import IN_NORM, IN_RATIO, ONE, RATIO_ONE, TrustRatio
+
+VARIANTS = ("timm", "optax", "kozistr")
+
+
+class LARS(MomentumOptimizer):
+    r"""LARS: SGD with momentum, each tensor's gradient scaled by a trust ratio.
+
+    .. math::
+
+        r &= \eta\, \frac{\lVert \theta_{t-1} \rVert}{\lVert g_t \rVert + \lambda \lVert \theta_{t-1} \rVert + \epsilon}
+        \\ b_t &= \mu\, b_{t-1} + r\,(g_t + \lambda\,\theta_{t-1}), \qquad \theta_t = \theta_{t-1} - \gamma\, b_t
+
+    Here :math:`\theta` is one tensor ``param``, :math:`g` its gradient, :math:`b` ``momentum_buffer``, :math:`\gamma`
+    ``lr``, :math:`\lambda` ``weight_decay``, :math:`\mu` ``momentum``, :math:`\eta` ``trust_coefficient`` and
+    :math:`\epsilon` ``eps``.
+
+    Variants:
+
+    - ``"timm"``: the equations above; :math:`r = 1` where a norm is zero or a NaN, with the decay kept; without weight
+      decay a tensor is stepped by plain SGD unless ``always_adapt``; ``trust_clip`` makes it LARC:
+      :math:`\min(r / \gamma, 1)`.
+    - ``"optax"``: :math:`r = \eta \lVert \theta \rVert / (\lVert g + \lambda\theta \rVert + \epsilon)`, 1 where a norm
+      is zero, and the learning rate inside the momentum buffer.
+    - ``"kozistr"``: pytorch_optimizer's: the same ratio, the learning rate outside; tensors of at most one dimension
+      are stepped by plain SGD without decay.
+
+    Shapes and dtypes:
+        As :class:`SGD`.
+
+    Args:
+        params: parameters, a list of group dicts, or ``named_parameters()``.
+        lr: learning rate :math:`\gamma \ge 0`; a number or a one-element Tensor.
+        momentum: :math:`\mu \ge 0`. Default 0.9.
+        weight_decay: :math:`\lambda \ge 0`. Default 0.
+        variant: one of the above. Default ``"timm"``.
+        trust_coefficient: :math:`\eta > 0`. Default 0.001.
+        eps: :math:`\epsilon \ge 0`. Default None: 1e-8 for ``"timm"``, 0 for the others.
+        nesterov: look ahead; takes momentum and no dampening.
+        dampening: as :class:`SGD`'s. Default 0.
+        trust_clip, always_adapt: see ``"timm"``.
+        exclude: what has no trust ratio, usually biases and norms: a callable ``(name, param) -> bool`` or a sequence
+            of name patterns; for no decay too, see ``weight_decay_scale``.
+        maximize: ascend instead of descend.
+        capturable: for capture into a CUDA graph; without effect on CPU tensors.
+        backend: ``"cuda"``, ``"triton"``, ``"cpu"`` or ``"eager"``; default None: what the environment variable
+            ``FUSED_OPTIM_BACKEND`` names, otherwise the best there is for each device.
+        lr_scale, weight_decay_scale: factors of ``lr`` and of ``weight_decay`` per parameter, at no launch and no
+            param group: a callable ``(name, param) -> float`` (names take ``named_parameters()``), a mapping by
+            parameter or by name pattern (first match wins, unmatched 1.0), or a sequence in the order of the
+            parameters. Default None: 1.0.
+        grad_clip: :class:`ClipGradByNorm` (``"timm"`` only) or :class:`ClipGradByValue`; a global norm is refused,
+            since the ratio undoes what it does. Default None.
+        master_weights: ``"float32"``: a float32 master of each 16-bit parameter in the state (``master_param``);
+            ``"split"``: the 16 bits that a bfloat16 parameter lacks of it (``param_remainder``, int16), the same run
+            bit for bit. Default None: none.
+        state_dtype: dtype of the element states of bfloat16 and float16 parameters, such as ``torch.float32``; default
+            None: the parameter's.
+
+    Raises:
+        ValueError: ``lr``, ``momentum`` or ``weight_decay`` negative; an unknown variant; options that contradict each
+            other; an unknown ``backend``.
+
+    Example:
+        >>> import torch
+        >>> import fused_optim
+        >>> model = torch.nn.Linear(2, 1)
+        >>> optimizer = fused_optim.LARS(model.named_parameters(), lr=0.1, weight_decay=1e-4, exclude=["bias"])
+        >>> model(torch.ones(4, 2)).sum().backward()
+        >>> optimizer.step()
+        >>> optimizer.last_norms.names
+        ("'weight' (param_groups[0]['params'][0])", "'bias' (param_groups[0]['params'][1])")
+
+    References:
+        You, Gitman and Ginsburg, `Large Batch Training of Convolutional Networks <https://arxiv.org/abs/1708.03888>`_,
+        2017.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor,
+        momentum: float = 0.9,
+        weight_decay: float = 0,
+        *,
+        variant: str = "timm",
+        trust_coefficient: float = 0.001,
+        eps: float | None = None,
+        nesterov: bool = False,
+        dampening: float = 0,
+        trust_clip: bool = False,
+        always_adapt: bool = False,
+        exclude: Exclude | None = None,
+        maximize: bool = False,
+        capturable: bool = False,
+        backend: str | None = None,
+        lr_scale: Scale | None = None,
+        weight_decay_scale: Scale | None = None,
+        grad_clip: GradClip | None = None,
+        master_weights: str | None = None,
+        state_dtype: torch.dtype | None = None,
+    ) -> None:
+        if variant not in VARIANTS:
+            raise ValueError(f"variant={variant!r} is none of LARS's: {', '.join(VARIANTS)}")
+        if variant != "timm" and (trust_clip or always_adapt):
+            raise ValueError(f"trust_clip and always_adapt are options of the variant 'timm', not of {variant!r}")
+        if nesterov and (momentum <= 0 or dampening != 0):
+            raise ValueError("Nesterov momentum requires a momentum and zero dampening")
+        refuse_clip("LARS", grad_clip, decay_in_norm=variant != "timm")
+        eps = (1e-8 if variant == "timm" else 0.0) if eps is None else eps
+        check_arguments(lr=lr, momentum=momentum, weight_decay=weight_decay, eps=eps)
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "dampening": dampening,
+            "weight_decay": weight_decay,
+            "nesterov": nesterov,
+            "variant": variant,
+            "trust_coefficient": trust_coefficient,
+            "eps": eps,
+            "trust_clip": trust_clip,
+            "always_adapt": always_adapt,
+            "maximize": maximize,
+            "capturable": capturable,
+            "differentiable": False,
+        }
+        super().__init__(
+            params,
+            defaults,
+            exclude=exclude,
+            backend=backend,
+            lr_scale=lr_scale,
+            weight_decay_scale=weight_decay_scale,
+            grad_clip=grad_clip,
+            master_weights=master_weights,
+            state_dtype=state_dtype,
+        )
+
+    def trust_ratio(self, group: dict[str, Any]) -> TrustRatio | None:
+        timm = group["variant"] == "timm"
+        return TrustRatio(
+            float(group["trust_coefficient"]),
+            float(group["eps"]),
+            clip=bool(group["trust_clip"]),
+            zero_norm=ONE if group["variant"] == "optax" else RATIO_ONE,
+            weight_decay=IN_RATIO if timm else IN_NORM,
+            always=bool(group["always_adapt"]) or not timm,
+        )
+
+    def exempt(self, group: dict[str, Any], param: Tensor) -> bool:
+        return bool(group["variant"] == "kozistr" and param.ndim <= 1)
+
+
+def refuse_clip(what: str, grad_clip: GradClip | None, *, decay_in_norm: bool) -> None:
+    """Refuse a clip that a trust ratio undoes, or whose factor comes too late for it.
+
+    Raises:
+        ValueError: a global norm; a clip by norm where the ratio is that of gradient and decay together.
+    """
+    if isinstance(grad_clip, ClipGradByGlobalNorm):
+        raise ValueError(f"{what} and gradient norm clipping should not be used together: its ratio undoes the clip's")
+    if isinstance(grad_clip, ClipGradByNorm) and decay_in_norm:
+        raise ValueError(
+            f"{what} takes the norm of gradient and weight decay together here, which ClipGradByNorm would have to "
+            "know before; clip by value, or not at all"
+        )

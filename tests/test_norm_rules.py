@@ -1,0 +1,748 @@
+"""Rules with per-tensor norms, and those beside AdamW: golden data, float64, corner cases, what contradicts itself."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import pickle
+import re
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from cases import (
+    GOLDEN,
+    assert_same_bits,
+    device_of,
+    each_backend,
+    each_implementation,
+    new_params,
+    snapshot,
+    train,
+)
+from torch import Tensor
+from torch.nn import Parameter
+
+import fused_optim
+from fused_optim import LAMB, LARC, LARS, SGD, Lion, NovoGrad
+
+Make = Callable[..., torch.optim.Optimizer]
+
+
+def larc_openseq2seq(params: Any, lr: float, *, backend: str, larc: dict[str, Any], momentum: float = 0.0) -> LARC:
+    return LARC(
+        SGD(params, lr, momentum, backend=backend),
+        larc["larc_eta"],
+        larc.get("larc_mode", "clip"),
+        variant="openseq2seq",
+    )
+
+
+def larc_apex(params: Any, lr: float, *, backend: str, larc: dict[str, Any], sgd: dict[str, Any]) -> LARC:
+    options = {key: value for key, value in sgd.items() if key != "lr"}
+    mode = "clip" if larc["clip"] else "scale"
+    return LARC(SGD(params, lr, backend=backend, **options), larc["trust_coefficient"], mode, variant="apex")
+
+
+def novograd(variant: str) -> Make:
+    def make(params: Any, lr: float, *, backend: str, **hyper: Any) -> NovoGrad:
+        for name in ("larc", "b1", "b2", "beta1", "beta2", "epsilon"):
+            value = hyper.pop(name, None)
+            if name == "epsilon" and value is not None:
+                hyper["eps"] = value
+            if name in ("b1", "beta1") and value is not None:
+                hyper["betas"] = (value, hyper.pop("beta2", hyper.pop("b2", None)))
+        return NovoGrad(params, lr, backend=backend, variant=variant, **hyper)
+
+    return make
+
+
+def lars(variant: str) -> Make:
+    def make(params: Any, lr: float, *, backend: str, **hyper: Any) -> LARS:
+        if "trust_coeff" in hyper:
+            hyper["trust_coefficient"] = hyper.pop("trust_coeff")
+        return LARS(params, lr, backend=backend, variant=variant, **hyper)
+
+    return make
+
+
+GOLDEN_CASES: dict[str, tuple[Make, float]] = {
+    "larc_apex_sgd_clip_float64": (larc_apex, 1e-9),
+    "larc_apex_sgd_clip_wd_float64": (larc_apex, 1e-9),
+    "larc_apex_sgd_scale_float64": (larc_apex, 1e-9),
+    "larc_openseq2seq_momentum_clip_float32": (larc_openseq2seq, 2e-6),
+    "larc_openseq2seq_momentum_scale_float32": (larc_openseq2seq, 2e-6),
+    "larc_openseq2seq_sgd_clip_float32": (larc_openseq2seq, 2e-6),
+    "lars_optax_default_float64": (lars("optax"), 1e-9),
+    "lars_timm_lars_float64": (lars("timm"), 1e-9),
+    "novograd_apexref_doc_float64": (novograd("timm"), 1e-9),
+    "novograd_kozistr_doc_float64": (novograd("kozistr"), 1e-9),
+    "novograd_openseq2seq_doc_float32": (novograd("openseq2seq"), 2e-6),
+    "novograd_optax_default_float64": (novograd("optax"), 1e-9),
+    "novograd_tfa_default_float64": (novograd("tfa"), 3e-6),
+    "novograd_timm_doc_float64": (novograd("timm"), 1e-9),
+    "novograd_timm_gradavg_float64": (novograd("timm"), 1e-9),
+    "lamb_timm_default_float64": (LAMB, 1e-9),
+    "lamb_timm_plain_float64": (LAMB, 1e-9),
+    "lamb_timm_nodecay_float64": (LAMB, 1e-9),
+    "lion_kozistr_default_float64": (Lion, 1e-9),
+}
+NOT_OURS = ("lr", "learning_rate", "foreach", "weight_decouple")
+
+
+@each_implementation
+@pytest.mark.parametrize("golden", GOLDEN_CASES)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_golden_trajectory(golden: str, dtype: torch.dtype, backend: str) -> None:
+    make, tolerance = GOLDEN_CASES[golden]
+    data = np.load(GOLDEN / f"{golden}.npz")
+    hyper = {key: value for key, value in json.loads(str(data["meta"]))["hyper"].items() if key not in NOT_OURS}
+    shapes = json.loads(str(data["shapes"]))
+    sizes = [math.prod(shape) for shape in shapes]
+
+    def split(flat: np.ndarray) -> list[Tensor]:
+        pieces = torch.from_numpy(flat).to(device=device_of(backend), dtype=dtype).split(sizes)
+        return [piece.reshape(shape).clone() for piece, shape in zip(pieces, shapes, strict=True)]
+
+    named = [(str(name), Parameter(value)) for name, value in zip(data["names"], split(data["p0"]), strict=True)]
+    optimizer = make(named, float(data["lr"][0]), backend=backend, **hyper)
+    for lr, grads, expected in zip(data["lr"], data["g"], data["p"], strict=True):
+        optimizer.param_groups[0]["lr"] = float(lr)
+        for (_, param), grad in zip(named, split(grads), strict=True):
+            param.grad = grad
+        optimizer.step()
+        result = torch.cat([param.detach().flatten() for _, param in named]).cpu().to(torch.float64).numpy()
+        error = np.abs(result - expected) / np.maximum(1, np.abs(expected))
+        # Float32 has its own error beside that of an oracle whose hyperparameters are float32.
+        assert error.max() <= tolerance + (2e-6 if dtype == torch.float32 and tolerance != 2e-6 else 0)
+
+
+def test_every_golden_file_is_held() -> None:
+    prefixes = ("larc", "lars", "novograd", "lamb", "lion")
+    files = {path.stem for path in GOLDEN.glob("*.npz") if path.stem.startswith(prefixes)}
+    assert files == set(GOLDEN_CASES)
+
+
+# Backends agree, and both with float64 ----------------------------------------------------------------------------
+
+RULES: dict[str, Callable[..., torch.optim.Optimizer]] = (
+    {
+        "sgd": lambda p, **o: SGD(p, 0.1, weight_decay=0.1, **o),
+        "sgd nesterov": lambda p, **o: SGD(p, 0.1, 0.9, weight_decay=0.1, nesterov=True, **o),
+        "sgd dampening": lambda p, **o: SGD(p, 0.1, 0.9, 0.5, 0.1, maximize=True, **o),
+        "lion": lambda p, **o: Lion(p, 1e-2, weight_decay=0.1, **o),
+        "lars timm": lambda p, **o: LARS(p, 1.0, weight_decay=0.1, trust_coefficient=0.01, **o),
+        "lars clip": lambda p, **o: LARS(p, 0.01, trust_clip=True, always_adapt=True, nesterov=True, **o),
+        "lars optax": lambda p, **o: LARS(p, 1.0, weight_decay=0.1, variant="optax", trust_coefficient=0.01, **o),
+        "lars kozistr": lambda p, **o: LARS(p, 1.0, weight_decay=0.1, variant="kozistr", trust_coefficient=0.01, **o),
+        "larc sgd": lambda p, **o: LARC(SGD(p, 0.1, 0.9, weight_decay=0.1, **o), eta=0.02),
+        "larc adamw": lambda p, **o: LARC(
+            fused_optim.AdamW(p, 0.01, **o), mode="scale", eta=0.1, variant="openseq2seq"
+        ),
+        "larc apex": lambda p, **o: LARC(SGD(p, 0.1, 0.9, weight_decay=0.1, **o), variant="apex"),
+        "larc apex adamw": lambda p, **o: LARC(fused_optim.AdamW(p, 0.01, weight_decay=0.1, **o), variant="apex"),
+        "larc apex novograd": lambda p, **o: LARC(
+            NovoGrad(p, 0.01, weight_decay=0.1, **o), variant="apex", mode="scale"
+        ),
+        "lamb": lambda p, **o: LAMB(p, 0.01, weight_decay=0.1, **o),
+        "lamb paper": lambda p, **o: LAMB(p, 0.01, variant="paper", trust_clip=True, bias_correction=False, **o),
+    }
+    | {
+        f"novograd {variant}": lambda p, variant=variant, **o: NovoGrad(p, 0.01, weight_decay=0.1, variant=variant, **o)
+        for variant in ("paper", "openseq2seq", "apex", "timm", "kozistr", "optax", "tfa")
+    }
+    | {
+        "novograd amsgrad": lambda p, **o: NovoGrad(p, 0.01, weight_decay=0.1, amsgrad=True, grad_averaging=True, **o),
+        "novograd zero": lambda p, **o: NovoGrad(p, 0.01, init_zero=True, **o),
+        "novograd apex inside": lambda p, **o: NovoGrad(
+            p, 0.01, weight_decay=0.1, variant="apex", reg_inside_moment=True, norm_type=0, **o
+        ),
+        "novograd kozistr fixed": lambda p, **o: NovoGrad(
+            p,
+            0.01,
+            weight_decay=0.1,
+            variant="kozistr",
+            weight_decouple=True,
+            fixed_decay=True,
+            bias_correction=True,
+            **o,
+        ),
+        "novograd timm decoupled": lambda p, **o: NovoGrad(
+            p, 0.01, weight_decay=0.1, variant="timm", decoupled_decay=True, maximize=True, **o
+        ),
+        "novograd optax root": lambda p, **o: NovoGrad(p, 0.01, variant="optax", eps_root=1e-3, **o),
+    }
+)
+SIZES = ((), (0,), (1,), (3, 5), (513,), (64, 65), (300, 500))
+each_rule = pytest.mark.parametrize("rule", RULES)
+
+
+def trained(rule: str, dtype: torch.dtype, backend: str, steps: int = 4, **options: Any) -> list[dict[str, Tensor]]:
+    params = new_params(dtype, SIZES, device_of(backend))
+    optimizer = RULES[rule](params, backend=backend, **options)
+    train(optimizer, params, steps)
+    return snapshot(optimizer)
+
+
+def assert_close(one: dict[str, Tensor], other: dict[str, Tensor], scale: float) -> None:
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        expected = other[name].to(torch.float64)
+        size = expected.abs().max() if expected.numel() else 0
+        assert torch.allclose(value.to(torch.float64), expected, rtol=scale, atol=float(size) * scale), name
+
+
+@each_rule
+@each_backend
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_backend_agrees_with_the_witness(rule: str, dtype: torch.dtype, backend: str, all_native: None) -> None:
+    exact = rule.startswith(("sgd", "lion"))
+    scale = {torch.float32: 2e-6, torch.float64: 1e-13, torch.bfloat16: 2e-2, torch.float16: 4e-3}[dtype]
+    ours = trained(rule, dtype, backend)
+    for one, other in zip(ours, trained(rule, dtype, "eager"), strict=True):
+        one, other = ({name: value.cpu() for name, value in state.items()} for state in (one, other))
+        if exact:
+            for name in other:
+                assert_same_bits(one[name], other[name], name)
+        else:
+            assert_close(one, other, scale)
+
+
+@each_rule
+@each_implementation
+def test_float32_follows_float64(rule: str, backend: str) -> None:
+    """One step from the same numbers: Lion's sign and a zero's neighbourhood apart, rounding is all that differs."""
+    narrow, wide = (trained(rule, dtype, backend, steps=1) for dtype in (torch.float32, torch.float64))
+    for one, other in zip(narrow, wide, strict=True):
+        assert_close(one, other, 2e-6)
+
+
+@each_rule
+@each_implementation
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_same_bits_for_any_number_of_threads(rule: str, backend: str, threads: int) -> None:
+    before = torch.get_num_threads()
+    expected = trained(rule, torch.float32, backend)
+    try:
+        torch.set_num_threads(threads)
+        for one, other in zip(trained(rule, torch.float32, backend), expected, strict=True):
+            for name in other:
+                assert_same_bits(one[name], other[name], name)
+    finally:
+        torch.set_num_threads(before)
+
+
+# Corner cases, one by one -----------------------------------------------------------------------------------------
+
+
+def stepped(make: Make, param: Any, *grads: Any, backend: str, **options: Any) -> tuple[Tensor, torch.optim.Optimizer]:
+    """One parameter after a step for each gradient; None: a step without."""
+    tensor = Parameter(torch.tensor(param, dtype=torch.float64, device=device_of(backend)))
+    optimizer = make([tensor], backend=backend, **options)
+    for grad in grads:
+        tensor.grad = None if grad is None else torch.tensor(grad, dtype=torch.float64, device=tensor.device)
+        optimizer.step()
+    return tensor.detach().cpu(), optimizer
+
+
+def close(tensor: Tensor, expected: list[float]) -> bool:
+    return torch.allclose(tensor, torch.tensor(expected, dtype=torch.float64), rtol=1e-12, atol=0, equal_nan=True)
+
+
+def larc(variant: str | None, mode: str = "clip", lr: float = 0.1, **sgd: Any) -> Make:
+    return lambda params, backend: LARC(SGD(params, lr, backend=backend, **sgd), 0.02, mode, variant=variant)
+
+
+@each_implementation
+@pytest.mark.parametrize(
+    ("make", "param", "grad", "expected"),
+    [
+        # |p| = 0: OpenSeq2Seq freezes, apex and the default step unscaled.
+        (larc("openseq2seq"), [0.0, 0.0], [3.0, 4.0], [-3e-8, -4e-8]),
+        (larc("apex", weight_decay=0.5), [0.0, 0.0], [3.0, 4.0], [-0.3, -0.4]),
+        (larc(None), [0.0, 0.0], [3.0, 4.0], [-0.3, -0.4]),
+        # |g| = 0: apex does not decay, the others do.
+        (larc("apex", weight_decay=0.5), [3.0, 4.0], [0.0, 0.0], [3.0, 4.0]),
+        (larc(None, weight_decay=0.5), [3.0, 4.0], [0.0, 0.0], [3.0 * 0.95, 4.0 * 0.95]),
+        (larc("openseq2seq", weight_decay=0.5), [3.0, 4.0], [0.0, 0.0], [3.0 * 0.95, 4.0 * 0.95]),
+        # NaN: the whole tensor.
+        (larc("openseq2seq"), [3.0, 4.0], [math.nan, 1.0], [math.nan, math.nan]),
+        (larc("apex"), [3.0, 4.0], [math.nan, 1.0], [math.nan, math.nan]),
+        (larc(None), [3.0, 4.0], [math.nan, 1.0], [math.nan, math.nan]),
+        # Inf: the factor is the floor, or 0, and then the infinite element is NaN.
+        (larc("openseq2seq"), [3.0, 4.0], [math.inf, 1.0], [-math.inf, 4.0 - 1e-8]),
+        (larc("apex"), [3.0, 4.0], [math.inf, 1.0], [math.nan, 4.0]),
+        # lr = 0.
+        (larc("openseq2seq", lr=0.0), [3.0, 4.0], [1.0, 1.0], [3.0, 4.0]),
+        (larc("openseq2seq", lr=0.0), [0.0, 0.0], [1.0, 1.0], [math.nan, math.nan]),
+        # LARS: timm's ratio is 1 where a norm is zero or NaN, with the decay kept; without decay it is plain SGD.
+        (lambda p, backend: LARS(p, 0.1, 0.0, 0.5, backend=backend), [3.0, 4.0], [0.0, 0.0], [2.85, 3.8]),
+        (lambda p, backend: LARS(p, 0.1, 0.0, 0.5, backend=backend), [0.0, 0.0], [3.0, 4.0], [-0.3, -0.4]),
+        (lambda p, backend: LARS(p, 0.1, 0.0, backend=backend), [3.0, 4.0], [3.0, 4.0], [2.7, 3.6]),
+        (lambda p, backend: LARS(p, 0.1, 0.0, 0.5, backend=backend), [2.0, 4.0], [math.nan, 1.0], [math.nan, 3.7]),
+        # timm clips the ratio of 1 too: at lr = 4 it is 0.25.
+        (
+            lambda p, backend: LARS(p, 4.0, 0.0, always_adapt=True, trust_clip=True, backend=backend),
+            [0.0, 0.0],
+            [3.0, 4.0],
+            [-3.0, -4.0],
+        ),
+        # kozistr: one dimension is plain SGD without decay.
+        (
+            lambda p, backend: LARS(p, 0.1, 0.0, 0.5, variant="kozistr", backend=backend),
+            [3.0, 4.0],
+            [3.0, 4.0],
+            [2.7, 3.6],
+        ),
+        # LAMB: a ratio of 1 where the parameter is zero.
+        (
+            lambda p, backend: LAMB(p, 0.1, (0.0, 0.0), 0.0, max_grad_norm=None, backend=backend),
+            [0.0, 0.0],
+            [3.0, -4.0],
+            [-0.1, 0.1],
+        ),
+        # NovoGrad: a zero first gradient; eps = 0 makes it 0/0.
+        (lambda p, backend: NovoGrad(p, 0.1, backend=backend), [3.0, 4.0], [0.0, 0.0], [3.0, 4.0]),
+        (lambda p, backend: NovoGrad(p, 0.1, eps=0.0, backend=backend), [3.0, 4.0], [0.0, 0.0], [math.nan, math.nan]),
+        (lambda p, backend: NovoGrad(p, 0.1, backend=backend), [3.0, 4.0], [math.nan, 1.0], [math.nan, math.nan]),
+        (lambda p, backend: NovoGrad(p, 0.1, backend=backend), [3.0, 4.0], [math.inf, 1.0], [math.nan, 4.0]),
+        # Lion: the sign of a NaN is 0, as torch's.
+        (lambda p, backend: Lion(p, 0.1, backend=backend), [3.0, 4.0], [math.nan, 1.0], [3.0, 3.9]),
+    ],
+)
+def test_corner(make: Make, param: list[float], grad: list[float], expected: list[float], backend: str) -> None:
+    result, _ = stepped(make, param, grad, backend=backend)
+    assert close(result, expected), result
+
+
+@each_implementation
+@pytest.mark.parametrize(
+    ("variant", "expected"),
+    # After a zero first gradient: v starts anew at the second (timm), or is an average with its zero.
+    [("timm", 25.0), ("paper", 0.02 * 25), ("kozistr", 0.02 * 25), ("openseq2seq", 25.0), ("optax", 0.75 * 25)],
+)
+def test_second_moment_after_a_zero_gradient(variant: str, expected: float, backend: str) -> None:
+    _, optimizer = stepped(NovoGrad, [1.0, 1.0], [0.0, 0.0], [3.0, 4.0], variant=variant, backend=backend)
+    (state,) = optimizer.state.values()
+    assert state["exp_avg_sq"].item() == pytest.approx(expected, rel=1e-12)
+    assert state["exp_avg_sq"].dtype == torch.float64
+    assert state["exp_avg_sq"].shape == ()
+
+
+@each_implementation
+def test_second_moment_stays_infinite_but_no_nan(backend: str) -> None:
+    result, optimizer = stepped(NovoGrad, [3.0, 4.0], [1.0, 1.0], [3e300, 1e300], [1.0, 1.0], backend=backend)
+    (state,) = optimizer.state.values()
+    assert state["exp_avg_sq"].item() == math.inf
+    assert result.isfinite().all()
+
+
+@each_implementation
+@pytest.mark.parametrize("kind", [NovoGrad, SGD])
+def test_infinite_gradient_under_grad_scaler_changes_nothing(kind: Any, backend: str) -> None:
+    options = {"momentum": 0.9, "dampening": 0.5} if kind is SGD else {}
+    param = Parameter(torch.tensor([3.0, 4.0], device=device_of(backend)))
+    optimizer = LARC(kind([param], 0.1, backend=backend, **options))
+    scaler = torch.amp.GradScaler(param.device.type, init_scale=4.0)
+    for grad in ([math.inf, 1.0], [4.0, 8.0], [8.0, 4.0]):
+        scaler.scale(torch.zeros((), device=param.device))  # makes the scale tensor
+        param.grad = torch.tensor(grad, device=param.device) * scaler.get_scale() / 4.0
+        scaler.step(optimizer)
+        scaler.update()
+    expected = Parameter(torch.tensor([3.0, 4.0], device=param.device))
+    plain = LARC(kind([expected], 0.1, backend=backend, **options))
+    for grad in ([1.0, 2.0], [2.0, 1.0]):
+        expected.grad = torch.tensor(grad, device=param.device)
+        plain.step()
+    assert_same_bits(param, expected)
+    assert optimizer.state[param]["step"].item() == 2
+    assert not hasattr(optimizer.optimizer, "found_inf")
+
+
+@each_rule
+@each_implementation
+def test_parameter_without_gradient_is_left_alone(rule: str, backend: str) -> None:
+    params = new_params(torch.float32, [(3,), (4, 2)], device_of(backend))
+    before = [param.detach().clone() for param in params]
+    optimizer = RULES[rule](params, backend=backend)
+    train(optimizer, params[:1], 3)
+    assert_same_bits(params[1], before[1])
+    assert not optimizer.state[params[1]]
+    late = RULES[rule](alone := [Parameter(before[1].clone())], backend=backend)
+    for step in range(3):
+        params[1].grad, params[0].grad = (torch.full_like(before[1], 1.5 - step), None)
+        alone[0].grad = params[1].grad.clone()
+        optimizer.step()
+        late.step()
+    assert_same_bits(params[1], alone[0])
+
+
+# LARC around others, and what it is to schedulers, scalers, checkpoints -------------------------------------------
+
+
+@pytest.mark.parametrize("variant", [None, "openseq2seq", "apex"])
+@pytest.mark.parametrize("mode", ["clip", "scale"])
+@pytest.mark.parametrize(
+    ("inner", "ours"),
+    [
+        (
+            lambda p: torch.optim.SGD(p, 0.1, 0.9, weight_decay=0.1),
+            lambda p: SGD(p, 0.1, 0.9, weight_decay=0.1, backend="eager"),
+        ),
+        (
+            lambda p: torch.optim.AdamW(p, 0.1, weight_decay=0.1),
+            lambda p: fused_optim.AdamW(p, 0.1, weight_decay=0.1, backend="eager"),
+        ),
+    ],
+)
+def test_larc_around_torchs_optimizer(inner: Any, ours: Any, mode: str, variant: str | None) -> None:
+    torchs, mine = (
+        [(name, Parameter(torch.full((3,), 0.5 + i, dtype=torch.float64))) for i, name in enumerate(("weight", "bias"))]
+        for _ in range(2)
+    )
+    optimizers = [
+        LARC(make(params), mode=mode, variant=variant, exclude=[] if variant == "apex" else ["bias"])
+        for make, params in ((inner, torchs), (ours, mine))
+    ]
+    for step in range(4):
+        grads = [torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64) * (step + 1)] * 2
+        for params in (torchs, mine):
+            for (_, param), grad in zip(params, grads):
+                param.grad = grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+        for (_, param), grad in zip(torchs, grads):
+            assert_same_bits(param.grad, grad)
+    for (_, one), (_, other) in zip(torchs, mine):
+        assert torch.allclose(one, other, rtol=1e-12, atol=0)
+    assert optimizers[0].param_groups[0]["weight_decay"] == 0.1
+
+
+def test_larc_puts_gradients_back_when_the_inner_step_raises() -> None:
+    class Broken(torch.optim.SGD):
+        def step(self, closure: Any = None) -> None:
+            raise RuntimeError("broken")
+
+    param = Parameter(torch.ones(2))
+    param.grad = grad = torch.ones(2)
+    optimizer = LARC(Broken([param], 0.1, weight_decay=0.5), variant="apex")
+    with pytest.raises(RuntimeError, match="broken"):
+        optimizer.step()
+    assert param.grad is grad
+    assert optimizer.param_groups[0]["weight_decay"] == 0.5
+
+
+def test_larc_writes_no_gradient() -> None:
+    param = Parameter(torch.ones(2))
+    param.grad = torch.ones(2)
+    version = param.grad._version
+    LARC(SGD([param], 0.1)).step()
+    assert param.grad._version == version
+
+
+def test_larc_is_an_optimizer_to_others() -> None:
+    params = new_params(shapes=[(3, 2), (4,)])
+    optimizer = LARC(SGD(params, 0.1, 0.9))
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
+    calls: list[str] = []
+    optimizer.register_step_post_hook(lambda *_: calls.append("post"))
+    train(optimizer, params, 2)
+    scheduler.step()
+    assert optimizer.optimizer.param_groups[0]["lr"] == 0.05
+    assert calls == ["post", "post"]
+    assert optimizer.state is optimizer.optimizer.state
+    optimizer.zero_grad()
+    assert params[0].grad is None
+    optimizer.add_param_group({"params": [Parameter(torch.ones(2))]})
+    assert len(optimizer.param_groups) == 2
+    assert "LARC" in repr(optimizer)
+
+
+@pytest.mark.parametrize("clone", [copy.deepcopy, lambda optimizer: pickle.loads(pickle.dumps(optimizer))])
+@pytest.mark.parametrize("inner", [SGD, torch.optim.SGD])
+def test_copies_of_larc_step_alike(clone: Callable[[LARC], LARC], inner: Any) -> None:
+    params = new_params(torch.float64, [(3, 2), (4,)])
+    optimizer = LARC(inner(params, 0.1, 0.9), mode="scale")
+    train(optimizer, params, 2)
+    other = clone(optimizer)
+    others = other.param_groups[0]["params"]
+    train(optimizer, params, 2, first=2)
+    train(other, others, 2, first=2)
+    for one, two in zip(params, others):
+        assert_same_bits(one, two)
+
+
+@each_implementation
+def test_torchs_sgd_checkpoint_continues_in_larc(backend: str) -> None:
+    """And back: the checkpoint is that of SGD alone."""
+    params = new_params(torch.float64, [(3, 2)], device_of(backend))
+    theirs = torch.optim.SGD(params, 0.1, 0.9, dampening=0.5)
+    train(theirs, params, 2)
+    mine = [Parameter(param.detach().clone()) for param in params]
+    optimizer = LARC(SGD(mine, 0.5, 0.1, backend=backend), 1e9)  # a factor of 1
+    optimizer.load_state_dict(theirs.state_dict())
+    train(theirs, params, 2, first=2)
+    train(optimizer, mine, 2, first=2)
+    assert torch.allclose(params[0], mine[0], rtol=1e-12)
+    again = [Parameter(param.detach().clone()) for param in mine]
+    back = torch.optim.SGD(again, 0.1)
+    back.load_state_dict(optimizer.state_dict())
+    train(back, again, 1, first=4)
+    train(theirs, params, 1, first=4)
+    assert torch.allclose(params[0], again[0], rtol=1e-12)
+
+
+# Other checkpoints, options, norms --------------------------------------------------------------------------------
+
+
+@each_implementation
+def test_timms_novograd_checkpoint_continues(backend: str) -> None:
+    golden = np.load(GOLDEN / "novograd_timm_doc_float64.npz")
+    shapes = json.loads(str(golden["shapes"]))
+    sizes = [math.prod(shape) for shape in shapes]
+
+    def split(flat: np.ndarray) -> list[Tensor]:
+        pieces = torch.from_numpy(flat).to(device_of(backend)).split(sizes)
+        return [piece.reshape(shape).clone() for piece, shape in zip(pieces, shapes)]
+
+    params = [Parameter(value) for value in split(golden["p0"])]
+    timm_group = {"lr": 0.01, "betas": (0.95, 0.98), "eps": 1e-8, "weight_decay": 1e-3, "grad_averaging": False}
+    states = {
+        i: {"step": 0, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros([])} for i, p in enumerate(params)
+    }
+    optimizer = NovoGrad(params, variant="timm", backend=backend)
+    keys = list(range(len(params)))
+    optimizer.load_state_dict({"state": states, "param_groups": [{**timm_group, "amsgrad": False, "params": keys}]})
+    for grads in golden["g"]:
+        for param, grad in zip(params, split(grads)):
+            param.grad = grad
+        optimizer.step()
+    expected = golden["p"][-1]
+    result = torch.cat([param.detach().flatten() for param in params]).cpu().numpy()
+    assert np.abs(result - expected).max() <= 1e-9
+
+
+def test_apexs_novograd_checkpoint_is_refused_with_a_remedy() -> None:
+    param = Parameter(torch.ones(2))
+    optimizer = NovoGrad([param], variant="apex")
+    group = {"lr": 0.1, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0, "params": [0]}
+    group["exp_avg_sq"] = [torch.zeros(0), torch.ones(1)]
+    with pytest.raises(ValueError, match=r"apex's FusedNovoGrad.*norm \*\* 2"):
+        optimizer.load_state_dict({"state": {0: {"exp_avg": torch.zeros(2)}}, "param_groups": [group]})
+    assert not optimizer.state
+
+
+@each_implementation
+def test_regrouped_novograd_goes_on_with_the_same_bits(backend: str) -> None:
+    params = new_params(shapes=[(3, 2), (4,)], device=device_of(backend))
+    optimizer = NovoGrad(params, 0.01, backend=backend)
+    train(optimizer, params, 2)
+    others = [Parameter(param.detach().clone()) for param in params]
+    regrouped = NovoGrad([{"params": [other]} for other in others], 0.01, backend=backend)
+    saved = optimizer.state_dict()
+    group = saved["param_groups"][0]
+    saved["param_groups"] = [{**group, "params": [0]}, {**group, "params": [1]}]
+    regrouped.load_state_dict(saved)
+    train(optimizer, params, 2, first=2)
+    train(regrouped, others, 2, first=2)
+    for one, other in zip(params, others):
+        assert_same_bits(one, other)
+
+
+@each_implementation
+def test_last_norms(backend: str) -> None:
+    named = [
+        (name, param) for name, param in zip("abc", new_params(shapes=[(3, 2), (4,), (2,)], device=device_of(backend)))
+    ]
+    optimizer = LARC(SGD(named, 0.1, backend=backend), exclude=["b"])
+    assert optimizer.last_norms is None
+    named[0][1].grad = torch.full((3, 2), 2.0, device=device_of(backend))
+    named[1][1].grad = torch.full((4,), 3.0, device=device_of(backend))
+    before = named[0][1].detach().clone()
+    optimizer.step()
+    norms = optimizer.last_norms
+    assert [name.split("'")[1] for name in norms.names] == ["a", "b"]
+    assert norms.grad_norm.cpu().tolist() == pytest.approx([math.sqrt(24), 6.0])
+    assert norms.param_norm[0].item() == pytest.approx(before.norm().item())
+    assert norms.trust_ratio[1].item() == 1.0
+    assert norms.trust_ratio[0].item() == pytest.approx(0.002 * before.norm().item() / (0.1 * math.sqrt(24)), rel=1e-5)
+    assert fused_optim.AdamW([named[0][1]], backend=backend).last_norms is None
+
+
+@each_implementation
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_norm_is_accurate(dtype: torch.dtype, backend: str) -> None:
+    param = Parameter(torch.ones(3_000_000, dtype=dtype, device=device_of(backend)))
+    optimizer = NovoGrad([param], backend=backend)
+    param.grad = (torch.arange(3_000_000, device=param.device) % 1000 / 1000 + 0.1).to(dtype)
+    expected = param.grad.to(torch.float64).norm().item()
+    optimizer.step()
+    assert optimizer.last_norms.grad_norm.item() == pytest.approx(expected, rel=1e-6)
+
+
+@each_implementation
+@pytest.mark.parametrize("value", [6e4, 6e-8])
+def test_norm_of_float16_near_its_limits(value: float, backend: str) -> None:
+    param = Parameter(torch.ones(5000, dtype=torch.float16, device=device_of(backend)))
+    optimizer = NovoGrad([param], backend=backend)
+    param.grad = torch.full_like(param, value)
+    optimizer.step()
+    expected = param.grad.to(torch.float64).norm().item()
+    assert optimizer.last_norms.grad_norm.item() == pytest.approx(expected, rel=1e-6)
+    assert optimizer.state[param]["exp_avg_sq"].dtype == torch.float32
+
+
+@each_rule
+@each_implementation
+def test_scales_are_groups_without_the_groups(rule: str, backend: str) -> None:
+    """lr_scale and weight_decay_scale are what two groups with their own lr and weight_decay would be."""
+    one, two = (new_params(torch.float64, [(3, 2), (4, 3)], device_of(backend)) for _ in range(2))
+    scaled = RULES[rule](one, backend=backend, lr_scale=[1.0, 0.5], weight_decay_scale=[1.0, 3.0])
+    grouped = RULES[rule]([{"params": [param]} for param in two], backend=backend)
+    group = grouped.param_groups[1]
+    group["lr"], group["weight_decay"] = group["lr"] * 0.5, group["weight_decay"] * 3.0
+    train(scaled, one, 3)
+    train(grouped, two, 3)
+    for a, b in zip(one, two):
+        assert torch.allclose(a, b, rtol=1e-12, atol=1e-15)
+
+
+@each_rule
+@each_implementation
+@pytest.mark.parametrize("clip", [fused_optim.ClipGradByNorm(0.5), fused_optim.ClipGradByValue(0.01, -0.02)])
+def test_clipped_inside_is_clipped_before(rule: str, clip: Any, backend: str) -> None:
+    if rule in ("lars optax", "lars kozistr", "larc apex novograd") and isinstance(clip, fused_optim.ClipGradByNorm):
+        return  # refused, see below
+    if rule == "lamb":
+        make: Any = lambda p, **o: LAMB(p, 0.01, weight_decay=0.1, max_grad_norm=None, **o)  # noqa: E731
+    else:
+        make = RULES[rule]
+    one, two = (new_params(torch.float64, [(3, 2), (4, 3)], device_of(backend)) for _ in range(2))
+    inside, before = make(one, backend=backend, grad_clip=clip), make(two, backend=backend)
+    for step in range(3):
+        for a, b in zip(one, two):
+            grad = torch.linspace(-1, 1, a.numel(), dtype=a.dtype, device=a.device).reshape(a.shape) * (step - 0.5)
+            a.grad, norm = grad, grad.norm()
+            if isinstance(clip, fused_optim.ClipGradByNorm):
+                b.grad = grad * (0.5 / norm) if norm > 0.5 else grad
+            else:
+                b.grad = grad.clamp(-0.02, 0.01)
+            if "maximize" in inside.param_groups[0] and inside.param_groups[0]["maximize"]:
+                b.grad = b.grad if isinstance(clip, fused_optim.ClipGradByNorm) else -((-grad).clamp(-0.02, 0.01))
+        inside.step()
+        before.step()
+    for a, b in zip(one, two):
+        assert torch.allclose(a, b, rtol=1e-11, atol=1e-15)
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda p: NovoGrad(p, variant="best"), "variant='best'"),
+        (lambda p: NovoGrad(p, decoupled_decay=True), "decoupled_decay=True.*'timm' has"),
+        (lambda p: NovoGrad(p, variant="apex", amsgrad=True), "no amsgrad"),
+        (lambda p: NovoGrad(p, variant="apex", norm_type=1), "norm_type=1"),
+        (lambda p: NovoGrad(p, variant="kozistr", fixed_decay=True), "weight_decouple=True"),
+        (lambda p: NovoGrad(p, lr=-1.0), "Invalid learning rate: -1.0"),
+        (lambda p: NovoGrad(p, betas=(1.0, 0.5)), "Invalid beta parameter at index 0"),
+        (lambda p: LARC(SGD(p), eta=0.0), "eta"),
+        (lambda p: LARC(SGD(p), mode="clamp"), "mode='clamp'"),
+        (lambda p: LARC(SGD(p), zero_norm="two"), "zero_norm='two'"),
+        (lambda p: LARC(SGD(p), variant="timm"), "variant='timm'"),
+        (lambda p: LARC(SGD(p), min_update=-1.0), "min_update"),
+        (lambda p: LARC(SGD(p, grad_clip=fused_optim.ClipGradByGlobalNorm(1.0))), "LARC and gradient norm clipping"),
+        (lambda p: LARC(LARC(SGD(p))), "LARC around LARC"),
+        (lambda p: LARC(LAMB(p)), "LARC around LAMB"),
+        (lambda p: LARC(NovoGrad(p, variant="apex", norm_type=0), variant="apex"), "norm_type=0"),
+        (lambda p: LARS(p, 0.1, grad_clip=fused_optim.ClipGradByGlobalNorm(1.0)), "LARS and gradient norm clipping"),
+        (lambda p: LARS(p, 0.1, variant="optax", grad_clip=fused_optim.ClipGradByNorm(1.0)), "clip by value"),
+        (lambda p: LARS(p, 0.1, variant="optax", trust_clip=True), "'timm'"),
+        (
+            lambda p: LARC(NovoGrad(p, grad_clip=fused_optim.ClipGradByNorm(1.0)), variant="apex"),
+            "clip by value",
+        ),
+        (lambda p: LARS(p, 0.1, 0.0, nesterov=True), "Nesterov momentum requires"),
+        (lambda p: LARS(p, 0.1, variant="apex"), "variant='apex'"),
+        (lambda p: LAMB(p, grad_clip=fused_optim.ClipGradByNorm(1.0)), "max_grad_norm=None"),
+        (lambda p: LAMB(p, variant="best"), "variant='best'"),
+        (lambda p: LAMB(p, max_grad_norm=0.0), "greater than 0"),
+        (lambda p: Lion(p, betas=(0.9, 1.0)), "Invalid beta parameter at index 1"),
+        (lambda p: LARS(p, 0.1, exclude=["bias"]), "has none"),
+    ],
+)
+def test_contradictions_are_refused(make: Make, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        make([Parameter(torch.ones(2))])
+
+
+@pytest.mark.parametrize("make", [lambda p: LARC(p), lambda p: LARS(p, 0.1, exclude="bias")])
+def test_wrong_kinds_are_refused(make: Make) -> None:
+    with pytest.raises(TypeError):
+        make([Parameter(torch.ones(2))])
+
+
+def test_larc_warns_where_it_does_nothing(fallbacks: list[str]) -> None:
+    LARC(NovoGrad([Parameter(torch.ones(2))], variant="openseq2seq"))
+    assert len(fallbacks) == 1
+    assert "does nothing" in fallbacks[0]
+
+
+# SGD beside torch's ---------------------------------------------------------------------------------------------------
+
+SGD_OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "decay": {"weight_decay": 0.1},
+    "momentum": {"momentum": 0.9},
+    "dampening": {"momentum": 0.9, "dampening": 0.3, "weight_decay": 0.1},
+    "nesterov": {"momentum": 0.9, "nesterov": True, "weight_decay": 0.1},
+    "maximize": {"momentum": 0.5, "maximize": True},
+    "tensor lr": {"lr": torch.tensor(0.05, dtype=torch.float64), "momentum": 0.9},
+}
+
+
+@each_implementation
+@pytest.mark.parametrize("options", SGD_OPTIONS.values(), ids=SGD_OPTIONS)
+def test_sgd_is_torchs(options: dict[str, Any], backend: str) -> None:
+    """Parameters, buffers and defaults; the second parameter gets its first gradient late."""
+    ours, theirs = (new_params(torch.float64, [(3, 5), (65,)], device_of(backend)) for _ in range(2))
+    optimizer = SGD(ours, **{"lr": 0.1, **options}, backend=backend)
+    reference = torch.optim.SGD(theirs, **{"lr": 0.1, **options}, foreach=False)
+    if "lr" not in options:
+        assert optimizer.defaults == {**reference.defaults, "foreach": None}
+        assert list(optimizer.param_groups[0]) == list(reference.param_groups[0])
+    for step in range(4):
+        for params in (ours, theirs):
+            train(optimizer if params is ours else reference, params[: 1 if step < 2 else 2], 1, first=step)
+    for one, other in zip(ours, theirs):
+        assert torch.allclose(one, other, rtol=1e-13, atol=1e-15)
+        if options.get("momentum"):
+            buffers = (o.state[p]["momentum_buffer"] for o, p in ((optimizer, one), (reference, other)))
+            assert torch.allclose(*buffers, rtol=1e-13, atol=1e-15)
+        else:
+            assert not optimizer.state[one]
+
+
+@each_backend
+def test_momentum_may_be_switched_on_and_scheduled(backend: str) -> None:
+    """As OneCycleLR does: a new number at each step, which costs no new plan."""
+    ours, theirs = (new_params(torch.float64, [(3, 5)], device_of(backend)) for _ in range(2))
+    optimizer, reference = SGD(ours, 0.1, backend=backend), torch.optim.SGD(theirs, 0.1, foreach=False)
+    plans: list[Any] = []
+    for step, momentum in enumerate((0.0, 0.9, 0.8, 0.7)):
+        for one, params in ((optimizer, ours), (reference, theirs)):
+            one.param_groups[0]["momentum"] = momentum
+            train(one, params, 1, first=step)
+        plans.append(optimizer._plan)
+    assert torch.allclose(ours[0], theirs[0], rtol=1e-13, atol=1e-15)
+    assert [plan is plans[-1] for plan in plans] == [False, True, True, True]
+
+
+def test_sgd_refuses_what_torchs_refuses() -> None:
+    for options in ({"lr": -1.0}, {"momentum": -0.5}, {"weight_decay": -0.1}, {"nesterov": True}):
+        with pytest.raises(ValueError, match=r"Invalid|Nesterov") as theirs:
+            torch.optim.SGD([Parameter(torch.ones(2))], **options)
+        with pytest.raises(ValueError, match=re.escape(str(theirs.value))):
+            SGD([Parameter(torch.ones(2))], **options)
