@@ -1,5 +1,5 @@
-// The apply phase on the device: one kernel a rule and compute type, which serves every combination of
-// storages.
+// The apply phase on the device: one kernel an element update and compute type, which serves every
+// combination of storages. Rules that differ in prepare alone share it.
 //
 // A warp updates one tile of a row. It picks the code for the row's storages once a tile, so that rows of all
 // storages share a launch; the combinations that matter have code of their own (FloatLayouts), all others go
@@ -42,12 +42,16 @@ constexpr int widest(std::initializer_list<DType> columns) {
 // The parameter as a rule sees it: itself, or its master weight beside which it is a rounded copy.
 template <class T, DType kParamType, DType kMasterType, int N>
 struct ParamColumns {
-  using Param = FixedColumn<T, typename StorageOf<kParamType>::type, N, Reuse::soon>;
+  using Storage = typename StorageOf<kParamType>::type;
+  using Param = FixedColumn<T, Storage, N, Reuse::soon>;
   using Loaded = typename Param::Loaded;
   Param param;
 
   FO_DEVICE ParamColumns(const Row& row, int64_t begin) : param(row, kParam, begin) {}
-  FO_DEVICE Loaded fetch(int i, int n) const { return param.fetch(i, n); }
+  template <Reuse kReuse>
+  FO_DEVICE Loaded fetch(int i, int n) const {
+    return load_vector<kReuse, Storage, N>(param.address, i, n, param.aligned);
+  }
   FO_DEVICE static void widen(const Loaded& loaded, T (&out)[N]) { Param::widen(loaded, out); }
   FO_DEVICE void put(int i, int n, const T (&values)[N]) const { param.put(i, n, values); }
 };
@@ -63,7 +67,10 @@ struct ParamColumns<T, kParamType, DType::float32, N> {
 
   FO_DEVICE ParamColumns(const Row& row, int64_t begin)
       : param(row, kParam, begin), master(row, kMaster, begin) {}
-  FO_DEVICE Loaded fetch(int i, int n) const { return master.fetch(i, n); }
+  template <Reuse kReuse>
+  FO_DEVICE Loaded fetch(int i, int n) const {
+    return load_vector<kReuse, float, N>(master.address, i, n, master.aligned);
+  }
   FO_DEVICE static void widen(const Loaded& loaded, T (&out)[N]) { Master::widen(loaded, out); }
   FO_DEVICE void put(int i, int n, const T (&values)[N]) const {
     master.put(i, n, values);
@@ -92,9 +99,10 @@ struct ParamColumns<T, DType::bfloat16, DType::remainder, N> {
   FO_DEVICE ParamColumns(const Row& row, int64_t begin)
       : ParamColumns(row.address[kParam] + 2 * static_cast<uint64_t>(begin),
                      row.address[kMaster] + 2 * static_cast<uint64_t>(begin)) {}
+  template <Reuse kReuse>
   FO_DEVICE Loaded fetch(int i, int n) const {
-    return {load_vector<Reuse::none, bfloat16, N>(param, i, n, param_aligned),
-            load_vector<Reuse::none, int16_t, N>(remainder, i, n, remainder_aligned)};
+    return {load_vector<kReuse, bfloat16, N>(param, i, n, param_aligned),
+            load_vector<kReuse, int16_t, N>(remainder, i, n, remainder_aligned)};
   }
   FO_DEVICE static void widen(const Loaded& loaded, T (&out)[N]) {
 #pragma unroll
@@ -117,11 +125,12 @@ struct AnyParamColumns {
 
   FO_DEVICE AnyParamColumns(const Row& row, int64_t begin)
       : param(row, kParam, begin), master(row, kMaster, begin) {}
+  template <Reuse kReuse>
   FO_DEVICE Loaded fetch(int i, int n) const {
     if constexpr (sizeof(T) == 4) {  // a float64 parameter has no master weight
       if (master.dtype == DType::remainder) {
         Loaded out;
-        Split::widen(Split(param.address, master.address).fetch(i, n), out.element);
+        Split::widen(Split(param.address, master.address).template fetch<kReuse>(i, n), out.element);
         return out;
       }
       if (master.dtype != DType::none) return master.fetch(i, n);
@@ -154,8 +163,8 @@ struct Layout {
   using Param = ParamColumns<T, kParamType, kMasterType, kVector>;
   template <class T>
   using Grad = FixedColumn<T, typename StorageOf<kGradType>::type, kVector>;
-  template <class T>
-  using State = FixedColumn<T, typename StorageOf<kStateType>::type, kVector>;
+  template <class T, Reuse kReuse>
+  using State = FixedColumn<T, typename StorageOf<kStateType>::type, kVector, kReuse>;
 
   FO_DEVICE static bool fits(const Row& row, int first_state, int states) {
     bool same =
@@ -173,7 +182,7 @@ struct AnyLayout {
   using Param = AnyParamColumns<U, kVector>;
   template <class U>
   using Grad = AnyColumn<U, kVector>;
-  template <class U>
+  template <class U, Reuse>
   using State = AnyColumn<U, kVector>;
 
   FO_DEVICE static bool fits(const Row&, int, int) { return true; }
@@ -197,76 +206,140 @@ using FloatLayouts = LayoutList<Layout<kF32, kF32, kNone, kF32>,     // 4 + 4 by
                                 Layout<kBf16, kBf16, kSplit, kF32>,  // master_weights="split"
                                 AnyLayout<float>>;
 using DoubleLayouts = LayoutList<Layout<kF64, kF64, kNone, kF64>, AnyLayout<double>>;
+// For a rule without states, where some of those are the same.
+using StatelessLayouts = LayoutList<Layout<kF32, kF32, kNone, kF32>,     //
+                                    Layout<kBf16, kBf16, kNone, kBf16>,  //
+                                    Layout<kF16, kF16, kNone, kF16>,     //
+                                    Layout<kBf16, kBf16, kF32, kF32>,    //
+                                    Layout<kBf16, kF32, kF32, kF32>,     //
+                                    Layout<kBf16, kBf16, kSplit, kF32>,  //
+                                    AnyLayout<float>>;
+
+template <class T, int kStates>
+using Layouts = typename std::conditional<
+    sizeof(T) == 8, DoubleLayouts,
+    typename std::conditional<kStates == 0, StatelessLayouts, FloatLayouts>::type>::type;
+
+// What a launch does to each element. A rule with a direction takes two: the first updates its states and
+// measures param and direction, the second moves the param.
+enum class Pass { update, accumulate, move };
+
+template <class Rule>
+constexpr int element_states() {
+  return Rule::kStateCount - per_tensor_states<Rule>();
+}
+
+// The first of the rules that have this one's update: those whose Scalars are the same type.
+template <class Rule, class First, class... Others>
+constexpr auto first_alike() {
+  if constexpr (std::is_same<typename Rule::template Scalars<float>,
+                             typename First::template Scalars<float>>::value) {
+    return First{};
+  } else {
+    return first_alike<Rule, Others...>();
+  }
+}
 
 // Elements of each column that a thread has under way at once.
 constexpr int kInFlight = 8;
 
-template <class Rule, class T, class L>
-FO_DEVICE void update_tile(const Row& row, const Record<Rule, T>& s, int64_t begin, int n, int lane) {
+FO_DEVICE TileSums sum_warp(TileSums sums) {
+#pragma unroll
+  for (int distance = kWarp / 2; distance > 0; distance /= 2) {
+    sums.direction_sq += __shfl_down_sync(0xffffffffu, sums.direction_sq, distance);
+    sums.param_sq += __shfl_down_sync(0xffffffffu, sums.param_sq, distance);
+  }
+  return sums;
+}
+
+template <Pass kPass, class Rule, class T, class L>
+FO_DEVICE TileSums walk_tile(const Row& row, int first_state, const Record<Rule, T>& s, int64_t begin, int n,
+                             int lane) {
   constexpr int N = L::kVector;
   constexpr int kUnroll = L::kWidest == 8 ? 1 : kInFlight / N;
-  constexpr int kFirst = kFirstState + per_tensor_states<Rule>();
-  constexpr int kStates = Rule::kStateCount - per_tensor_states<Rule>();
-  static_assert(kStates >= 1 && kStates <= 3, "spell out one more column");
-  using State = typename L::template State<T>;
+  constexpr int kStates = element_states<Rule>();
+  constexpr int kRoom = kStates > 0 ? kStates : 1;
+  // What the first of two passes leaves behind, the second reads.
+  constexpr Reuse kReuse = kPass == Pass::accumulate ? Reuse::soon : Reuse::none;
+  static_assert(kStates <= 3, "spell out one more column");
+  using State = typename L::template State<T, kReuse>;
   using Param = typename L::template Param<T>;
   using Grad = typename L::template Grad<T>;
   const Param param(row, begin);
   const Grad grad(row, kGrad, begin);
-  const State state[3] = {{row, kFirst, begin},
-                          {row, kFirst + (kStates > 1 ? 1 : 0), begin},
-                          {row, kFirst + (kStates > 2 ? 2 : 0), begin}};
+  const State state[3] = {{row, kStates > 0 ? first_state : kParam, begin},
+                          {row, kStates > 1 ? first_state + 1 : kParam, begin},
+                          {row, kStates > 2 ? first_state + 2 : kParam, begin}};
+  TileSums sums{0, 0};
   for (int strip = lane * N; strip < n; strip += kUnroll * kWarp * N) {
     typename Param::Loaded params[kUnroll];
     typename Grad::Loaded grads[kUnroll];
-    typename State::Loaded states[kUnroll][kStates];
+    typename State::Loaded states[kUnroll][kRoom];
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
       const int i = strip + u * kWarp * N;
-      grads[u] = grad.fetch(i, n - i);
-      params[u] = param.fetch(i, n - i);
+      if constexpr (kPass != Pass::move) grads[u] = grad.fetch(i, n - i);
+      params[u] = param.template fetch<kReuse>(i, n - i);
 #pragma unroll
       for (int k = 0; k < kStates; ++k) states[u][k] = state[k].fetch(i, n - i);
     }
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
       const int i = strip + u * kWarp * N;
-      T value[N], wide_grad[N], wide_state[kStates][N];
+      T value[N], wide_grad[N], wide_state[kRoom][N];
       Param::widen(params[u], value);
-      Grad::widen(grads[u], wide_grad);
+      if constexpr (kPass != Pass::move) Grad::widen(grads[u], wide_grad);
 #pragma unroll
       for (int k = 0; k < kStates; ++k) State::widen(states[u][k], wide_state[k]);
 #pragma unroll
       for (int e = 0; e < N; ++e) {
-        T element[kStates];
+        T element[kRoom];
 #pragma unroll
         for (int k = 0; k < kStates; ++k) element[k] = wide_state[k][e];
-        Rule::update(value[e], transform(s.grad, wide_grad[e]), element, s.scalars);
+        if constexpr (kPass == Pass::update) {
+          Rule::update(value[e], transform(s.grad, wide_grad[e], value[e]), element, s.scalars);
+        } else if constexpr (kPass == Pass::accumulate) {
+          Rule::accumulate(transform(s.grad, wide_grad[e], value[e]), element, s.scalars);
+        } else {
+          value[e] = value[e] - s.scalars.step_size * Rule::direction(value[e], element, s.scalars);
+        }
 #pragma unroll
         for (int k = 0; k < kStates; ++k) wide_state[k][e] = element[k];
-      }
-      param.put(i, n - i, value);
+        if constexpr (kPass == Pass::accumulate) {
 #pragma unroll
-      for (int k = 0; k < kStates; ++k) state[k].put(i, n - i, wide_state[k]);
+          for (int k = 0; k < kStates; ++k) element[k] = state[k].rounded(element[k]);
+          const auto direction = static_cast<double>(Rule::direction(value[e], element, s.scalars));
+          const auto wide = static_cast<double>(value[e]);
+          if (i + e < n) {
+            sums.direction_sq += direction * direction;
+            sums.param_sq += wide * wide;
+          }
+        }
+      }
+      if constexpr (kPass != Pass::accumulate) param.put(i, n - i, value);
+      if constexpr (kPass != Pass::move) {
+#pragma unroll
+        for (int k = 0; k < kStates; ++k) state[k].put(i, n - i, wide_state[k]);
+      }
     }
   }
+  return sums;
 }
 
-template <class Rule, class T, class L, class... Others>
-FO_DEVICE void update_tile_as(LayoutList<L, Others...>, const Row& row, const Record<Rule, T>& s,
-                              int64_t begin, int n, int lane) {
-  constexpr int kPerTensor = per_tensor_states<Rule>();
+template <Pass kPass, class Rule, class T, class L, class... Others>
+FO_DEVICE TileSums walk_tile_as(LayoutList<L, Others...>, const Row& row, int first_state,
+                                const Record<Rule, T>& s, int64_t begin, int n, int lane) {
   if constexpr (sizeof...(Others) != 0) {
-    if (!L::fits(row, kFirstState + kPerTensor, Rule::kStateCount - kPerTensor)) {
-      return update_tile_as<Rule, T>(LayoutList<Others...>{}, row, s, begin, n, lane);
+    if (!L::fits(row, first_state, element_states<Rule>())) {
+      return walk_tile_as<kPass, Rule, T>(LayoutList<Others...>{}, row, first_state, s, begin, n, lane);
     }
   }
-  update_tile<Rule, T, L>(row, s, begin, n, lane);
+  return walk_tile<kPass, Rule, T, L>(row, first_state, s, begin, n, lane);
 }
 
-template <class Rule, class T>
+template <Pass kPass, class Rule, class T>
 __global__ void __launch_bounds__(kThreads, 2) apply_kernel(Bucket bucket) {
-  if (bucket.control->skip != 0) return;
+  const bool skip = bucket.control->skip != 0;  // asked below: the loads until there do not wait for it
   const int warp = static_cast<int>(threadIdx.x) / kWarp;
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
   const unsigned block = bucket.backwards ? gridDim.x - 1 - blockIdx.x : blockIdx.x;
@@ -276,7 +349,7 @@ __global__ void __launch_bounds__(kThreads, 2) apply_kernel(Bucket bucket) {
   const Extent* extents = bucket.extents + bucket.first_extent[block];
   const bool passed = lane < kWarpsPerBlock && extents[1 + lane].first_tile <= tile;
   const Extent extent = extents[__popc(__ballot_sync(0xffffffffu, passed))];
-  if (extent.row < 0) return;
+  if (skip || extent.row < 0) return;
   const Row& row = bucket.rows[extent.row];
   if (!row.active) return;
   const int64_t begin = (tile - extent.first_tile) * kTile;
@@ -284,19 +357,49 @@ __global__ void __launch_bounds__(kThreads, 2) apply_kernel(Bucket bucket) {
   const int n = left < kTile ? static_cast<int>(left) : kTile;
   Record<Rule, T> record;
   __builtin_memcpy(&record, bucket.records[extent.row].bytes, sizeof record);
-  using Layouts = typename std::conditional<sizeof(T) == 4, FloatLayouts, DoubleLayouts>::type;
-  update_tile_as<Rule, T>(Layouts{}, row, record, begin, n, lane);
+  const TileSums sums = walk_tile_as<kPass, Rule, T>(Layouts<T, element_states<Rule>()>{}, row,
+                                                     bucket.first_state, record, begin, n, lane);
+  if constexpr (kPass == Pass::accumulate) {
+    const TileSums total = sum_warp(sums);
+    if (lane == 0) bucket.tile_sums[tile] = total;
+  }
+}
+
+template <class Rule, class T, class... R>
+constexpr ApplyKernel last_pass(RuleList<R...>) {
+  if constexpr (Rule::kHasDirection) {
+    return apply_kernel<Pass::move, Rule, T>;
+  } else {
+    return apply_kernel<Pass::update, decltype(first_alike<Rule, R...>()), T>;
+  }
+}
+
+template <class Rule, class T>
+constexpr ApplyKernel first_pass() {
+  if constexpr (Rule::kHasDirection) {
+    return apply_kernel<Pass::accumulate, Rule, T>;
+  } else {
+    return nullptr;
+  }
 }
 
 template <class... R>
-ApplyKernel kernel_of(RuleList<R...>, int rule, bool in_double) {
-  static constexpr ApplyKernel in_float_table[] = {apply_kernel<R, float>...};
-  static constexpr ApplyKernel in_double_table[] = {apply_kernel<R, double>...};
+ApplyKernel last_pass_of(RuleList<R...> rules, int rule, bool in_double) {
+  static const ApplyKernel in_float_table[] = {last_pass<R, float>(rules)...};
+  static const ApplyKernel in_double_table[] = {last_pass<R, double>(rules)...};
+  return (in_double ? in_double_table : in_float_table)[rule];
+}
+
+template <class... R>
+ApplyKernel first_pass_of(RuleList<R...>, int rule, bool in_double) {
+  static constexpr ApplyKernel in_float_table[] = {first_pass<R, float>()...};
+  static constexpr ApplyKernel in_double_table[] = {first_pass<R, double>()...};
   return (in_double ? in_double_table : in_float_table)[rule];
 }
 
 }  // namespace
 
-ApplyKernel apply_kernel_of(int rule, bool in_double) { return kernel_of(Rules{}, rule, in_double); }
+ApplyKernel apply_kernel_of(int rule, bool in_double) { return last_pass_of(Rules{}, rule, in_double); }
+ApplyKernel accumulate_kernel_of(int rule, bool in_double) { return first_pass_of(Rules{}, rule, in_double); }
 
 }  // namespace fused_optim

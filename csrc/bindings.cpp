@@ -92,13 +92,13 @@ StepOptions options_of(double grad_scale, const ClipTuple& clip) {
           std::get<3>(clip)};
 }
 
-// Device index, then the addresses of loss scale, found_inf, global norm and non-finite flag on it.
-using ScalarsTuples = std::vector<std::tuple<int, uint64_t, uint64_t, uint64_t, uint64_t>>;
+// Device index, then the addresses of loss scale, found_inf, global norm, non-finite flag and norms on it.
+using ScalarsTuples = std::vector<std::tuple<int, uint64_t, uint64_t, uint64_t, uint64_t, uint64_t>>;
 
 std::vector<DeviceScalars> scalars_of(const ScalarsTuples& tuples) {
   std::vector<DeviceScalars> scalars;
-  for (const auto& [device, grad_scale, found_inf, grad_norm, non_finite] : tuples) {
-    scalars.push_back({device, grad_scale, found_inf, grad_norm, non_finite});
+  for (const auto& [device, grad_scale, found_inf, grad_norm, non_finite, measured] : tuples) {
+    scalars.push_back({device, grad_scale, found_inf, grad_norm, non_finite, measured});
   }
   return scalars;
 }

@@ -14,6 +14,9 @@ namespace {
 
 std::atomic<uint64_t> launches{0};
 
+// What changes at a step is sent by up to so many launches, more by a copy.
+constexpr size_t kMostPatches = 8;
+
 // An error is thrown once: what is left of it is cleared, as far as CUDA lets it be.
 void check(cudaError_t error, const char* what) {
   if (error == cudaSuccess) return;
@@ -37,22 +40,57 @@ void launch(const char* phase, void (*kernel)(P...), int64_t blocks, int threads
   check(cudaLaunchKernelEx(&config, kernel, arguments...), phase);
 }
 
+// The driver's functions, through the runtime: the module links to no driver.
+using GetContext = int (*)(void** context);
+using SetContext = int (*)(void* context);
+
+template <class Function>
+Function find_in_driver(const char* name) {
+  void* found = nullptr;
+  cudaDriverEntryPointQueryResult result{};
+#if CUDART_VERSION >= 12050
+  const cudaError_t error = cudaGetDriverEntryPointByVersion(name, &found, 11080, cudaEnableDefault, &result);
+#else
+  const cudaError_t error = cudaGetDriverEntryPoint(name, &found, cudaEnableDefault, &result);
+#endif
+  if (error != cudaSuccess) cudaGetLastError();
+  return error == cudaSuccess && result == cudaDriverEntryPointSuccess ? reinterpret_cast<Function>(found)
+                                                                       : nullptr;
+}
+
+// Makes a device current in this thread. Afterwards the context that was current before is so again, or none
+// where there was none: cudaSetDevice to the device before would create a context on it, which takes hundreds
+// of megabytes of a GPU that this process may have nothing to do with.
 class DeviceGuard {
  public:
-  explicit DeviceGuard(int device) {
-    check(cudaGetDevice(&before_), "choosing the device");
-    if (device != before_) check(cudaSetDevice(device), "choosing the device");
-    changed_ = device != before_;
-  }
+  explicit DeviceGuard(int device) : error_(enter(device)) {}
   ~DeviceGuard() {
-    if (changed_) cudaSetDevice(before_);
+    if (entered_) set()(before_);
   }
   DeviceGuard(const DeviceGuard&) = delete;
   DeviceGuard& operator=(const DeviceGuard&) = delete;
 
+  cudaError_t error() const { return error_; }
+
  private:
-  int before_ = 0;
-  bool changed_ = false;
+  static GetContext get() {
+    static const auto function = find_in_driver<GetContext>("cuCtxGetCurrent");
+    return function;
+  }
+  static SetContext set() {
+    static const auto function = find_in_driver<SetContext>("cuCtxSetCurrent");
+    return function;
+  }
+
+  cudaError_t enter(int device) {
+    entered_ = get() != nullptr && set() != nullptr && get()(&before_) == 0;
+    if (!entered_) return cudaErrorInitializationError;  // no driver, or it has gone before this process
+    return cudaSetDevice(device);
+  }
+
+  void* before_ = nullptr;
+  bool entered_ = false;
+  cudaError_t error_;
 };
 
 // Allocating and freeing is no work on a stream: it must not spoil a capture that goes on in this thread.
@@ -89,16 +127,15 @@ struct Table {
 
   Table(int device, size_t bytes) : device_(device) {
     const DeviceGuard guard(device);
+    check(guard.error(), "choosing the device");
     const RelaxedCapture relaxed;
     check(cudaMalloc(reinterpret_cast<void**>(&base), bytes), "allocating the table");
   }
   ~Table() {
-    int before = 0;
-    if (cudaGetDevice(&before) != cudaSuccess) return;  // the process ends: the driver has gone first
+    const DeviceGuard guard(device_);
+    if (guard.error() != cudaSuccess) return;  // the process ends: the driver has gone first
     const RelaxedCapture relaxed;
-    cudaSetDevice(device_);
     cudaFree(base);  // waits for what still reads it
-    cudaSetDevice(before);
   }
   Table(const Table&) = delete;
   Table& operator=(const Table&) = delete;
@@ -113,27 +150,42 @@ struct Table {
 };
 
 template <class... R>
-unsigned needs_of(RuleList<R...>, int rule) {
-  static constexpr unsigned table[] = {R::kNeeds...};
+int first_state_of(RuleList<R...>, int rule) {
+  static constexpr int table[] = {kFirstState + per_tensor_states<R>()...};
   return table[rule];
 }
 
 bool has_large_patches() {
-  static const bool known = [] {
-    int version = 0;
-    return cudaDriverGetVersion(&version) == cudaSuccess && version >= 12010;
-  }();
-  return known;
+  int version = 0;
+  return cudaDriverGetVersion(&version) == cudaSuccess && version >= 12010;
 }
+
+// A stream that has nothing to do with any other, and so with no capture.
+class SideStream {
+ public:
+  SideStream() { check(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "creating a stream"); }
+  ~SideStream() { cudaStreamDestroy(stream_); }
+  SideStream(const SideStream&) = delete;
+  SideStream& operator=(const SideStream&) = delete;
+
+  operator cudaStream_t() const { return stream_; }
+
+ private:
+  cudaStream_t stream_ = nullptr;
+};
 
 class CudaPhasesOfDevice final : public CudaPhases {
  public:
   CudaPhasesOfDevice(int device, const std::vector<Row>& rows, size_t groups)
-      : device_(device), row_count_(rows.size()), group_count_(groups) {
+      : device_(device),
+        row_count_(rows.size()),
+        group_count_(groups),
+        has_large_patches_(has_large_patches()) {
     const DeviceGuard guard(device);
+    check(guard.error(), "choosing the device");
     lay_out(rows);
-    check(cudaEventCreateWithFlags(&done_, cudaEventDisableTiming), "creating an event");
     live_ = std::make_unique<Table>(device_, arena_.size());
+    check(cudaEventCreateWithFlags(&done_, cudaEventDisableTiming), "creating an event");
   }
 
   ~CudaPhasesOfDevice() override {
@@ -145,6 +197,7 @@ class CudaPhasesOfDevice final : public CudaPhases {
                 const std::vector<HyperTensors>& tensors, const CudaStep& step,
                 void* stream_pointer) override {
     const DeviceGuard guard(device_);
+    check(guard.error(), "choosing the device");
     const auto stream = static_cast<cudaStream_t>(stream_pointer);
     if (is_capturing(stream_pointer)) {
       throw std::runtime_error(
@@ -152,9 +205,9 @@ class CudaPhasesOfDevice final : public CudaPhases {
           "captured: "
           "it is added on the host");
     }
-    refresh(rows, groups, tensors, stream, false);
+    refresh(rows, groups, tensors, stream);
     launch_reduce(*live_, step, stream);
-    launch("the reduce phase", grad_sq_kernel, 1, kPrepareThreads, stream, prepare_table(*live_));
+    launch("the reduce phase", grad_sq_kernel, 1, kThreads, stream, prepare_table(*live_));
     double grad_sq = 0;
     check(cudaMemcpyAsync(&grad_sq, &live_->at<Control>(control_)->grad_sq, sizeof grad_sq,
                           cudaMemcpyDeviceToHost, stream),
@@ -166,21 +219,25 @@ class CudaPhasesOfDevice final : public CudaPhases {
   void run(const std::vector<Row>& rows, const std::vector<GroupHyper>& groups,
            const std::vector<HyperTensors>& tensors, const CudaStep& step, void* stream_pointer) override {
     const DeviceGuard guard(device_);
+    check(guard.error(), "choosing the device");
     const auto stream = static_cast<cudaStream_t>(stream_pointer);
     const bool capturing = is_capturing(stream_pointer);
-    refresh(rows, groups, tensors, stream, capturing);
-    const Clip clip = step.options.clip;
-    const bool reduces = clip == Clip::global_norm || clip == Clip::norm || needs_ != 0;
-    if (reduces && !step.reduced) launch_reduce(*live_, step, stream);
-    launch_update(*live_, step, reduces, stream);
+    const Table* table = live_.get();
     if (capturing) {
-      // The replays' own from now on: a later step would change it under them.
-      captured_.push_back(std::move(live_));
+      table = &table_for_replays(rows, groups, tensors);
     } else {
-      check(cudaEventRecord(done_, stream), "recording the step's end");
-      recorded_ = true;
-      stream_ = stream;
+      refresh(rows, groups, tensors, stream);
     }
+    const bool reduces = step.options.clip == Clip::global_norm || step.options.clip == Clip::norm ||
+                         std::any_of(groups.begin(), groups.end(), [](const GroupHyper& group) {
+                           return (group.needs & ~uint64_t{kNeedsDirectionSq}) != 0;
+                         });
+    if (reduces && !step.reduced) launch_reduce(*table, step, stream);
+    launch_update(*table, step, reduces, stream);
+    if (capturing) return;
+    check(cudaEventRecord(done_, stream), "recording the step's end");
+    recorded_ = true;
+    stream_ = stream;
   }
 
  private:
@@ -189,6 +246,7 @@ class CudaPhasesOfDevice final : public CudaPhases {
     bool in_double;
     int64_t blocks;
     size_t extents, first_extent;
+    int64_t first_tile_sums;  // of its tiles among those of all buckets; -1: it has none
   };
 
   // Decides where everything lies, and writes what never changes.
@@ -199,16 +257,22 @@ class CudaPhasesOfDevice final : public CudaPhases {
 
     std::vector<std::vector<Extent>> extents;
     std::vector<std::vector<int32_t>> first_extents;
+    std::vector<DirectionRow> directions;
+    int64_t tile_sums = 0;
     for (const bool in_double : {false, true}) {
       for (int rule = 0; rule < Rules::kCount; ++rule) {
         std::vector<Extent> list;
         std::vector<int32_t> first;
         int64_t tiles = 0;
+        const bool has_direction = accumulate_kernel_of(rule, in_double) != nullptr;
         for (size_t r = 0; r < rows.size(); ++r) {
           const Row& row = rows[r];
-          if (row.rule != rule || computes_in_double(row.dtype[kParam]) != in_double || row.numel == 0)
-            continue;
+          if (row.rule != rule || computes_in_double(row.dtype[kParam]) != in_double) continue;
           const int64_t end = tiles + (row.numel + kTile - 1) / kTile;
+          if (has_direction) {
+            directions.push_back({tile_sums + tiles, end - tiles, static_cast<int64_t>(r)});
+          }
+          if (row.numel == 0) continue;
           // Blocks whose first tile is in this row.
           for (int64_t tile = static_cast<int64_t>(first.size()) * kWarpsPerBlock; tile < end;
                tile += kWarpsPerBlock) {
@@ -221,7 +285,9 @@ class CudaPhasesOfDevice final : public CudaPhases {
         list.push_back({tiles, -1});
         for (int i = 1; i < kWarpsPerBlock; ++i) list.push_back({std::numeric_limits<int64_t>::max(), -1});
         buckets_.push_back({rule, in_double, static_cast<int64_t>(first.size()),
-                            arena_.place<Extent>(list.size()), arena_.place<int32_t>(first.size())});
+                            arena_.place<Extent>(list.size()), arena_.place<int32_t>(first.size()),
+                            has_direction ? tile_sums : -1});
+        if (has_direction) tile_sums += tiles;
         extents.push_back(std::move(list));
         first_extents.push_back(std::move(first));
       }
@@ -249,6 +315,8 @@ class CudaPhasesOfDevice final : public CudaPhases {
     pieces_ = arena_.place<Piece>(pieces.size());
     totals_ = arena_.place<Pieces>(totals.size());
     small_ = arena_.place<int32_t>(small.size());
+    direction_count_ = static_cast<int64_t>(directions.size());
+    directions_ = arena_.place<DirectionRow>(directions.size());
 
     words_.assign(arena_.size() / sizeof(uint32_t), 0);
     for (size_t b = 0; b < buckets_.size(); ++b) {
@@ -258,12 +326,14 @@ class CudaPhasesOfDevice final : public CudaPhases {
     put(pieces_, pieces);
     put(totals_, totals);
     put(small_, small);
+    put(directions_, directions);
 
     // Only kernels touch what follows.
     sums_ = arena_.place<Sums>(static_cast<size_t>(next));
+    sums_bytes_ = arena_.size() - sums_;
     records_ = arena_.place<ScalarsRecord>(row_count_);
     control_ = arena_.place<Control>(1);
-    for (const Row& row : rows) needs_ |= needs_of(Rules{}, row.rule);
+    tile_sums_ = arena_.place<TileSums>(static_cast<size_t>(tile_sums));
   }
 
   unsigned char* bytes(size_t offset) { return reinterpret_cast<unsigned char*>(words_.data()) + offset; }
@@ -309,47 +379,72 @@ class CudaPhasesOfDevice final : public CudaPhases {
   }
 
   // Makes the table on the device equal to words_.
-  void send(Table& table, cudaStream_t stream, bool capturing) {
+  void send(Table& table, cudaStream_t stream) {
     changed_.clear();
-    const bool fresh = table.mirror.empty();
-    const size_t limit = has_large_patches() ? kPatchWords : kPatchWordsSmall;
+    std::vector<uint32_t> mirror;  // until everything is on its way, nothing is known of the table
+    mirror.swap(table.mirror);
+    const bool fresh = mirror.empty();
     const size_t end = fresh ? words_.size() : changing_bytes_ / sizeof(uint32_t);
     constexpr size_t kStride = 64;  // words compared at a time
-    for (size_t begin = 0; begin < end; begin += kStride) {
+    for (size_t begin = 0; begin < end && !fresh; begin += kStride) {
       const size_t stop = std::min(end, begin + kStride);
-      if (!fresh && std::equal(words_.begin() + static_cast<ptrdiff_t>(begin),
-                               words_.begin() + static_cast<ptrdiff_t>(stop),
-                               table.mirror.begin() + static_cast<ptrdiff_t>(begin))) {
+      if (std::equal(words_.begin() + static_cast<ptrdiff_t>(begin),
+                     words_.begin() + static_cast<ptrdiff_t>(stop),
+                     mirror.begin() + static_cast<ptrdiff_t>(begin))) {
         continue;
       }
       for (size_t i = begin; i < stop; ++i) {
-        if (fresh || words_[i] != table.mirror[i]) changed_.push_back(static_cast<uint32_t>(i));
+        if (words_[i] != mirror[i]) changed_.push_back(static_cast<uint32_t>(i));
       }
     }
-    if (changed_.empty()) return;
-    if (changed_.size() > limit && !capturing) {
-      // More than one launch can carry. Memory that is not pinned is read before the call returns.
+    const size_t limit = has_large_patches_ ? kPatchWords : kPatchWordsSmall;
+    if (fresh) {
+      // The sums of a row that is not active are read and not used.
+      check(cudaMemsetAsync(table.base + sums_, 0, sums_bytes_, stream), "clearing the table");
+    }
+    if (fresh || changed_.size() > kMostPatches * limit) {
+      // Memory that is not pinned is read before the call returns, for which the driver may wait until the
+      // stream comes to the copy: nothing for every step.
       check(
           cudaMemcpyAsync(table.base, words_.data(), end * sizeof(uint32_t), cudaMemcpyHostToDevice, stream),
           "the upload of the table");
-    } else if (has_large_patches()) {
+    } else if (has_large_patches_) {
       patch<kPatchWords>(large_patch_kernel(), table, changed_, stream);
     } else {
       patch<kPatchWordsSmall>(patch_kernel<kPatchWordsSmall>, table, changed_, stream);
     }
-    table.mirror.resize(words_.size());
-    std::copy_n(words_.begin(), end, table.mirror.begin());
+    mirror.resize(words_.size());
+    std::copy_n(words_.begin(), end, mirror.begin());
+    table.mirror.swap(mirror);
   }
 
   void refresh(const std::vector<Row>& rows, const std::vector<GroupHyper>& groups,
-               const std::vector<HyperTensors>& tensors, cudaStream_t stream, bool capturing) {
+               const std::vector<HyperTensors>& tensors, cudaStream_t stream) {
     cudaGetLastError();  // what somebody left behind unread is not this step's
-    if (live_ == nullptr) live_ = std::make_unique<Table>(device_, arena_.size());
-    if (!capturing && stream_ != stream && recorded_) {
+    if (stream_ != stream && recorded_) {
       check(cudaStreamWaitEvent(stream, done_, 0), "waiting for the last step's stream");
     }
     write(rows, groups, tensors);
-    send(*live_, stream, capturing);
+    send(*live_, stream);
+  }
+
+  // A table of this step for the replays of the graph that is being captured. A later step would change the
+  // live one under them; and the capture may yet fail, so that what it was told was never done. Nothing of
+  // it enters the graph: it is there, on the device, before this returns.
+  const Table& table_for_replays(const std::vector<Row>& rows, const std::vector<GroupHyper>& groups,
+                                 const std::vector<HyperTensors>& tensors) {
+    cudaGetLastError();
+    auto table = std::make_unique<Table>(device_, arena_.size());
+    write(rows, groups, tensors);
+    const RelaxedCapture relaxed;
+    const SideStream side;
+    check(cudaMemcpyAsync(table->base, words_.data(), words_.size() * sizeof(uint32_t),
+                          cudaMemcpyHostToDevice, side),
+          "the upload of the table");
+    check(cudaMemsetAsync(table->base + sums_, 0, sums_bytes_, side), "clearing the table");
+    check(cudaStreamSynchronize(side), "the upload of the table");
+    captured_.push_back(std::move(table));
+    return *captured_.back();
   }
 
   PrepareTable prepare_table(const Table& table) const {
@@ -372,25 +467,47 @@ class CudaPhasesOfDevice final : public CudaPhases {
            table.at<const Row>(rows_), table.at<Sums>(sums_));
   }
 
-  void launch_update(const Table& table, const CudaStep& step, bool backwards, cudaStream_t stream) const {
-    const auto blocks = static_cast<int64_t>((row_count_ + kPrepareThreads - 1) / kPrepareThreads);
-    launch("the prepare phase", prepare_kernel, blocks, kPrepareThreads, stream, prepare_table(table), step);
+  Bucket bucket(const Table& table, const BucketPlan& plan, bool backwards) const {
+    TileSums* sums =
+        plan.first_tile_sums < 0 ? nullptr : table.at<TileSums>(tile_sums_) + plan.first_tile_sums;
+    return {table.at<Extent>(plan.extents),
+            table.at<int32_t>(plan.first_extent),
+            table.at<Row>(rows_),
+            table.at<ScalarsRecord>(records_),
+            table.at<Control>(control_),
+            sums,
+            first_state_of(Rules{}, plan.rule),
+            backwards};
+  }
+
+  // Each pass begins with what the one before it has touched last.
+  void launch_update(const Table& table, const CudaStep& step, bool reduces, cudaStream_t stream) const {
+    const auto blocks = static_cast<int64_t>((row_count_ + kPreparedRows - 1) / kPreparedRows);
+    launch("the prepare phase", prepare_kernel, blocks, kThreads, stream, prepare_table(table), step);
     for (const BucketPlan& plan : buckets_) {
-      const Bucket bucket{table.at<Extent>(plan.extents), table.at<int32_t>(plan.first_extent),
-                          table.at<Row>(rows_),           table.at<ScalarsRecord>(records_),
-                          table.at<Control>(control_),    backwards};
+      if (plan.first_tile_sums < 0) continue;
+      launch("the apply phase", accumulate_kernel_of(plan.rule, plan.in_double), plan.blocks, kThreads,
+             stream, bucket(table, plan, reduces));
+    }
+    launch("the prepare phase", direction_kernel, direction_count_, kThreads, stream,
+           table.at<const DirectionRow>(directions_), table.at<const TileSums>(tile_sums_),
+           prepare_table(table), step);
+    for (const BucketPlan& plan : buckets_) {
+      const bool second = plan.first_tile_sums >= 0;
       launch("the apply phase", apply_kernel_of(plan.rule, plan.in_double), plan.blocks, kThreads, stream,
-             bucket);
+             bucket(table, plan, reduces != second));
     }
   }
 
   const int device_;
   const size_t row_count_, group_count_;
+  const bool has_large_patches_;
   Arena arena_;
-  size_t rows_ = 0, groups_ = 0, pieces_ = 0, totals_ = 0, small_ = 0, sums_ = 0, records_ = 0, control_ = 0;
+  size_t rows_ = 0, groups_ = 0, pieces_ = 0, totals_ = 0, small_ = 0, directions_ = 0;
+  size_t sums_ = 0, sums_bytes_ = 0, records_ = 0, control_ = 0, tile_sums_ = 0;
   size_t changing_bytes_ = 0;
   int32_t piece_count_ = 0, small_count_ = 0, total_count_ = 0;
-  unsigned needs_ = 0;
+  int64_t direction_count_ = 0;
   std::vector<BucketPlan> buckets_;
   std::vector<uint32_t> words_;    // what the table should hold
   std::vector<uint32_t> changed_;  // offsets
@@ -411,14 +528,17 @@ cudaError_t load_kernel(Kernel kernel) {
 cudaError_t load_kernels() {
   for (const bool in_double : {false, true}) {
     for (int rule = 0; rule < Rules::kCount; ++rule) {
-      const cudaError_t error = load_kernel(apply_kernel_of(rule, in_double));
+      cudaError_t error = load_kernel(apply_kernel_of(rule, in_double));
+      const ApplyKernel first = accumulate_kernel_of(rule, in_double);
+      if (error == cudaSuccess && first != nullptr) error = load_kernel(first);
       if (error != cudaSuccess) return error;
     }
   }
-  for (const cudaError_t error : {load_kernel(reduce_kernel), load_kernel(total_kernel),
-                                  load_kernel(grad_sq_kernel), load_kernel(prepare_kernel),
-                                  has_large_patches() ? load_kernel(large_patch_kernel())
-                                                      : load_kernel(patch_kernel<kPatchWordsSmall>)}) {
+  for (const cudaError_t error :
+       {load_kernel(reduce_kernel), load_kernel(total_kernel), load_kernel(grad_sq_kernel),
+        load_kernel(prepare_kernel), load_kernel(direction_kernel),
+        has_large_patches() ? load_kernel(large_patch_kernel())
+                            : load_kernel(patch_kernel<kPatchWordsSmall>)}) {
     if (error != cudaSuccess) return error;
   }
   return cudaSuccess;
@@ -440,20 +560,24 @@ std::string why_no_cuda(int device) {
     return std::string("no CUDA driver that this build can use: ") + cudaGetErrorString(error);
   }
   if (device < 0 || device >= count) return "there is no CUDA device " + std::to_string(device);
-  int before = 0, major = 0, minor = 0;
-  cudaGetDevice(&before);
   {
+    const DeviceGuard guard(device);
     const RelaxedCapture relaxed;
-    error = cudaSetDevice(device);
+    error = guard.error();
     if (error == cudaSuccess) error = load_kernels();
   }
-  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-  cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
-  cudaSetDevice(before);
   if (error == cudaSuccess) return "";
   cudaGetLastError();
+  const std::string text = cudaGetErrorString(error);
+  if (error != cudaErrorNoKernelImageForDevice && error != cudaErrorUnsupportedPtxVersion &&
+      error != cudaErrorInvalidDeviceFunction) {
+    return "CUDA device " + std::to_string(device) + " cannot be used: " + text;
+  }
+  int major = 0, minor = 0;
+  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
   return "no kernel for its architecture, sm_" + std::to_string(major) + std::to_string(minor) +
-         ", was compiled in (set FUSED_OPTIM_CUDA_ARCHS when building): " + cudaGetErrorString(error);
+         ", was compiled in (set FUSED_OPTIM_CUDA_ARCHS when building): " + text;
 }
 
 bool is_capturing(void* stream) {

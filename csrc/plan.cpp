@@ -143,7 +143,7 @@ void Plan::find_devices() {
     const int index = hosts_[r].device.device_id;
     size_t d = 0;
     while (d < devices_.size() && devices_[d].index != index) ++d;
-    if (d == devices_.size()) devices_.push_back({index, {}, {}, nullptr, nullptr});
+    if (d == devices_.size()) devices_.push_back({index, {}, {}, nullptr, nullptr, false});
     Device& device = devices_[d];
     device.rows.push_back(r);
     device.table.push_back(rows_[r]);
@@ -187,6 +187,7 @@ CudaStep Plan::step_of(const Device& device, const StepOptions& options,
     step.found_inf = of_device.found_inf;
     step.grad_norm = of_device.grad_norm;
     step.non_finite = of_device.non_finite;
+    step.measured = of_device.measured;
   }
   return step;
 }
@@ -714,6 +715,7 @@ void Plan::run(const StepOptions& options, int threads, std::optional<double> gl
     for (Device& device : devices_) {
       if (!collect(device)) continue;
       CudaStep step = step_of(device, options, scalars);
+      device.measures = step.measured != 0;
       step.reduced = reduced_;
       step.global_norm_known = global_norm.has_value();
       step.global_norm = global_norm.value_or(0);
@@ -733,7 +735,11 @@ PyObject* Plan::norms() const {
   PyObject* list = PyList_New(0);
   for (size_t r = 0; list != nullptr && r < rows_.size(); ++r) {
     const bool measured = hypers_[static_cast<size_t>(rows_[r].group)].needs != 0;
-    if (!rows_[r].active || !measured || hosts_[r].device.device_type != dlpack::kCPU) continue;
+    const bool here = hosts_[r].device.device_type == dlpack::kCPU;
+    const bool on_device = std::any_of(devices_.begin(), devices_.end(), [&](const Device& device) {
+      return !here && device.index == hosts_[r].device.device_id && device.measures;
+    });
+    if (!rows_[r].active || !measured || !(here || on_device)) continue;
     const MeasuredNorms& norms = measured_[r];
     PyObject* item = Py_BuildValue("nddd", static_cast<Py_ssize_t>(r), norms.grad_norm, norms.param_norm,
                                    norms.trust_ratio);

@@ -22,7 +22,7 @@ namespace fused_optim {
 // What a step's numbers are on one CUDA device: addresses as in CudaStep.
 struct DeviceScalars {
   int device;
-  uint64_t grad_scale, found_inf, grad_norm, non_finite;
+  uint64_t grad_scale, found_inf, grad_norm, non_finite, measured;
 };
 
 class Plan {
@@ -66,8 +66,9 @@ class Plan {
   // The version of each row's parameter after the last run; -1 where it has no master.
   PyObject* versions() const;
 
-  // The norms of the last run: (row index, grad norm, param norm, trust ratio) of each row that it stepped on
-  // the CPU and of which it measured any.
+  // The norms of the last run: (row index, grad norm, param norm, trust ratio) of each row that it stepped
+  // and of which it measured any. On a CUDA device the numbers are where DeviceScalars says, in the order of
+  // its rows; here they are 0, and without such an address the row is not listed.
   PyObject* norms() const;
 
   // The parameters that the last run() wrote, in a list that stays the plan's.
@@ -115,6 +116,7 @@ class Plan {
     std::vector<Row> table;  // those rows as they are at this step
     std::unique_ptr<CudaPhases> phases;
     void* stream = nullptr;  // torch's, as refresh() found it
+    bool measures = false;   // the last run() has left its rows' norms on the device
   };
 
   bool parse_group(PyObject* group, size_t index, bool* stale);

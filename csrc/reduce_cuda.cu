@@ -3,6 +3,8 @@
 // Every sum has one order: a thread adds the squares of its own elements in float, its warp and block add
 // those in double along a fixed tree, and one block adds a row's pieces. There are no floating-point atomics,
 // so the bits are the same from run to run, on every GPU, and whatever other rows there are.
+#include <cstddef>
+
 #include "tables_cuda.h"
 #include "vector_cuda.h"
 
@@ -13,17 +15,20 @@ constexpr int kVectorsInFlight = 4;
 
 FO_DEVICE Sums combine(const Sums& a, const Sums& b) {
   return {{a.norms.grad_sq + b.norms.grad_sq, maximum(a.norms.grad_max, b.norms.grad_max),
-           a.norms.param_sq + b.norms.param_sq},
+           a.norms.param_sq + b.norms.param_sq, a.norms.decayed_sq + b.norms.decayed_sq,
+           a.norms.direction_sq + b.norms.direction_sq},
           a.non_finite > b.non_finite ? a.non_finite : b.non_finite};
 }
 
 FO_DEVICE Sums sum_warp(Sums sums) {
 #pragma unroll
   for (int distance = kWarp / 2; distance > 0; distance /= 2) {
-    Sums other;
+    Sums other{};
     other.norms.grad_sq = __shfl_down_sync(0xffffffffu, sums.norms.grad_sq, distance);
     other.norms.grad_max = __shfl_down_sync(0xffffffffu, sums.norms.grad_max, distance);
     other.norms.param_sq = __shfl_down_sync(0xffffffffu, sums.norms.param_sq, distance);
+    other.norms.decayed_sq = __shfl_down_sync(0xffffffffu, sums.norms.decayed_sq, distance);
+    other.norms.direction_sq = __shfl_down_sync(0xffffffffu, sums.norms.direction_sq, distance);
     other.non_finite = __shfl_down_sync(0xffffffffu, sums.non_finite, distance);
     sums = combine(sums, other);
   }
@@ -169,7 +174,7 @@ FO_DEVICE Square sum_column(const Row& row, int index, const GradTransform<T>& g
 
 template <class T>
 FO_DEVICE Square sum_param(const Row& row, int64_t begin, int n, Team team) {
-  const GradTransform<T> as_it_is{1, static_cast<T>(-HUGE_VAL), static_cast<T>(HUGE_VAL)};
+  const GradTransform<T> as_it_is{1, static_cast<T>(-HUGE_VAL), static_cast<T>(HUGE_VAL), 0};
   if constexpr (sizeof(T) == 4) {
     if (row.dtype[kMaster] == DType::remainder) {
       const SplitNumbers numbers(row.address[kParam] + 2 * static_cast<uint64_t>(begin),
@@ -181,12 +186,94 @@ FO_DEVICE Square sum_param(const Row& row, int64_t begin, int n, Team team) {
   return sum_column<T>(row, index, as_it_is, begin, n, team);
 }
 
+// A number that the group holds itself, or that a tensor of the user's does.
+FO_DEVICE double read_hyper(const CudaGroup& group, int index) {
+  const uint64_t address = group.tensors.address[index];
+  if (address == 0) return group.hyper.rule[index];
+  switch (group.tensors.dtype[index]) {
+    case DType::float32:
+      return static_cast<double>(*reinterpret_cast<const float*>(address));
+    case DType::float64:
+      return *reinterpret_cast<const double*>(address);
+    case DType::bfloat16:
+      return static_cast<double>(load(*reinterpret_cast<const bfloat16*>(address)));
+    default:
+      return static_cast<double>(load(*reinterpret_cast<const float16*>(address)));
+  }
+}
+
+template <class Rule>
+FO_DEVICE GroupHyper read_group(const CudaGroup& group) {
+  GroupHyper hyper = group.hyper;
+  constexpr int kCount = static_cast<int>(sizeof(typename Rule::Hyper) / sizeof(double));
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) hyper.rule[i] = read_hyper(group, i);
+  return hyper;
+}
+
+// weight_decay_of, without the other numbers of the group.
 template <class... R>
-FO_DEVICE unsigned needs_on_device(RuleList<R...>, int rule) {
-  unsigned needs = 0;
-  int i = 0;
-  ((needs = i++ == rule ? R::kNeeds : needs), ...);
-  return needs;
+FO_DEVICE double read_weight_decay(RuleList<R...>, const Row& row, const CudaGroup& group) {
+  int index = 0, rule = 0;
+  ((index = rule++ == row.rule ? static_cast<int>(offsetof(typename R::Hyper, weight_decay) / sizeof(double))
+                               : index),
+   ...);
+  return read_hyper(group, index) * row.weight_decay_scale;
+}
+
+// The elements that a rule sees as the parameter.
+template <class T>
+struct ParamNumbers {
+  AnyColumn<T, 1> whole;  // the master weight where there is one, otherwise the parameter
+  const bfloat16* upper;
+  bool split;
+
+  FO_DEVICE ParamNumbers(const Row& row, int64_t begin)
+      : whole(row, row.dtype[kMaster] == DType::none ? kParam : kMaster, begin),
+        upper(reinterpret_cast<const bfloat16*>(row.address[kParam]) + begin),
+        split(row.dtype[kMaster] == DType::remainder) {}
+  FO_DEVICE T at(int i) const {
+    if constexpr (sizeof(T) == 4) {
+      if (split) {
+        const auto* lower = reinterpret_cast<const int16_t*>(whole.address);
+        return load_split(load_global<Reuse::soon, bfloat16>(upper + i),
+                          load_global<Reuse::soon, int16_t>(lower + i));
+      }
+    }
+    return whole.fetch(i, 1).element[0];
+  }
+};
+
+// Every sum of gradient and parameter that there is, each read once: for the norm of grad + weight_decay *
+// param. Elements one by one, in double: few optimizers ask for it.
+template <class T>
+FO_DEVICE Sums sum_decayed(const Row& row, const GradTransform<T>& grad, int64_t begin, int n, Team team) {
+  constexpr int kElementsInFlight = 4;
+  const AnyColumn<T, 1> grads(row, kGrad, begin);
+  const ParamNumbers<T> params(row, begin);
+  Sums sums{};
+  for (int first = team.thread; first < n; first += kElementsInFlight * team.threads) {
+    T values[kElementsInFlight], param[kElementsInFlight];
+#pragma unroll
+    for (int u = 0; u < kElementsInFlight; ++u) {
+      const int i = first + u * team.threads;
+      values[u] = i < n ? grads.fetch(i, 1).element[0] : T(0);
+      param[u] = i < n ? params.at(i) : T(0);
+    }
+#pragma unroll
+    for (int u = 0; u < kElementsInFlight; ++u) {
+      if (first + u * team.threads >= n) continue;
+      const auto own = static_cast<double>(transform(grad, values[u]));
+      const auto of_param = static_cast<double>(param[u]);
+      const auto decayed = static_cast<double>(transform(grad, values[u], param[u]));
+      sums.norms.grad_sq += own * own;
+      sums.norms.grad_max = maximum(sums.norms.grad_max, own < 0 ? -own : own);
+      sums.norms.param_sq += of_param * of_param;
+      sums.norms.decayed_sq += decayed * decayed;
+      if (!is_finite(values[u])) sums.non_finite = 1;
+    }
+  }
+  return sums;
 }
 
 FO_DEVICE StepOptions options_of(const CudaStep& step) {
@@ -201,14 +288,16 @@ FO_DEVICE bool found_inf(const CudaStep& step) {
 }
 
 template <class T>
-FO_DEVICE Sums sum_range(const Row& row, const GroupHyper& group, const StepOptions& options, int64_t begin,
+FO_DEVICE Sums sum_range(const Row& row, const CudaGroup& group, const StepOptions& options, int64_t begin,
                          int n, Team team) {
-  const bool clip = row.clipped && (options.clip == Clip::global_norm || options.clip == Clip::norm);
-  const unsigned needs =
-      needs_on_device(Rules{}, row.rule) | (clip ? static_cast<unsigned>(kNeedsGradSq) : 0u);
+  const unsigned needs = needs_of(row, group.hyper, options);
+  auto grad = transform_before_norms<T>(row, group.hyper, options);
+  if ((needs & kNeedsDecayedSq) != 0) {
+    grad.weight_decay = static_cast<T>(read_weight_decay(Rules{}, row, group));
+    return sum_decayed(row, grad, begin, n, team);
+  }
   Sums sums{};
   if ((needs & (kNeedsGradSq | kNeedsGradMax)) != 0) {
-    const auto grad = transform_before_norms<T>(row, group, options);
     const Square square = sum_column<T>(row, kGrad, grad, begin, n, team);
     sums.norms.grad_sq = square.sum;
     sums.norms.grad_max = square.largest;
@@ -218,7 +307,7 @@ FO_DEVICE Sums sum_range(const Row& row, const GroupHyper& group, const StepOpti
   return sums;
 }
 
-FO_DEVICE Sums sum_range(const Row& row, const GroupHyper& group, const StepOptions& options, int64_t begin,
+FO_DEVICE Sums sum_range(const Row& row, const CudaGroup& group, const StepOptions& options, int64_t begin,
                          int n, Team team) {
   return computes_in_double(row.dtype[kParam]) ? sum_range<double>(row, group, options, begin, n, team)
                                                : sum_range<float>(row, group, options, begin, n, team);
@@ -236,7 +325,7 @@ __global__ void __launch_bounds__(kThreads, 2) reduce_kernel(ReduceTable table, 
     const int64_t left = row.numel - piece.begin;
     const int n = left < kChunk ? static_cast<int>(left) : kChunk;
     const Sums sums =
-        sum_block(sum_range(row, table.groups[row.group].hyper, options, piece.begin, n, {thread, kThreads}));
+        sum_block(sum_range(row, table.groups[row.group], options, piece.begin, n, {thread, kThreads}));
     if (thread == 0) table.sums[piece.out] = sums;
     return;
   }
@@ -245,8 +334,8 @@ __global__ void __launch_bounds__(kThreads, 2) reduce_kernel(ReduceTable table, 
   const int32_t r = table.small_rows[index];
   const Row& row = table.rows[r];
   if (!row.active) return;
-  const Sums sums = sum_warp(sum_range(row, table.groups[row.group].hyper, options, 0,
-                                       static_cast<int>(row.numel), {thread % kWarp, kWarp}));
+  const Sums sums = sum_warp(sum_range(row, table.groups[row.group], options, 0, static_cast<int>(row.numel),
+                                       {thread % kWarp, kWarp}));
   if (thread % kWarp == 0) table.sums[r] = sums;
 }
 
@@ -275,80 +364,115 @@ FO_DEVICE Compensated add(const Compensated& a, double term) {
   return {next, a.lost + lost};
 }
 
-// Every block for itself: reading a few numbers a row once more is cheaper than another launch.
+FO_DEVICE Compensated add(const Compensated& a, const Compensated& b) {
+  return add({a.sum, a.lost + b.lost}, b.sum);
+}
+
+// Every block for itself: reading a few numbers a row once more is cheaper than another launch. The result is
+// that of all threads together, in the first one.
 FO_DEVICE void sum_rows(const PrepareTable& table, double& grad_sq, bool& non_finite) {
-  __shared__ Compensated of_thread[kPrepareThreads];
-  __shared__ int non_finite_of_thread[kPrepareThreads];
+  __shared__ Compensated of_warp[kWarpsPerBlock];
+  __shared__ int non_finite_of_warp[kWarpsPerBlock];
   Compensated own{0, 0};
-  bool bad = false;
-  for (int r = static_cast<int>(threadIdx.x); r < table.row_count; r += kPrepareThreads) {
-    const Row& row = table.rows[r];
-    if (!row.active) continue;
-    bad = bad || table.sums[r].non_finite != 0;
-    if (row.clipped) own = add(own, table.sums[r].norms.grad_sq);
+  double bad = 0;
+#pragma unroll 4
+  for (int r = static_cast<int>(threadIdx.x); r < table.row_count; r += kThreads) {
+    // Read before anything is asked, so that the loads of several rows are under way at once.
+    const bool active = table.rows[r].active, clipped = table.rows[r].clipped;
+    const double term = table.sums[r].norms.grad_sq, flag = table.sums[r].non_finite;
+    if (active) bad += flag;
+    if (active && clipped) own = add(own, term);
   }
-  of_thread[threadIdx.x] = own;
-  non_finite_of_thread[threadIdx.x] = bad ? 1 : 0;
+#pragma unroll
+  for (int distance = kWarp / 2; distance > 0; distance /= 2) {
+    const Compensated other{__shfl_down_sync(0xffffffffu, own.sum, distance),
+                            __shfl_down_sync(0xffffffffu, own.lost, distance)};
+    own = add(own, other);
+    bad += __shfl_down_sync(0xffffffffu, bad, distance);
+  }
+  const unsigned warp = threadIdx.x / kWarp;
+  if (threadIdx.x % kWarp == 0) {
+    of_warp[warp] = own;
+    non_finite_of_warp[warp] = bad != 0 ? 1 : 0;
+  }
   __syncthreads();
-  Compensated all = of_thread[0];
-  int any = non_finite_of_thread[0];
-  for (int t = 1; t < kPrepareThreads; ++t) {
-    all = add({all.sum, all.lost + of_thread[t].lost}, of_thread[t].sum);
-    any |= non_finite_of_thread[t];
+  Compensated all = of_warp[0];
+  int any = non_finite_of_warp[0];
+  for (int w = 1; w < kWarpsPerBlock; ++w) {
+    all = add(all, of_warp[w]);
+    any |= non_finite_of_warp[w];
   }
   grad_sq = is_finite(all.sum) ? all.sum + all.lost : all.sum;
   non_finite = any != 0;
 }
 
-template <class Rule, class T>
-FO_DEVICE void prepare(const Row& row, const CudaGroup& group, const StepOptions& options, const Norms& norms,
-                       double global_norm, ScalarsRecord& out) {
-  GroupHyper hyper = group.hyper;
-  constexpr int kCount = static_cast<int>(sizeof(typename Rule::Hyper) / sizeof(double));
+// A record of the compute type, from one in double: prepare rounds every number once, at its end.
+template <class Rule>
+FO_DEVICE void put_record(const Record<Rule, double>& record, bool in_double, ScalarsRecord& out) {
+  static_assert(sizeof(Record<Rule, double>) == 2 * sizeof(Record<Rule, float>),
+                "a record holds numbers only");
+  constexpr int kCount = static_cast<int>(sizeof record / sizeof(double));
+  double numbers[kCount];
+  __builtin_memcpy(numbers, &record, sizeof record);
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {
-    const uint64_t address = group.tensors.address[i];
-    if (address == 0) continue;
-    switch (group.tensors.dtype[i]) {
-      case DType::float32:
-        hyper.rule[i] = static_cast<double>(*reinterpret_cast<const float*>(address));
-        break;
-      case DType::float64:
-        hyper.rule[i] = *reinterpret_cast<const double*>(address);
-        break;
-      case DType::bfloat16:
-        hyper.rule[i] = static_cast<double>(load(*reinterpret_cast<const bfloat16*>(address)));
-        break;
-      default:
-        hyper.rule[i] = static_cast<double>(load(*reinterpret_cast<const float16*>(address)));
+    if (in_double) {
+      reinterpret_cast<double*>(out.bytes)[i] = numbers[i];
+    } else {
+      reinterpret_cast<float*>(out.bytes)[i] = static_cast<float>(numbers[i]);
     }
   }
-  const Record<Rule, T> record = prepare_row<Rule, T>(row, hyper, options, norms, global_norm);
-  __builtin_memcpy(out.bytes, &record, sizeof record);
+}
+
+template <class Rule>
+FO_DEVICE void prepare(const Row& row, const CudaGroup& group, const StepOptions& options, const Norms& norms,
+                       double global_norm, ScalarsRecord& out, MeasuredNorms& measured) {
+  const GroupHyper hyper = read_group<Rule>(group);
+  const auto record = prepare_row<Rule, double>(row, hyper, options, norms, global_norm, measured);
+  put_record<Rule>(record, computes_in_double(row.dtype[kParam]), out);
 }
 
 template <class... R>
 FO_DEVICE void prepare_any(RuleList<R...>, const Row& row, const CudaGroup& group, const StepOptions& options,
-                           const Norms& norms, double global_norm, ScalarsRecord& out) {
-  const bool in_double = computes_in_double(row.dtype[kParam]);
+                           const Norms& norms, double global_norm, ScalarsRecord& out,
+                           MeasuredNorms& measured) {
   int i = 0;
-  ((i++ == row.rule ? (in_double ? prepare<R, double>(row, group, options, norms, global_norm, out)
-                                 : prepare<R, float>(row, group, options, norms, global_norm, out))
-                    : void()),
-   ...);
+  ((i++ == row.rule ? prepare<R>(row, group, options, norms, global_norm, out, measured) : void()), ...);
+}
+
+template <class Rule>
+FO_DEVICE void prepare_second(const Row& row, const CudaGroup& group, const Norms& norms, ScalarsRecord& out,
+                              MeasuredNorms& measured) {
+  if constexpr (Rule::kHasDirection) {
+    const GroupHyper hyper = read_group<Rule>(group);
+    if (computes_in_double(row.dtype[kParam])) {
+      prepare_direction<Rule, double>(row, hyper, norms, *reinterpret_cast<Record<Rule, double>*>(out.bytes),
+                                      measured);
+    } else {
+      prepare_direction<Rule, float>(row, hyper, norms, *reinterpret_cast<Record<Rule, float>*>(out.bytes),
+                                     measured);
+    }
+  }
+}
+
+template <class... R>
+FO_DEVICE void prepare_second_any(RuleList<R...>, const Row& row, const CudaGroup& group, const Norms& norms,
+                                  ScalarsRecord& out, MeasuredNorms& measured) {
+  int i = 0;
+  ((i++ == row.rule ? prepare_second<R>(row, group, norms, out, measured) : void()), ...);
 }
 
 }  // namespace
 
 // For a caller that wants to know before the step goes on.
-__global__ void __launch_bounds__(kPrepareThreads) grad_sq_kernel(PrepareTable table) {
+__global__ void __launch_bounds__(kThreads) grad_sq_kernel(PrepareTable table) {
   double grad_sq = 0;
   bool non_finite = false;
   sum_rows(table, grad_sq, non_finite);
   if (threadIdx.x == 0) table.control->grad_sq = grad_sq;
 }
 
-__global__ void __launch_bounds__(kPrepareThreads) prepare_kernel(PrepareTable table, CudaStep step) {
+__global__ void __launch_bounds__(kThreads) prepare_kernel(PrepareTable table, CudaStep step) {
   const StepOptions options = options_of(step);
   const bool skip = found_inf(step);
   double grad_sq = 0;
@@ -356,18 +480,51 @@ __global__ void __launch_bounds__(kPrepareThreads) prepare_kernel(PrepareTable t
   const bool measured = options.clip == Clip::global_norm || options.clip == Clip::norm;
   if (measured) sum_rows(table, grad_sq, non_finite);
   const double global_norm = step.global_norm_known ? step.global_norm : sqrt(grad_sq);
-  if (blockIdx.x == 0 && threadIdx.x == 0) {
+  const int thread = static_cast<int>(threadIdx.x);
+  if (blockIdx.x == 0 && thread == 0) {
     table.control->skip = skip ? 1 : 0;
     if (measured && step.grad_norm != 0)
       *reinterpret_cast<float*>(step.grad_norm) = static_cast<float>(global_norm);
     if (measured && step.non_finite != 0)
       *reinterpret_cast<float*>(step.non_finite) = non_finite ? 1.0f : 0.0f;
   }
-  const int r = static_cast<int>(blockIdx.x * kPrepareThreads + threadIdx.x);
-  if (skip || r >= table.row_count || !table.rows[r].active) return;
+  const int r = static_cast<int>(blockIdx.x) * kPreparedRows + thread;
+  if (skip || thread >= kPreparedRows || r >= table.row_count || !table.rows[r].active) return;
   const Row& row = table.rows[r];
-  prepare_any(Rules{}, row, table.groups[row.group], options, table.sums[r].norms, global_norm,
-              table.records[r]);
+  const CudaGroup& group = table.groups[row.group];
+  const Norms norms = needs_of(row, group.hyper, options) != 0 ? table.sums[r].norms : Norms{};
+  MeasuredNorms seen;
+  prepare_any(Rules{}, row, group, options, norms, global_norm, table.records[r], seen);
+  if (step.measured != 0) {
+    auto* out = reinterpret_cast<float*>(step.measured) + 3 * static_cast<int64_t>(r);
+    out[0] = static_cast<float>(seen.grad_norm);
+    out[1] = static_cast<float>(seen.param_norm);
+    out[2] = static_cast<float>(seen.trust_ratio);
+  }
+}
+
+// The second prepare of rules with a direction: one block a row adds the sums of its tiles.
+__global__ void __launch_bounds__(kThreads)
+    direction_kernel(const DirectionRow* rows, const TileSums* sums, PrepareTable table, CudaStep step) {
+  const DirectionRow mine = rows[blockIdx.x];
+  const Row& row = table.rows[mine.row];
+  if (table.control->skip != 0 || !row.active) return;
+  Sums own{};
+#pragma unroll 4
+  for (int64_t i = threadIdx.x; i < mine.count; i += kThreads) {
+    const TileSums of_tile = sums[mine.first + i];
+    own.norms.direction_sq += of_tile.direction_sq;
+    own.norms.param_sq += of_tile.param_sq;
+  }
+  const Sums total = sum_block(own);
+  if (threadIdx.x != 0) return;
+  MeasuredNorms seen;
+  prepare_second_any(Rules{}, row, table.groups[row.group], total.norms, table.records[mine.row], seen);
+  if (step.measured != 0) {
+    auto* out = reinterpret_cast<float*>(step.measured) + 3 * mine.row;
+    out[1] = static_cast<float>(seen.param_norm);
+    out[2] = static_cast<float>(seen.trust_ratio);
+  }
 }
 
 }  // namespace fused_optim

@@ -21,7 +21,9 @@ constexpr int kThreads = kWarp * kWarpsPerBlock;
 constexpr int kTile = 1024;
 constexpr int kChunk = 32 * 1024;
 constexpr int kSummedByWarp = 4 * 1024;
-constexpr int kPrepareThreads = 64;  // few: the double-precision scalars spread over more multiprocessors
+// Rows that a block prepares: few, so that the double-precision scalars spread over more multiprocessors. All
+// of its threads sum the global norm.
+constexpr int kPreparedRows = 64;
 
 struct CudaGroup {
   GroupHyper hyper;
@@ -54,6 +56,19 @@ struct Sums {
   double non_finite;  // 1 if an element of the gradient is infinite or NaN
 };
 
+// Of one tile, after the first pass of a rule with a direction.
+struct TileSums {
+  double direction_sq;
+  double param_sq;
+};
+
+// A row with a direction, and where the sums of its tiles begin.
+struct DirectionRow {
+  int64_t first;
+  int64_t count;
+  int64_t row;
+};
+
 struct Control {
   double grad_sq;  // over the rows that take part in clipping
   int32_t skip;    // found_inf says so
@@ -66,6 +81,8 @@ struct Bucket {
   const Row* rows;
   const ScalarsRecord* records;
   const Control* control;
+  TileSums* tile_sums;  // by tile; where the rule has a direction
+  int32_t first_state;  // the first column with a number an element
   bool backwards;  // the last tiles first: after reduce those are what is still in the second-level cache
 };
 
@@ -97,8 +114,9 @@ struct PatchWords {
   uint32_t value[kWords];
 };
 
-constexpr int kPatchWords = 4090;      // 32,764 bytes of parameters: drivers of CUDA 12.1 and later
-constexpr int kPatchWordsSmall = 498;  // 4,000 bytes: earlier ones
+constexpr int kPatchWordsSmall = 498;  // 4,000 bytes of parameters
+// 32,764 bytes: toolkits and drivers of CUDA 12.1 and later.
+constexpr int kPatchWords = CUDART_VERSION >= 12010 ? 4090 : kPatchWordsSmall;
 
 template <int kWords>
 __global__ void patch_kernel(const __grid_constant__ PatchWords<kWords> words) {
@@ -113,8 +131,11 @@ __global__ void reduce_kernel(ReduceTable table, CudaStep step);
 __global__ void total_kernel(const Pieces* pieces, const Row* rows, Sums* sums);
 __global__ void grad_sq_kernel(PrepareTable table);
 __global__ void prepare_kernel(PrepareTable table, CudaStep step);
+__global__ void direction_kernel(const DirectionRow* rows, const TileSums* sums, PrepareTable table,
+                                 CudaStep step);
 
 using ApplyKernel = void (*)(Bucket bucket);
 ApplyKernel apply_kernel_of(int rule, bool in_double);
+ApplyKernel accumulate_kernel_of(int rule, bool in_double);  // null for a rule without a direction
 
 }  // namespace fused_optim

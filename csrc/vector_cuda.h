@@ -79,7 +79,8 @@ FO_DEVICE Vector<S, N> load_vector(const S* column, int i, int n, bool aligned) 
   Vector<S, N> vector{};
 #pragma unroll
   for (int k = 0; k < N; ++k) {
-    if (k < n) vector.element[k] = load_global<kReuse, S>(column + i + k);
+    // The next elements are in the same sectors: these must stay in the first-level cache until then.
+    if (k < n) vector.element[k] = load_global<Reuse::soon, S>(column + i + k);
   }
   return vector;
 }
@@ -94,7 +95,7 @@ FO_DEVICE void store_vector(S* column, int i, int n, bool aligned, const Vector<
 }
 
 // A column whose storage is known when the kernel is compiled.
-template <class T, class S, int N, Reuse kStore = Reuse::none>
+template <class T, class S, int N, Reuse kReuse = Reuse::none>
 struct FixedColumn {
   using Loaded = Vector<S, N>;
   S* address;
@@ -106,20 +107,25 @@ struct FixedColumn {
   FO_DEVICE FixedColumn(const Row& row, int index, int64_t begin)
       : FixedColumn(row.address[index] + static_cast<uint64_t>(begin) * sizeof(S)) {}
 
-  FO_DEVICE Loaded fetch(int i, int n) const {
-    return load_vector<Reuse::none, S, N>(address, i, n, aligned);
-  }
+  FO_DEVICE Loaded fetch(int i, int n) const { return load_vector<kReuse, S, N>(address, i, n, aligned); }
 
   FO_DEVICE static void widen(const Loaded& loaded, T (&out)[N]) {
 #pragma unroll
     for (int k = 0; k < N; ++k) out[k] = static_cast<T>(load(loaded.element[k]));
   }
 
+  // What is read again of a value that is put.
+  FO_DEVICE T rounded(T value) const {
+    S stored;
+    store(stored, value);
+    return static_cast<T>(load(stored));
+  }
+
   FO_DEVICE void put(int i, int n, const T (&values)[N]) const {
     Vector<S, N> out;
 #pragma unroll
     for (int k = 0; k < N; ++k) store(out.element[k], values[k]);
-    store_vector<kStore, S, N>(address, i, n, aligned, out);
+    store_vector<kReuse, S, N>(address, i, n, aligned, out);
   }
 };
 
@@ -176,6 +182,20 @@ struct AnyColumn {
     }
     store_vector<Reuse::none, S, N>(reinterpret_cast<S*>(address), i, n, is_aligned<sizeof(S) * N>(address),
                                     out);
+  }
+
+  FO_DEVICE T rounded(T value) const {
+    if (dtype == DType::float32) return rounded_as<float>(value);
+    if (dtype == DType::bfloat16) return rounded_as<bfloat16>(value);
+    if (dtype == DType::float16) return rounded_as<float16>(value);
+    return value;
+  }
+
+  template <class S>
+  FO_DEVICE static T rounded_as(T value) {
+    S stored;
+    store(stored, static_cast<float>(value));
+    return static_cast<T>(load(stored));
   }
 
   FO_DEVICE void put(int i, int n, const T (&values)[N]) const {

@@ -24,7 +24,7 @@ class Plan:
         grad_scale: float,
         threads: int,
         clip: tuple[int, float, float, float],
-        scalars: Sequence[tuple[int, int, int, int, int]] = (),
+        scalars: Sequence[tuple[int, int, int, int, int, int]] = (),
     ) -> float: ...
     def run(
         self,
@@ -32,7 +32,7 @@ class Plan:
         threads: int,
         clip: tuple[int, float, float, float],
         global_norm: float | None,
-        scalars: Sequence[tuple[int, int, int, int, int]] = (),
+        scalars: Sequence[tuple[int, int, int, int, int, int]] = (),
     ) -> None: ...
     def captured(self) -> bool: ...
     def touched(self) -> list[Tensor]: ...

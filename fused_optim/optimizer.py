@@ -25,7 +25,7 @@ from .arithmetic import Number
 from .clip import GLOBAL_NORM, NO_CLIP, VALUE, GradClip
 from .eager import MeasuredNorms, squares_dtype, step_eager
 from .norms import Norms, collect_norms
-from .plan import Plan, Row, make_plan, why_not_native, why_refused
+from .plan import DeviceScalars, Plan, Row, make_plan, why_not_native, why_refused
 from .scales import Exclude, Scale, ScaleColumn, column_of, excluded
 from .trust_ratio import TrustRatio
 
@@ -94,8 +94,10 @@ class FusedOptimizer(torch.optim.Optimizer):
     _measured: dict[torch.device, Tensor]  # where the kernels write the norms of their rows
     _cuda_devices: tuple[torch.device, ...] = ()  # that rows of the plan are on
     _devices_alone: bool = False  # one of them has all rows
+    _measures: bool = False  # the rule or a trust ratio asks for norms
     _norm_tensors: dict[torch.device, Tensor]  # where the kernels write the global norm
     _scalars: list[Tensor]
+    _replayed: tuple[Any, ...] = ()  # what the replays of captured steps read and write: never freed before us
     _reported: frozenset[str] = frozenset()
     _loading: dict[str, Any] | None = None
 
@@ -288,7 +290,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         # A torch function mode, as torch.set_default_device sets one, would make reading `.grad` 20 times slower.
         with torch._C.DisableTorchFunction():
             attention = self._refresh()
-            if self._cuda_devices and self._plan is not None and self._plan.captured():
+            captured = bool(self._cuda_devices) and self._plan is not None and self._plan.captured()
+            if captured:
                 self._check_capture(attention)
             witnessed = self._attend(attention) if attention else []
             plan = self._plan
@@ -314,22 +317,33 @@ class FusedOptimizer(torch.optim.Optimizer):
             self._witness_norms = {
                 index: self._step_witness(self._rows[index], grad_scale, global_norm or 0.0) for index in witnessed
             }
+            if captured:
+                kept = plan, dict(self._norm_tensors), dict(self._measured), self._scalars
+                self._replayed = (*self._replayed, kept)
             plan.run(grad_scale, threads, clip, global_norm, scalars)
             # Writing through addresses leaves the version counters alone; a stale graph must still raise.
             torch._C._increment_version(plan.touched())
 
-    def _device_scalars(self, scale: Tensor | None, found_inf: Tensor | None) -> list[tuple[int, int, int, int, int]]:
-        """For each CUDA device where the kernels read the loss scale and found_inf and write the global norm."""
+    def _device_scalars(self, scale: Tensor | None, found_inf: Tensor | None) -> list[DeviceScalars]:
+        """For each CUDA device where the kernels read the loss scale and found_inf and write norms."""
         scalars = []
         self._scalars = []  # alive until the next step: the kernels read them later
         for device in self._cuda_devices:
             scale_address, found_inf_address = (self._address_on(device, value) for value in (scale, found_inf))
             if device not in self._norm_tensors:
                 self._norm_tensors[device] = torch.zeros((), dtype=torch.float32, device=device)
-            scalars.append(
-                (device.index or 0, scale_address, found_inf_address, self._norm_tensors[device].data_ptr(), 0)
-            )
+            norm = self._norm_tensors[device].data_ptr()
+            scalars.append((device.index or 0, scale_address, found_inf_address, norm, 0, self._measured_on(device)))
         return scalars
+
+    def _measured_on(self, device: torch.device) -> int:
+        """Where a device's kernels write the norms of its rows; 0 if this optimizer measures nothing."""
+        if not self._measures:
+            return 0
+        rows = sum(row.native and row.param.device == device for row in self._rows)
+        if device not in self._measured or len(self._measured[device]) != rows:
+            self._measured[device] = torch.full((rows, 3), math.nan, dtype=torch.float32, device=device)
+        return self._measured[device].data_ptr()
 
     def _address_on(self, device: torch.device, value: Tensor | None) -> int:
         """Where a kernel on a device finds a number, as float32; 0: there is none."""
@@ -413,6 +427,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._devices_alone = len(self._cuda_devices) == 1 and all(row.backend == "cuda" and row.native for row in rows)
         rules = [self.rule(group) for group in groups]
         trusts = any(self.trust_ratio(group) is not None for group in groups)
+        self._measures = trusts or self.has_direction or any(self.norms(group) for group in groups)
         trust_ratio = self.trust_ratio if trusts else None
         self._plan = make_plan(rows, rules, self.defaults, self.structural_keys, trust_ratio)
 

@@ -41,8 +41,9 @@ class Row(NamedTuple):
     refused: str | None  # why no native backend takes it
 
 
-# Index of a CUDA device, and addresses on it: loss scale, found_inf, global norm, non-finite flag; 0: none.
-DeviceScalars = tuple[int, int, int, int, int]
+# Index of a CUDA device, and addresses on it: loss scale, found_inf, global norm, non-finite flag, norms of its rows
+# (float32 of shape [rows, 3]); 0: none.
+DeviceScalars = tuple[int, int, int, int, int, int]
 
 
 class Plan(Protocol):

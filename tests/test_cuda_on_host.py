@@ -7,7 +7,9 @@ undefined-behaviour sanitizers (test_cuda_sanitized.py).
 
 from __future__ import annotations
 
+import gc
 import os
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -32,7 +34,21 @@ from cases import (
 from cuda_on_host.build import OnHost, compile_module
 from torch.nn import Parameter
 
-from fused_optim import AdamW, AdamWDL, ClipGradByGlobalNorm, ClipGradByNorm, ClipGradByValue, backends, extension
+from fused_optim import (
+    LAMB,
+    LARC,
+    LARS,
+    SGD,
+    AdamW,
+    AdamWDL,
+    ClipGradByGlobalNorm,
+    ClipGradByNorm,
+    ClipGradByValue,
+    Lion,
+    NovoGrad,
+    backends,
+    extension,
+)
 from fused_optim import plan as plan_module
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -361,6 +377,252 @@ def test_a_non_finite_gradient_shows_in_the_norm(bad: float, on_host: OnHost) ->
     assert not torch.isfinite(optimizer.last_grad_norm)
 
 
+# Rules with norms --------------------------------------------------------------------------------------------------
+
+MOMENTUM = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.125}
+# Each rule of csrc/rules, each place of weight decay, each norm: name: made of params and options.
+RULES: dict[str, Any] = {
+    "sgd": lambda params, **o: SGD(params, 0.1, weight_decay=0.125, **o),
+    "momentum": lambda params, **o: SGD(params, **MOMENTUM, dampening=0.1, maximize=True, **o),
+    "nesterov": lambda params, **o: SGD(params, **MOMENTUM, nesterov=True, **o),
+    "lion": lambda params, **o: Lion(params, weight_decay=0.1, **o),
+    **{
+        f"novograd {variant}": lambda params, variant=variant, **o: NovoGrad(
+            params, 0.1, weight_decay=0.125, variant=variant, **o
+        )
+        for variant in ("paper", "openseq2seq", "apex", "timm", "kozistr", "optax", "tfa")
+    },
+    "novograd amsgrad": lambda params, **o: NovoGrad(params, 0.1, amsgrad=True, **o),
+    "novograd largest": lambda params, **o: NovoGrad(params, 0.1, variant="apex", norm_type=0, **o),
+    "larc": lambda params, **o: LARC(SGD(params, **MOMENTUM, **o)),
+    "larc adamw": lambda params, **o: LARC(AdamW(params, weight_decay=0.125, **o), mode="scale"),
+    "larc novograd": lambda params, **o: LARC(NovoGrad(params, 0.1, weight_decay=0.125, **o)),
+    "lars timm": lambda params, **o: LARS(params, **MOMENTUM, **o),
+    "lars optax": lambda params, **o: LARS(params, **MOMENTUM, variant="optax", **o),
+    "lars kozistr": lambda params, **o: LARS(params, **MOMENTUM, variant="kozistr", **o),
+    "lamb": lambda params, **o: LAMB(params, **o),
+    "lamb clipped ratio": lambda params, **o: LAMB(params, trust_clip=True, always_adapt=True, **o),
+    "lamb without ratio": lambda params, **o: LAMB(params, weight_decay=0, bias_correction=False, **o),
+}
+WITH_DIRECTION = ("lamb", "lamb clipped ratio")
+each_rule = pytest.mark.parametrize("rule", RULES)
+
+
+def eighths(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> torch.Tensor:
+    """Numbers whose squares add up exactly, in whatever order."""
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randint(-16, 17, shape, generator=generator) / 8).to(dtype)
+
+
+def inner(optimizer: Any) -> Any:
+    return optimizer.optimizer if isinstance(optimizer, LARC) else optimizer
+
+
+def pair_of(rule: str, shapes: Any, dtype: torch.dtype, **options: Any) -> tuple[Any, Any]:
+    return tuple(
+        RULES[rule]([Parameter(eighths(shape, dtype, i)) for i, shape in enumerate(shapes)], backend=backend, **options)
+        for backend in ("cuda", "cpu")
+    )
+
+
+def step_exactly(optimizer: Any, seed: int = 100) -> None:
+    for i, param in enumerate(params_of(optimizer)):
+        param.grad = eighths(tuple(param.shape), param.dtype, seed + i)
+    optimizer.step()
+
+
+def assert_near(ours: Any, twin: Any) -> None:
+    """As near as sums of squares in two orders bring them."""
+    for mine, theirs in zip(snapshot(inner(ours)), snapshot(inner(twin)), strict=True):
+        if "param_remainder" in mine:  # bits of one number that only together are near
+            for one in (mine, theirs):
+                upper = one["param"].view(torch.int16).to(torch.int32) << 16
+                one["param"] = (upper + one.pop("param_remainder")).view(torch.float32)
+        for key, value in mine.items():
+            torch.testing.assert_close(value, theirs[key], msg=lambda text, key=key: f"{key}: {text}")
+
+
+@each_rule
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+def test_rules_with_exact_norms_give_the_cpu_backends_bits(
+    rule: str, dtype: torch.dtype, on_host: OnHost, all_native: None
+) -> None:
+    ours, twin = pair_of(rule, (*RAGGED, (BY_WARP + 1,), (CHUNK + 77,)), dtype)
+    for optimizer in (ours, twin):
+        step_exactly(optimizer)
+    if rule in WITH_DIRECTION:  # the direction's norm is no exact sum
+        assert_near(ours, twin)
+        for mine, theirs in zip(snapshot(ours), snapshot(twin), strict=True):
+            for key in ("exp_avg", "exp_avg_sq", "step"):
+                assert_same_bits(mine[key], theirs[key], key)
+    else:
+        assert_same_results(inner(ours), inner(twin))
+
+
+@each_rule
+def test_rules_with_norms_stay_near_the_cpu_backend(rule: str, on_host: OnHost, all_native: None) -> None:
+    ours, twin = pair_of(rule, NORM_SHAPES, torch.float32)
+    train_both(ours, twin, 2)
+    assert_near(ours, twin)
+
+
+@pytest.mark.parametrize("rule", ["novograd paper", "larc", "larc novograd", "lars timm", "lamb"])
+def test_rules_with_norms_are_the_same_bits_in_every_order(rule: str, on_host: OnHost) -> None:
+    seen = set()
+    for order, seed in ORDERS:
+        on_host.schedule(order, seed)
+        optimizer, _ = pair_of(rule, NORM_SHAPES, torch.float32)
+        train(optimizer, params_of(optimizer), 2)
+        seen.add(tuple(tuple(bits(param).flatten().tolist()) for param in params_of(optimizer)))
+    assert len(seen) == 1
+
+
+@pytest.mark.parametrize("rule", ["sgd", "lion", "nesterov", "novograd paper", "larc novograd", "lamb"])
+@pytest.mark.parametrize(
+    "options",
+    [{"master_weights": "float32"}, {"master_weights": "split"}, {"state_dtype": torch.float16}],
+    ids=str,
+)
+def test_masters_and_other_storages_of_rules_with_norms(
+    rule: str, options: dict[str, Any], on_host: OnHost, all_native: None
+) -> None:
+    ours, twin = pair_of(rule, (*RAGGED, (BY_WARP + 1,), (CHUNK + 77,)), torch.bfloat16, **options)
+    for optimizer in (ours, twin):
+        step_exactly(optimizer)
+    if rule in WITH_DIRECTION:
+        assert_near(ours, twin)
+    else:
+        assert_same_results(inner(ours), inner(twin))
+
+
+@pytest.mark.parametrize("offset", [1, 2, 3])
+@pytest.mark.parametrize("rule", ["sgd", "momentum", "lars optax", "larc novograd", "lamb without ratio"])
+def test_misaligned_gradients_of_rules_with_norms(rule: str, offset: int, on_host: OnHost, all_native: None) -> None:
+    ours, twin = pair_of(rule, (*RAGGED, (BY_WARP + 1,), (CHUNK + 77,)), torch.float32)
+    for optimizer in (ours, twin):
+        for i, param in enumerate(params_of(optimizer)):
+            room = torch.empty(param.numel() + 8)
+            param.grad = room[offset : offset + param.numel()].copy_(eighths(tuple(param.shape), param.dtype, i))
+        optimizer.step()
+    assert_same_results(inner(ours), inner(twin))
+
+
+@pytest.mark.parametrize(
+    ("rule", "dtype", "options", "bytes_per_param", "most_launches"),
+    [
+        ("sgd", torch.float32, {}, 12, 3),
+        ("momentum", torch.float32, {}, 20, 3),
+        ("lion", torch.float32, {}, 20, 3),
+        ("novograd paper", torch.float32, {}, 24, 5),
+        ("novograd amsgrad", torch.float32, {"grad_clip": ClipGradByGlobalNorm(1.0)}, 24, 5),
+        ("larc", torch.float32, {}, 28, 5),
+        ("lars timm", torch.float32, {"grad_clip": ClipGradByNorm(1.0)}, 28, 5),
+        ("lars kozistr", torch.float32, {}, 28, 5),
+        ("larc novograd", torch.float32, {}, 28, 5),
+        ("lamb", torch.float32, {}, 44, 7),
+        ("lamb without clip", torch.float32, {}, 40, 5),
+        ("lamb", torch.bfloat16, {}, 22, 7),
+        ("lamb", torch.bfloat16, {"master_weights": "split"}, 40, 7),
+    ],
+    ids=str,
+)
+def test_bytes_and_launches_of_rules_with_norms(
+    rule: str, dtype: torch.dtype, options: Any, bytes_per_param: int, most_launches: int, on_host: OnHost
+) -> None:
+    shapes = [(3,), (768,), (BY_WARP,), (BY_WARP + 1,), (CHUNK,), (CHUNK + 1,), (3 * TILE + 5, 11)]
+    if rule == "lamb without clip":
+        optimizer = LAMB(new_params(dtype, shapes), max_grad_norm=None, backend="cuda", **options)
+    else:
+        optimizer, _ = pair_of(rule, shapes, dtype, **options)
+    launches, moved = step_facts(on_host, optimizer)
+    assert moved == bytes_per_param * sum(param.numel() for param in params_of(optimizer))
+    assert launches <= most_launches
+
+
+def test_several_rules_take_a_bucket_each(on_host: OnHost, all_native: None) -> None:
+    results = []
+    for backend in ("cuda", "cpu"):
+        groups = [
+            {"params": [Parameter(eighths((n,), dtype, n)) for n in (3, BY_WARP + 1, CHUNK + 1)], "momentum": momentum}
+            for momentum in (0.0, 0.9)
+            for dtype in (torch.float32, torch.float64)
+        ]
+        optimizer = LARC(SGD(groups, 0.1, weight_decay=0.125, backend=backend))
+        step_exactly(optimizer)
+        results.append(inner(optimizer))
+    assert_same_results(*results)
+    on_host.launches()
+    step_exactly(results[0])
+    assert len(on_host.launches()) <= 3 + 2 * 4
+
+
+@pytest.mark.parametrize("rule", ["novograd paper", "larc", "larc adamw", "lars timm", "lamb", "lamb without ratio"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_last_norms_are_those_of_the_cpu_backend(rule: str, dtype: torch.dtype, on_host: OnHost) -> None:
+    ours, twin = pair_of(rule, NORM_SHAPES, dtype)
+    for optimizer in (ours, twin):
+        train(optimizer, params_of(optimizer), 1)
+        params_of(optimizer)[3].grad = None
+        optimizer.step()
+    mine, theirs = inner(ours).last_norms, inner(twin).last_norms
+    assert mine is not None
+    assert mine.names == theirs.names
+    assert len(mine.names) == len(NORM_SHAPES) - 1
+    for one, other in zip(mine[1:], theirs[1:], strict=True):
+        torch.testing.assert_close(one, other, equal_nan=True)
+
+
+def test_optimizers_that_measure_nothing_have_no_norms(on_host: OnHost) -> None:
+    optimizer, _ = pair_of("momentum", NORM_SHAPES, torch.float32)
+    step_exactly(optimizer)
+    assert optimizer.last_norms is None
+
+
+@pytest.mark.parametrize("rule", ["lars timm", "lars kozistr", "larc novograd"])
+def test_a_weight_decay_on_the_device_is_in_the_norms(rule: str, on_host: OnHost) -> None:
+    ours, twin = pair_of(rule, NORM_SHAPES, torch.float32)
+    for optimizer in (inner(ours), inner(twin)):
+        step_exactly(optimizer)
+    decay = torch.tensor(0.25)
+    inner(ours).param_groups[0].update(weight_decay=decay, capturable=True)
+    inner(twin).param_groups[0]["weight_decay"] = 0.25
+    train_both(ours, twin, 1)
+    assert_near(ours, twin)
+    decay.fill_(0.5)
+    inner(twin).param_groups[0]["weight_decay"] = 0.5
+    train_both(ours, twin, 1)
+    assert_near(ours, twin)
+
+
+@pytest.mark.parametrize("rule", ["novograd paper", "larc", "lamb"])
+def test_nothing_moves_when_an_inf_was_found(rule: str, on_host: OnHost) -> None:
+    optimizer, _ = pair_of(rule, NORM_SHAPES, torch.float32)
+    step_exactly(optimizer)
+    before = snapshot(inner(optimizer))
+    inner(optimizer).grad_scale, inner(optimizer).found_inf = torch.tensor(64.0), torch.tensor(1.0)
+    step_exactly(optimizer, 200)
+    for mine, old in zip(snapshot(inner(optimizer)), before, strict=True):
+        for key, value in mine.items():
+            assert_same_bits(value, old[key], key)
+
+
+@pytest.mark.parametrize("rule", ["novograd paper", "larc", "lamb"])
+def test_replays_measure_again(rule: str, on_host: OnHost) -> None:
+    ours, twin = pair_of(rule, NORM_SHAPES, torch.float32)
+    inner(ours).param_groups[0]["capturable"] = True
+    train_both(ours, twin, 1)
+    on_host.begin_capture()
+    ours.step()
+    graph = on_host.end_capture()
+    for step in (1, 2):
+        for mine, theirs in zip(params_of(ours), params_of(twin), strict=True):
+            mine.grad.fill_(step / 8)
+            theirs.grad.fill_(step / 8)
+        on_host.replay(graph)
+        twin.step()
+    assert_near(ours, twin)
+
+
 # What is read on the device --------------------------------------------------------------------------------------
 
 
@@ -419,9 +681,56 @@ def test_rows_come_and_go(on_host: OnHost) -> None:
     assert_same_results(ours, twin)
 
 
-def test_an_older_driver_takes_small_patches(on_host: OnHost) -> None:
-    ours, twin = pair(CASES[0], "default", [(5,)] * 300, torch.float32)
-    train_both(ours, twin, 3)
+@pytest.mark.parametrize(("driver", "patches"), [(12000, range(3, 9)), (12010, [1]), (13000, [1])])
+def test_an_older_driver_takes_small_patches(driver: int, patches: Any, on_host: OnHost) -> None:
+    on_host.set_device(driver=driver)
+    ours, twin = pair(CASES[0], "default", [(5,)] * 1200, torch.float32)
+    train_both(ours, twin, 1)
+    kept = [param.grad for param in params_of(ours)]  # so that the next ones lie elsewhere
+    for optimizer in (ours, twin):
+        set_grads(params_of(optimizer), 1)
+    on_host.launches()
+    on_host.copies()
+    ours.step()
+    twin.step()
+    assert len(kept) == 1200
+    assert len(on_host.launches()) - 2 in patches  # beside prepare and apply
+    assert on_host.copies() == 0
+    assert_same_results(ours, twin)
+
+
+def test_a_step_makes_no_context_on_another_device(on_host: OnHost, monkeypatch: pytest.MonkeyPatch) -> None:
+    def on_second_device(tensor: torch.Tensor) -> Any:
+        facts = first_device(tensor)
+        return facts and (*facts[:2], 1, *facts[3:])
+
+    first_device = as_device_memory
+    monkeypatch.setattr(f"{__name__}.as_device_memory", on_second_device)
+    on_host.forget_contexts()
+    params = new_params()
+    optimizer = AdamW(params, backend="cuda")
+    train(optimizer, params, 2)
+    del optimizer
+    gc.collect()
+    assert on_host.contexts() == 0b10
+
+
+def test_a_refused_launch_leaves_nothing_known_of_the_table(on_host: OnHost) -> None:
+    ours, twin = pair(CASES[0], "default", [(5,)] * 1200, torch.float32)
+    on_host.set_device(driver=12000)  # several patches a step
+    train_both(ours, twin, 1)
+    first = [param.grad for param in params_of(ours)]
+    set_grads(params_of(ours), 1)
+    second = [param.grad for param in params_of(ours)]
+    on_host.fail_launch(1)
+    with pytest.raises(RuntimeError, match="refresh"):
+        ours.step()
+    for grad in second:
+        grad.fill_(float("nan"))
+    for param, grad in zip(params_of(ours), first, strict=True):
+        param.grad = grad
+    ours.step()  # the first patch of the step before was done
+    twin.step()
     assert_same_results(ours, twin)
 
 
@@ -478,6 +787,67 @@ def test_two_captures_in_a_row(on_host: OnHost) -> None:
     assert_same_results(mine, other)
 
 
+def test_a_capture_that_fails_leaves_the_live_table_right(on_host: OnHost) -> None:
+    ours, twin = new_params(), new_params()
+    mine, other = AdamW(ours, backend="cuda", capturable=True), AdamW(twin, backend="cpu")
+    train_both(mine, other, 1)
+    set_grads(ours, 2)
+    kept = [param.grad for param in ours]
+    for launch in (0, 1):
+        on_host.begin_capture()
+        on_host.fail_launch(launch)
+        with pytest.raises(RuntimeError, match="LaunchFailure"):
+            mine.step()
+        on_host.end_capture()  # and it is never replayed
+    set_grads(twin, 2)
+    assert kept
+    mine.step()
+    other.step()
+    assert_same_results(mine, other)
+
+
+def test_a_replay_has_only_the_launches_of_the_phases(on_host: OnHost) -> None:
+    params = new_params(shapes=[(5,)] * 1200)
+    optimizer = AdamW(params, backend="cuda", capturable=True)
+    train(optimizer, params, 1)
+    for _ in range(2):
+        on_host.begin_capture()
+        optimizer.step()
+        graph = on_host.end_capture()
+        on_host.launches()
+        on_host.replay(graph)
+        assert len(on_host.launches()) == 2
+
+
+def test_replays_outlive_the_plan_and_what_a_step_allocates(on_host: OnHost) -> None:
+    ours, twin = new_params(), new_params()
+    options = {"grad_clip": ClipGradByGlobalNorm(0.5)}
+    mine = AdamW(ours, backend="cuda", capturable=True, **options)
+    other = AdamW(twin, backend="cpu", **options)
+    train_both(mine, other, 1)
+    set_grads(ours, 2)
+    set_grads(twin, 2)
+    kept = [param.grad for param in ours]
+    on_host.begin_capture()
+    mine.step()
+    graph = on_host.end_capture()
+    norm = weakref.ref(mine._norm_tensors[torch.device("cpu")])
+    extra = Parameter(torch.ones(3))
+    extra.grad = torch.ones(3)
+    mine.add_param_group({"params": [extra]})  # a new plan at the next step
+    mine.step()
+    mine.__setstate__(mine.__getstate__())
+    gc.collect()
+    assert norm() is not None
+    other.step()
+    set_grads(twin, 2)
+    assert kept
+    on_host.replay(graph)
+    other.step()
+    for one, two in zip(ours, twin, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-6, atol=1e-7)
+
+
 def test_captures_that_could_not_be_replayed_are_refused(on_host: OnHost) -> None:
     params = new_params()
     set_grads(params, 0)
@@ -520,6 +890,8 @@ def test_a_gpu_without_code_says_so(shim: OnHost) -> None:
         assert "driver" in shim.module.why_no_cuda(0)
         shim.set_device(devices=1)
         assert "no CUDA device 1" in shim.module.why_no_cuda(1)
+        shim.set_device(has_kernels=False, error=2)
+        assert "CUDA device 0 cannot be used: out of memory" in shim.module.why_no_cuda(0)
     finally:
         shim.set_device()
     assert shim.module.why_no_cuda(0) == ""

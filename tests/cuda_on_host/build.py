@@ -102,8 +102,20 @@ class OnHost:
     def fail_launch(self, after: int) -> None:
         self._shim.cuda_on_host_fail_launch(after)
 
-    def set_device(self, *, devices: int = 2, driver: int = 13000, has_kernels: bool = True) -> None:
-        self._shim.cuda_on_host_device(devices, driver, int(has_kernels))
+    def set_device(self, *, devices: int = 2, driver: int = 13000, has_kernels: bool = True, error: int = 209) -> None:
+        """has_kernels=False: asking for one gives the error, by default cudaErrorNoKernelImageForDevice."""
+        self._shim.cuda_on_host_device(devices, driver, 0 if has_kernels else error)
+
+    def forget_contexts(self) -> None:
+        self._shim.cuda_on_host_forget_contexts()
+
+    def contexts(self) -> int:
+        """A bit for each device that has a context; -1 if one is current."""
+        return int(self._shim.cuda_on_host_contexts())
+
+    def copies(self) -> int:
+        """The copies between host and device since the last call."""
+        return int(self._shim.cuda_on_host_copies())
 
     def begin_capture(self) -> None:
         self._shim.cuda_on_host_begin_capture()

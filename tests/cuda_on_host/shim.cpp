@@ -131,8 +131,11 @@ struct Machine {
   Order order = ascending;
   std::mt19937 random;
   std::vector<Launched> launched;
-  int device = 0, devices = 2, driver = 13000, fail_launch_in = -1;
-  bool has_kernels = true;
+  int devices = 2, driver = 13000, fail_launch_in = -1;
+  int context = 0;                    // 1 + the device whose context is current; 0: none is
+  unsigned contexts = 0;              // a bit for each device that has one
+  cudaError_t kernels = cudaSuccess;  // what asking for one gives
+  int copies = 0;
   cudaError_t last_error = cudaSuccess;
   bool capturing = false;
   cudaStreamCaptureMode mode = cudaStreamCaptureModeGlobal;
@@ -279,8 +282,9 @@ cudaError_t execute(const cudaLaunchConfig_t& config, const std::function<void()
 
 }  // namespace
 
-cudaError_t launch(const cudaLaunchConfig_t& config, std::function<void()> thread) {
+cudaError_t launch(const cudaLaunchConfig_t& config, size_t parameter_bytes, std::function<void()> thread) {
   Machine& m = machine();
+  if (parameter_bytes > (m.driver >= 12010 ? 32764 : 4096)) return m.last_error = cudaErrorInvalidValue;
   if (config.gridDim.x == 0 || config.blockDim.x == 0 || config.blockDim.x > 1024) {
     return m.last_error = cudaErrorInvalidValue;
   }
@@ -368,19 +372,40 @@ const char* cudaGetErrorName(cudaError_t error) {
 }
 const char* cudaGetErrorString(cudaError_t error) {
   if (error == cudaErrorLaunchFailure) return machine().error.c_str();
+  if (error == cudaErrorMemoryAllocation) return "out of memory";
   return cudaGetErrorName(error);
 }
 cudaError_t cudaGetDeviceCount(int* count) {
   *count = machine().devices;
   return *count > 0 ? cudaSuccess : cudaErrorNoDevice;
 }
-cudaError_t cudaGetDevice(int* device) {
-  *device = machine().device;
+cudaError_t cudaSetDevice(int device) {
+  if (device < 0 || device >= machine().devices) return machine().last_error = cudaErrorInvalidDevice;
+  machine().context = 1 + device;
+  machine().contexts |= 1u << device;
   return cudaSuccess;
 }
-cudaError_t cudaSetDevice(int device) {
-  if (device < 0 || device >= machine().devices) return machine().last_error = cudaErrorInvalidValue;
-  machine().device = device;
+
+namespace {
+
+int get_context(void** context) {
+  *context = reinterpret_cast<void*>(static_cast<intptr_t>(machine().context));
+  return 0;
+}
+
+int set_context(void* context) {
+  machine().context = static_cast<int>(reinterpret_cast<intptr_t>(context));
+  return 0;
+}
+
+}  // namespace
+
+cudaError_t cudaGetDriverEntryPointByVersion(const char* name, void** function, unsigned, unsigned long long,
+                                             cudaDriverEntryPointQueryResult* result) {
+  *function = std::strcmp(name, "cuCtxGetCurrent") == 0   ? reinterpret_cast<void*>(get_context)
+              : std::strcmp(name, "cuCtxSetCurrent") == 0 ? reinterpret_cast<void*>(set_context)
+                                                          : nullptr;
+  *result = *function == nullptr ? cudaDriverEntryPointSymbolNotFound : cudaDriverEntryPointSuccess;
   return cudaSuccess;
 }
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
@@ -400,6 +425,12 @@ cudaError_t refuse_in_capture() {
   return refused ? m.last_error = cudaErrorStreamCaptureUnsupported : cudaSuccess;
 }
 
+// Work that a capture would not take in.
+cudaError_t use_of(cudaStream_t stream) {
+  if (stream != nullptr || !machine().capturing) return refuse_in_capture();
+  return machine().last_error = cudaErrorStreamCaptureUnsupported;
+}
+
 }  // namespace
 
 cudaError_t cudaMalloc(void** address, size_t bytes) {
@@ -413,9 +444,16 @@ cudaError_t cudaFree(void* address) {
   std::free(address);
   return cudaSuccess;
 }
-cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind, cudaStream_t) {
-  if (machine().capturing) return machine().last_error = cudaErrorStreamCaptureUnsupported;
+// The default stream is the one that is captured.
+cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind, cudaStream_t stream) {
+  if (const cudaError_t error = use_of(stream); error != cudaSuccess) return error;
+  ++machine().copies;
   std::memcpy(to, from, bytes);
+  return cudaSuccess;
+}
+cudaError_t cudaMemsetAsync(void* address, int value, size_t bytes, cudaStream_t stream) {
+  if (const cudaError_t error = use_of(stream); error != cudaSuccess) return error;
+  std::memset(address, value, bytes);
   return cudaSuccess;
 }
 cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned) {
@@ -426,9 +464,17 @@ cudaError_t cudaEventDestroy(cudaEvent_t event) {
   std::free(reinterpret_cast<void*>(event));
   return cudaSuccess;
 }
-cudaError_t cudaEventRecord(cudaEvent_t, cudaStream_t) { return refuse_in_capture(); }
+cudaError_t cudaEventRecord(cudaEvent_t, cudaStream_t stream) { return use_of(stream); }
 cudaError_t cudaStreamWaitEvent(cudaStream_t, cudaEvent_t, unsigned) { return refuse_in_capture(); }
-cudaError_t cudaStreamSynchronize(cudaStream_t) { return refuse_in_capture(); }
+cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned) {
+  *stream = reinterpret_cast<cudaStream_t>(std::malloc(1));
+  return refuse_in_capture();
+}
+cudaError_t cudaStreamDestroy(cudaStream_t stream) {
+  std::free(reinterpret_cast<void*>(stream));
+  return cudaSuccess;
+}
+cudaError_t cudaStreamSynchronize(cudaStream_t stream) { return use_of(stream); }
 cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* status) {
   *status = machine().capturing ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
   return cudaSuccess;
@@ -438,7 +484,7 @@ cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode* mode) {
   return cudaSuccess;
 }
 cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, const void*) {
-  return machine().has_kernels ? cudaSuccess : machine().last_error = cudaErrorNoKernelImageForDevice;
+  return machine().last_error = machine().kernels;
 }
 
 // order: 0 ascending, 1 descending, 2 random from the seed.
@@ -464,11 +510,22 @@ EXPORTED int cuda_on_host_launches(uint64_t (*out)[4], int room) {
 // The launch after `after` more returns an error; -1: none does.
 EXPORTED void cuda_on_host_fail_launch(int after) { machine().fail_launch_in = after; }
 
-EXPORTED void cuda_on_host_device(int devices, int driver, int has_kernels) {
+EXPORTED void cuda_on_host_device(int devices, int driver, int kernels) {
   machine().devices = devices;
   machine().driver = driver;
-  machine().has_kernels = has_kernels != 0;
+  machine().kernels = static_cast<cudaError_t>(kernels);
 }
+
+// Leaves this thread without a context, as a thread is that has not used CUDA.
+EXPORTED void cuda_on_host_forget_contexts() { machine().context = machine().contexts = 0; }
+
+// A bit for each device on which there is a context; -1 if one is current.
+EXPORTED int cuda_on_host_contexts() {
+  return machine().context != 0 ? -1 : static_cast<int>(machine().contexts);
+}
+
+// The copies since the last call.
+EXPORTED int cuda_on_host_copies() { return std::exchange(machine().copies, 0); }
 
 EXPORTED void cuda_on_host_begin_capture() {
   machine().graphs.emplace_back();
