@@ -539,6 +539,20 @@ def test_bytes_and_launches_of_rules_with_norms(
     assert launches <= most_launches
 
 
+def test_the_direction_of_elements_that_do_not_exist_is_not_measured(on_host: OnHost, all_native: None) -> None:
+    results = []
+    for backend in ("cuda", "cpu"):
+        params = [Parameter(torch.ones(n)) for n in (1, 5, 1023)]
+        optimizer = LAMB(params, eps=0.0, backend=backend)  # the direction of zeros is 0 / 0
+        for param in params:
+            param.grad = torch.full_like(param, 0.5)
+        optimizer.step()
+        results.append(optimizer)
+    assert_near(*results)
+    assert torch.isfinite(results[0].last_norms.trust_ratio).all()
+    torch.testing.assert_close(results[0].last_norms.trust_ratio, results[1].last_norms.trust_ratio)
+
+
 def test_several_rules_take_a_bucket_each(on_host: OnHost, all_native: None) -> None:
     results = []
     for backend in ("cuda", "cpu"):
