@@ -45,6 +45,8 @@ def divide(a: Number, b: Number) -> Number:
 def where(condition: Condition, a: Number, b: Number) -> Number:
     """``a`` where the condition holds, otherwise ``b``."""
     if isinstance(condition, Tensor):
+        if not isinstance(a, Tensor):  # torch would make a tensor of the default dtype from two floats
+            a = torch.full((), a, dtype=torch.float64, device=condition.device)
         return torch.where(condition, a, b)
     return a if condition else b
 

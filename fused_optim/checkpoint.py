@@ -11,7 +11,17 @@ from torch import Tensor
 
 from . import masters
 from .backends import logger
-from .states import is_number, kept_dtype, like_param, name_of, new_number, number_of, own_name, state_dtype_of
+from .states import (
+    is_number,
+    kept_dtype,
+    like_param,
+    name_of,
+    new_number,
+    not_begun,
+    number_of,
+    own_name,
+    state_dtype_of,
+)
 
 if TYPE_CHECKING:
     from .optimizer import FusedOptimizer
@@ -87,7 +97,7 @@ def admit(optimizer: Any, state_dict: dict[str, Any]) -> None:
         names = optimizer.state_names({**optimizer.defaults, **saved})
         for position, (param, key) in enumerate(zip(group["params"], saved["params"])):
             state = state_dict["state"].get(key)
-            if not state:
+            if not state or not_begun(state, optimizer):
                 continue
             place = name_of(group, index, position)
             for name in names:
@@ -121,11 +131,12 @@ def restore(optimizer: FusedOptimizer, state_dict: dict[str, Any]) -> None:
         names = optimizer.state_names(group)
         # Known keys first and as literals: the plan compares them by identity.
         state: dict[str, Any] = {}
-        for name in optimizer.tensor_state_names(group):
+        begun = not not_begun(saved, optimizer)
+        for name in optimizer.tensor_state_names(group) if begun else ():
             value = number_of(saved, name, group, optimizer.missing_step)
             state[name] = new_number(name, 0.0 if value is None else value, param)
         for name in names:
-            if name in saved:
+            if isinstance(saved.get(name), Tensor):
                 dtype = kept_dtype(param, saved[name].dtype)
                 if optimizer._state_dtype is not None:
                     dtype = state_dtype_of(param, optimizer._state_dtype)
@@ -138,7 +149,7 @@ def restore(optimizer: FusedOptimizer, state_dict: dict[str, Any]) -> None:
                 state[master] = like_param(value, param, value.dtype)
                 optimizer._versions[param] = param._version
         for name, value in saved.items():
-            if name not in state and name not in masters.KEYS.values():
+            if name not in state and name not in masters.KEYS.values() and (begun or value is not None):
                 state[name] = value.clone() if isinstance(value, Tensor) else value
         optimizer.state[param] = state
     for group in optimizer.param_groups:

@@ -175,6 +175,11 @@ class LAMB(FusedOptimizer):
         if variant not in VARIANTS:
             raise ValueError(f"variant={variant!r} is none of LAMB's: {', '.join(VARIANTS)}")
         if variant == "paper":
+            if max_grad_norm not in (None, 1.0):  # 1.0: the default
+                raise ValueError(
+                    f"max_grad_norm={max_grad_norm}: the variant 'paper' does not clip; take the variant 'apex', or "
+                    f"grad_clip=ClipGradByGlobalNorm({max_grad_norm})"
+                )
             max_grad_norm, always_adapt = None, True
         if max_grad_norm is not None and grad_clip is not None:
             raise ValueError("LAMB clips by max_grad_norm already; pass max_grad_norm=None beside grad_clip")

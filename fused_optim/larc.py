@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
-from .arithmetic import where
+from .arithmetic import Number, where
 from .backends import logger
-from .eager import compute_dtype
+from .eager import squares_dtype
 from .lamb import LAMB
 from .lars import LARS, refuse_clip
 from .norms import Norms
@@ -65,7 +66,9 @@ class LARC(torch.optim.Optimizer):
     Variants set what the caller leaves at None:
 
     - None: eta 0.002, eps 1e-7, min_update 0, zero_norm ``"one"``, weight_decay_in_ratio False.
-    - ``"openseq2seq"``: the same with min_update 1e-7 and zero_norm ``"floor"``: tensors that are zero stay frozen.
+    - ``"openseq2seq"``: the same with min_update 1e-7 and zero_norm ``"floor"``: tensors that are zero stay frozen, and
+      as there become NaN in a step whose learning rate is 0 (a warm-up from 0, torch.distributed.checkpoint's first
+      step); ``zero_norm="one"`` avoids both.
     - ``"apex"``: eta 0.02, eps 1e-8, min_update 0, zero_norm ``"skip"``, weight_decay_in_ratio True.
 
     Args:
@@ -165,6 +168,22 @@ class LARC(torch.optim.Optimizer):
         """The inner optimizer's."""
         self.optimizer.load_state_dict(state_dict)
 
+    def register_state_dict_pre_hook(self, *args: Any, **kwargs: Any) -> RemovableHandle:
+        """The inner optimizer's, which then hands itself to the hook."""
+        return self.optimizer.register_state_dict_pre_hook(*args, **kwargs)
+
+    def register_state_dict_post_hook(self, *args: Any, **kwargs: Any) -> RemovableHandle:
+        """The inner optimizer's, which then hands itself to the hook."""
+        return self.optimizer.register_state_dict_post_hook(*args, **kwargs)
+
+    def register_load_state_dict_pre_hook(self, *args: Any, **kwargs: Any) -> RemovableHandle:
+        """The inner optimizer's, which then hands itself to the hook."""
+        return self.optimizer.register_load_state_dict_pre_hook(*args, **kwargs)
+
+    def register_load_state_dict_post_hook(self, *args: Any, **kwargs: Any) -> RemovableHandle:
+        """The inner optimizer's, which then hands itself to the hook."""
+        return self.optimizer.register_load_state_dict_post_hook(*args, **kwargs)
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """The inner optimizer's."""
         self.optimizer.add_param_group(param_group)
@@ -248,24 +267,33 @@ class LARC(torch.optim.Optimizer):
 
     @torch.no_grad()
     def _scaled(self, param: Tensor, group: dict[str, Any], index: int, position: int, inside: bool) -> Tensor:
-        assert param.grad is not None
         grad, place = param.grad, name_of(group, index, position)
+        assert grad is not None
         if grad.layout != torch.strided:
             raise RuntimeError(f"LARC does not support sparse gradients: {place} has one of layout {grad.layout}")
-        weight_decay = group.get("weight_decay", 0.0)
+        lr, weight_decay = number(group["lr"]), number(group.get("weight_decay", 0.0))
+        # With maximize the inner optimizer turns the sign of all that it sees, the decay in the gradient too.
+        sign = -1.0 if group.get("maximize", False) else 1.0
+        dtype = torch.promote_types(param.dtype, torch.float32)
+        whole, result = param.to(dtype), grad.to(dtype)
         if self._trusted.of(own_name(group, position), place, param) == 0:
-            return grad + weight_decay * param if inside else grad
-        dtype = compute_dtype(param.dtype)
-        grad_norm = torch.linalg.vector_norm(grad, dtype=torch.float64)
-        param_norm = torch.linalg.vector_norm(param, dtype=torch.float64)
-        factor, zero = self._trust.factor(group["lr"], weight_decay, grad_norm, param_norm)
-        result = torch.as_tensor(factor).to(dtype) * grad.to(dtype)
+            return (result + sign * weight_decay * whole).to(grad.dtype) if inside else grad
+        grad_norm, param_norm = (
+            torch.linalg.vector_norm(tensor, dtype=squares_dtype(tensor)) for tensor in (result, whole)
+        )
+        factor, zero = self._trust.factor(lr, weight_decay, grad_norm, param_norm)
+        result = torch.as_tensor(factor).to(dtype) * result
         if inside:
-            decay = weight_decay * factor
+            decay = sign * weight_decay * factor
             if self._trust.zero_norm == SKIP:
-                decay = where(zero, torch.zeros_like(grad_norm), decay)
-            result = result + torch.as_tensor(decay).to(dtype) * param.to(dtype)
+                decay = where(zero, 0.0, decay)
+            result = result + torch.as_tensor(decay).to(dtype) * whole
         return result.to(grad.dtype)
+
+
+def number(value: float | Tensor) -> Number:
+    """A hyperparameter, if a Tensor then one without dimensions: one of shape [1] would give its own to a gradient."""
+    return value.reshape(()) if isinstance(value, Tensor) else value
 
 
 def resolve(variant: str | None, mode: str, given: dict[str, Any]) -> TrustRatio:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -36,8 +37,9 @@ class LARS(MomentumOptimizer):
       :math:`\min(r / \gamma, 1)`.
     - ``"optax"``: :math:`r = \eta \lVert \theta \rVert / (\lVert g + \lambda\theta \rVert + \epsilon)`, 1 where a norm
       is zero, and the learning rate inside the momentum buffer.
-    - ``"kozistr"``: pytorch_optimizer's: the same ratio, the learning rate outside; tensors of at most one dimension
-      are stepped by plain SGD without decay.
+    - ``"kozistr"``: pytorch_optimizer's: timm's ratio with eps 0, also without weight decay; tensors of at most one
+      dimension are stepped by plain SGD without decay. Its first momentum is dampened and its ratio for a gradient of
+      zeros is :math:`\eta/\lambda`; here the first is the gradient and the second 1, as in the other variants.
 
     Shapes and dtypes:
         As :class:`SGD`.
@@ -63,8 +65,8 @@ class LARS(MomentumOptimizer):
             param group: a callable ``(name, param) -> float`` (names take ``named_parameters()``), a mapping by
             parameter or by name pattern (first match wins, unmatched 1.0), or a sequence in the order of the
             parameters. Default None: 1.0.
-        grad_clip: :class:`ClipGradByNorm` (``"timm"`` only) or :class:`ClipGradByValue`; a global norm is refused,
-            since the ratio undoes what it does. Default None.
+        grad_clip: :class:`ClipGradByNorm` (not for ``"optax"``) or :class:`ClipGradByValue`; a global norm is refused,
+            since the ratio undoes what it does, except ``math.inf``, which only measures. Default None.
         master_weights: ``"float32"``: a float32 master of each 16-bit parameter in the state (``master_param``);
             ``"split"``: the 16 bits that a bfloat16 parameter lacks of it (``param_remainder``, int16), the same run
             bit for bit. Default None: none.
@@ -83,7 +85,7 @@ class LARS(MomentumOptimizer):
         >>> model(torch.ones(4, 2)).sum().backward()
         >>> optimizer.step()
         >>> optimizer.last_norms.names
-        ("'weight' (param_groups[0]['params'][0])", "'bias' (param_groups[0]['params'][1])")
+        ('weight', 'bias')
 
     References:
         You, Gitman and Ginsburg, `Large Batch Training of Convolutional Networks <https://arxiv.org/abs/1708.03888>`_,
@@ -120,7 +122,7 @@ class LARS(MomentumOptimizer):
             raise ValueError(f"trust_clip and always_adapt are options of the variant 'timm', not of {variant!r}")
         if nesterov and (momentum <= 0 or dampening != 0):
             raise ValueError("Nesterov momentum requires a momentum and zero dampening")
-        refuse_clip("LARS", grad_clip, decay_in_norm=variant != "timm")
+        refuse_clip("LARS", grad_clip, decay_in_norm=variant == "optax")
         eps = (1e-8 if variant == "timm" else 0.0) if eps is None else eps
         check_arguments(lr=lr, momentum=momentum, weight_decay=weight_decay, eps=eps)
         defaults = {
@@ -151,14 +153,14 @@ class LARS(MomentumOptimizer):
         )
 
     def trust_ratio(self, group: dict[str, Any]) -> TrustRatio | None:
-        timm = group["variant"] == "timm"
+        optax = group["variant"] == "optax"
         return TrustRatio(
             float(group["trust_coefficient"]),
             float(group["eps"]),
             clip=bool(group["trust_clip"]),
-            zero_norm=ONE if group["variant"] == "optax" else RATIO_ONE,
-            weight_decay=IN_RATIO if timm else IN_NORM,
-            always=bool(group["always_adapt"]) or not timm,
+            zero_norm=ONE if optax else RATIO_ONE,
+            weight_decay=IN_NORM if optax else IN_RATIO,
+            always=bool(group["always_adapt"]) or group["variant"] != "timm",
         )
 
     def exempt(self, group: dict[str, Any], param: Tensor) -> bool:
@@ -171,6 +173,8 @@ def refuse_clip(what: str, grad_clip: GradClip | None, *, decay_in_norm: bool) -
     Raises:
         ValueError: a global norm; a clip by norm where the ratio is that of gradient and decay together.
     """
+    if grad_clip is not None and math.isinf(grad_clip.options.norm):
+        return  # it measures and scales nothing, or clips by value
     if isinstance(grad_clip, ClipGradByGlobalNorm):
         raise ValueError(f"{what} and gradient norm clipping should not be used together: its ratio undoes the clip's")
     if isinstance(grad_clip, ClipGradByNorm) and decay_in_norm:

@@ -49,4 +49,5 @@ def collect_norms(
         return None
     first = found[min(found)].device
     table = torch.stack([found[index].to(first) for index in sorted(found)])
-    return Norms(tuple(rows[index].name for index in sorted(found)), *table.unbind(1))
+    names = tuple(rows[index].own_name or rows[index].name for index in sorted(found))
+    return Norms(names, *table.unbind(1))

@@ -63,6 +63,8 @@ class FusedOptimizer(torch.optim.Optimizer):
     structural_keys: ClassVar[tuple[str, ...]] = ("differentiable",)
     # Element states that may be missing in a state that has the others, and then start at zero.
     late_states: ClassVar[tuple[str, ...]] = ()
+    # Element states whose first value the first step makes: None, as torch keeps them before it, is none yet.
+    states_of_first_step: ClassVar[tuple[str, ...]] = ()
     # The step count of a state that has others but no "step".
     missing_step: ClassVar[float] = 0.0
     prepare: ClassVar[Callable[..., Any]]
@@ -418,6 +420,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                         name=place,
                         backend=backend,
                         refused=refused,
+                        own_name=states.own_name(group, position),
                     )
                 )
         self._rows = rows

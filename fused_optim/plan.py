@@ -39,6 +39,7 @@ class Row(NamedTuple):
     name: str
     backend: str
     refused: str | None  # why no native backend takes it
+    own_name: str | None  # where the group has names
 
 
 # Index of a CUDA device, and addresses on it: loss scale, found_inf, global norm, non-finite flag, norms of its rows

@@ -50,6 +50,7 @@ class MomentumOptimizer(FusedOptimizer):
     """What SGD and LARS share: their rule and its states."""
 
     structural_keys = ("momentum", "differentiable")
+    states_of_first_step = ("momentum_buffer",)
     missing_step = 1.0  # torch's SGD keeps none: a buffer that is there has had its first step
     prepare = staticmethod(prepare)
     update = staticmethod(update)

@@ -107,6 +107,8 @@ def check_state(row: Row, state: Any, group: dict[str, Any], optimizer: FusedOpt
     """
     if not state:
         return
+    if not_begun(state, optimizer):
+        return
     for name in optimizer.state_names(group):
         if name not in state and name in optimizer.late_states:
             continue
@@ -125,6 +127,16 @@ def check_state(row: Row, state: Any, group: dict[str, Any], optimizer: FusedOpt
                 f"state {name!r} of {row.name} must be a number or a one-element Tensor, found {value!r}; "
                 "delete optimizer.state[param] to start it anew"
             )
+
+
+def not_begun(state: Mapping[str, Any], optimizer: FusedOptimizer) -> bool:
+    """Whether a parameter that has a state has not had the first step of this rule.
+
+    torch's SGD keeps a momentum_buffer of None where there was no gradient yet, or no momentum; and beside a master
+    weight alone there is none before momentum is switched on.
+    """
+    present = {name for name, value in state.items() if value is not None and name not in masters.KEYS.values()}
+    return bool(optimizer.states_of_first_step) and not present
 
 
 def number_of(state: Mapping[str, Any], name: str, group: Mapping[str, Any], missing_step: float) -> Any:
@@ -180,7 +192,7 @@ def repair_state(
     param = row.param
     state = all_states[param]
     for name in optimizer.tensor_state_names(group):
-        value = number_of(state, name, group, optimizer.missing_step if state else 0.0)
+        value = number_of(state, name, group, 0.0 if not_begun(state, optimizer) else optimizer.missing_step)
         adopted = isinstance(value, Tensor) and value.shape == () and value.device == param.device
         if not adopted or value.dtype not in (torch.float32, torch.float64):
             state[name] = new_number(name, 0.0 if value is None else value, param)

@@ -1,4 +1,4 @@
-"""Writes trajectories of timm's Lamb and pytorch_optimizer's Lamb and Lion to tests/golden.
+"""Writes trajectories of timm's and pytorch_optimizer's optimizers to tests/golden, those that were not handed down.
 
 For an environment that has both packages (``pip install --no-deps timm pytorch_optimizer``). Inputs are those of an
 older golden file, so that all files can be compared. Only timm's optimizer modules are imported: the package itself
@@ -44,6 +44,40 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
         "Lion",
         {"lr": 0.01, "betas": (0.9, 0.99), "weight_decay": 0.1, "weight_decouple": True},
     ),
+    "lars_kozistr_default": (
+        "pytorch_optimizer.optimizer.lars",
+        "LARS",
+        {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.1, "trust_coefficient": 0.01},
+    ),
+    "lars_timm_clip": (
+        "timm.optim.lars",
+        "Lars",
+        {
+            "lr": 0.5,
+            "momentum": 0.9,
+            "nesterov": True,
+            "trust_coeff": 0.01,
+            "trust_clip": True,
+            "always_adapt": True,
+            "foreach": False,
+        },
+    ),
+    "novograd_kozistr_decoupled": (
+        "pytorch_optimizer.optimizer.novograd",
+        "NovoGrad",
+        {"lr": 0.01, "weight_decay": 0.1, "weight_decouple": True, "grad_averaging": True, "adam_debias": True},
+    ),
+    "novograd_kozistr_fixed": (
+        "pytorch_optimizer.optimizer.novograd",
+        "NovoGrad",
+        {"lr": 0.01, "weight_decay": 0.01, "weight_decouple": True, "fixed_decay": True},
+    ),
+    "novograd_timm_amsgrad": ("timm.optim.nvnovograd", "NvNovoGrad", {"lr": 0.01, "amsgrad": True}),
+    "novograd_timm_decoupled": (
+        "timm.optim.nvnovograd",
+        "NvNovoGrad",
+        {"lr": 0.01, "weight_decay": 0.1, "decoupled_decay": True},
+    ),
 }
 
 
@@ -62,6 +96,7 @@ def load(module: str) -> Any:
 
 
 def main() -> None:
+    torch.set_default_dtype(torch.float64)  # in which timm's NvNovoGrad keeps its second moment
     inputs = np.load(GOLDEN / f"{INPUTS}.npz")
     shapes = json.loads(str(inputs["shapes"]))
     sizes = [int(np.prod(shape)) for shape in shapes]
