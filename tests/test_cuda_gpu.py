@@ -18,6 +18,7 @@ from cases import (
     snapshot,
     train,
 )
+from norm_rules import RULES, assert_near, each_rule, eighths, inner, params_of, step_exactly
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -28,10 +29,6 @@ pytestmark = pytest.mark.gpu
 RAGGED = tuple((n,) for n in (0, 1, 3, 7, 9, 257, 1023, 1024, 1025, 4097, 8193, 32769, 100003))
 
 
-def params_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    return [param for group in optimizer.param_groups for param in group["params"]]
-
-
 def on_gpu(options: dict[str, Any]) -> dict[str, Any]:
     def move(value: Any) -> Any:
         if isinstance(value, tuple):
@@ -39,13 +36,6 @@ def on_gpu(options: dict[str, Any]) -> dict[str, Any]:
         return value.cuda() if isinstance(value, Tensor) else value
 
     return {key: move(value) for key, value in options.items()}
-
-
-def assert_near(ours: torch.optim.Optimizer, twin: torch.optim.Optimizer) -> None:
-    """Equal but for the double-precision logarithms and exponentials in prepare, which differ by an ulp."""
-    for mine, theirs in zip(snapshot(ours), snapshot(twin), strict=True):
-        for key, value in mine.items():
-            torch.testing.assert_close(value.cpu(), theirs[key].cpu())
 
 
 @each_variant
@@ -87,6 +77,68 @@ def test_runs_give_the_same_bits(all_native: None) -> None:
     assert_same_results(*optimizers)
     exact = torch.cat([param.grad.double().flatten() for param in params_of(optimizers[0])]).norm()
     torch.testing.assert_close(optimizers[0].last_grad_norm.double(), exact, rtol=1e-6, atol=0)
+
+
+DEVICES = (("cuda", "cuda"), ("cpu", "cpu"))
+
+
+def exact_params(shapes: Any, dtype: torch.dtype, device: str) -> list[Parameter]:
+    return [Parameter(eighths(tuple(shape), dtype, i).to(device)) for i, shape in enumerate(shapes)]
+
+
+@each_rule
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+def test_rules_with_norms(rule: str, dtype: torch.dtype, all_native: None) -> None:
+    optimizers = [RULES[rule](exact_params(RAGGED, dtype, device), backend=name) for device, name in DEVICES]
+    for optimizer in optimizers:
+        for seed in (100, 200):
+            step_exactly(optimizer, seed)
+    assert_near(*optimizers)
+    if inner(optimizers[0]).last_norms is not None:
+        for mine, theirs in zip(optimizers[0].last_norms[1:], optimizers[1].last_norms[1:], strict=True):
+            torch.testing.assert_close(mine.cpu(), theirs, rtol=1e-5, atol=1e-6, equal_nan=True)
+
+
+@pytest.mark.parametrize("rule", ["sgd", "lion", "nesterov", "novograd paper", "larc novograd", "lamb"])
+@pytest.mark.parametrize("options", [{"master_weights": "float32"}, {"master_weights": "split"}], ids=str)
+def test_masters_of_rules_with_norms(rule: str, options: dict[str, Any], all_native: None) -> None:
+    optimizers = []
+    for device, name in DEVICES:
+        optimizers.append(RULES[rule](exact_params(RAGGED, torch.bfloat16, device), backend=name, **options))
+        step_exactly(optimizers[-1])
+    assert_near(*optimizers)
+
+
+@pytest.mark.parametrize(
+    ("rule", "most"), [("sgd", 3), ("novograd paper", 5), ("larc", 5), ("lars optax", 5), ("lamb", 7)]
+)
+def test_launches_of_rules_with_norms(rule: str, most: int) -> None:
+    optimizer = RULES[rule](exact_params([(1 + i % 50,) for i in range(2000)] + [(70000,)], torch.float32, "cuda"))
+    step_exactly(optimizer)
+    before = extension._C.cuda_launches()
+    step_exactly(optimizer, 200)
+    assert extension._C.cuda_launches() - before <= most
+
+
+@pytest.mark.parametrize("rule", ["novograd paper", "larc", "lars timm", "lamb"])
+def test_norms_are_replayed_and_wait_for_nothing(rule: str) -> None:
+    mine, other = (RULES[rule](exact_params(RAGGED, torch.float32, "cuda"), capturable=True) for _ in range(2))
+    for optimizer in (mine, other):
+        step_exactly(optimizer)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        mine.step()
+        assert mine.last_norms is not None
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        mine.step()
+    for _ in range(2):
+        graph.replay()
+    for _ in range(3):
+        other.step()
+    assert_same_results(inner(mine), inner(other))
 
 
 @pytest.mark.parametrize("offset", [1, 2, 3])
@@ -207,6 +259,27 @@ def test_a_capture_before_the_first_step_is_refused() -> None:
     with pytest.raises(RuntimeError, match="not ready"), torch.cuda.graph(graph):
         optimizer.step()
     assert not optimizer.state
+
+
+# compute-sanitizer runs these: every kernel and every way of loading, on few elements.
+@pytest.mark.parametrize("rule", ["sgd", "novograd paper", "lars optax", "lamb"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_rules_for_the_sanitizer(rule: str, dtype: torch.dtype) -> None:
+    optimizer = RULES[rule](exact_params(((0,), (7,), (1025,), (40000,)), dtype, "cuda"))
+    step_exactly(optimizer)
+    torch.cuda.synchronize()
+
+
+@pytest.mark.parametrize("master", [None, "float32", "split"])
+def test_clip_and_masters_for_the_sanitizer(master: str | None) -> None:
+    params = exact_params(((0,), (7,), (1025,), (40000,)), torch.bfloat16, "cuda")
+    optimizer = AdamW(params, master_weights=master, grad_clip=ClipGradByGlobalNorm(1.0))
+    for step in range(2):
+        for i, param in enumerate(params):  # behind an odd element: misaligned
+            room = torch.empty(param.numel() + 1, dtype=param.dtype, device="cuda")
+            param.grad = room[1:].copy_(eighths(tuple(param.shape), param.dtype, step + i))
+        optimizer.step()
+    torch.cuda.synchronize()
 
 
 def test_memory_high_water_mark() -> None:
