@@ -525,6 +525,22 @@ def test_last_norms_are_those_of_the_cpu_backend(rule: str, dtype: torch.dtype, 
         torch.testing.assert_close(one, other, equal_nan=True)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("size", [6e-8, 1.0, 6e4])
+def test_norms_are_exact_over_many_pieces(size: float, dtype: torch.dtype, on_host: OnHost) -> None:
+    values = ((0.5 + 0.5 * torch.rand(10 * CHUNK + 77)) * size).to(dtype)
+    exact = values.double().norm().item()
+    for rule in ("novograd paper", "larc", "lamb without clip"):
+        param = Parameter(values.clone())
+        param.grad = values.clone()
+        make = (lambda p, **o: LAMB(p, max_grad_norm=None, **o)) if rule == "lamb without clip" else RULES[rule]
+        optimizer = make([param], backend="cuda")
+        optimizer.step()
+        norms = optimizer.last_norms
+        norm = norms.param_norm if rule == "lamb without clip" else norms.grad_norm
+        assert norm.item() == pytest.approx(exact, rel=1e-6)
+
+
 def test_optimizers_that_measure_nothing_have_no_norms(on_host: OnHost) -> None:
     optimizer, _ = pair_of("momentum", NORM_SHAPES, torch.float32)
     step_exactly(optimizer)

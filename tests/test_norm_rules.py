@@ -867,3 +867,47 @@ def test_a_clip_that_only_measures_goes_with_a_trust_ratio() -> None:
 def test_lamb_of_the_paper_takes_no_threshold() -> None:
     with pytest.raises(ValueError, match=r"max_grad_norm=0.5: the variant 'paper' does not clip"):
         LAMB([Parameter(torch.ones(2))], variant="paper", max_grad_norm=0.5)
+
+
+# How exact norms are ----------------------------------------------------------------------------------------------
+
+
+def measured_norms(grad: Tensor, param: Tensor, backend: str) -> tuple[float, float, float]:
+    """The norms that NovoGrad's, LARC's and LAMB's steps give one tensor: grad, grad and param."""
+    found = []
+    for make in (
+        lambda p: NovoGrad(p, 0.0, backend=backend),
+        lambda p: LARC(SGD(p, 0.0, backend=backend)),
+        lambda p: LAMB(p, 0.0, max_grad_norm=None, backend=backend),
+    ):
+        own = Parameter(param.clone())
+        own.grad = grad.clone()
+        optimizer = make([own])
+        optimizer.step()
+        found.append(optimizer.last_norms)
+    return found[0].grad_norm.item(), found[1].grad_norm.item(), found[2].param_norm.item()
+
+
+@each_implementation
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("size", [6e-8, 3e-5, 1.0, 6e4])
+def test_norms_are_exact_near_the_ends_of_float16(size: float, dtype: torch.dtype, backend: str) -> None:
+    """Squares of both ends are beyond float16; sums of squares of the larger end are, too."""
+    generator = torch.Generator().manual_seed(1)
+    values = (0.5 + 0.5 * torch.rand(300_001, generator=generator)) * size
+    tensor = values.to(device=device_of(backend), dtype=dtype)
+    exact = tensor.double().norm().item()
+    for norm in measured_norms(tensor, tensor, backend):
+        assert norm == pytest.approx(exact, rel=1e-6)
+
+
+@pytest.mark.slow
+@each_backend
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_norms_of_100_million_elements(dtype: torch.dtype, backend: str) -> None:
+    generator = torch.Generator().manual_seed(1)
+    grad = torch.empty(100_000_000).uniform_(0, 1, generator=generator).to(device_of(backend)).to(dtype)
+    param = torch.empty(100_000_000).uniform_(0, 3, generator=generator).to(device_of(backend)).to(dtype)
+    exact = [math.sqrt(sum(piece.double().square().sum().item() for piece in t.split(1 << 20))) for t in (grad, param)]
+    for norm, expected in zip(measured_norms(grad, param, backend), (exact[0], exact[0], exact[1]), strict=True):
+        assert norm == pytest.approx(expected, rel=1e-6)
