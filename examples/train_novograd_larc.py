@@ -109,7 +109,7 @@ def print_tables(runs: list[Run], console: Console) -> None:
     for heading in ("|grad|", "|param|", "factor"):
         table.add_column(heading, justify="right")
     for name, *numbers in zip(norms.names, *(column.tolist() for column in norms[1:])):
-        table.add_row(name.split("'")[1], *(f"{number:.4g}" for number in numbers))
+        table.add_row(name, *(f"{number:.4g}" for number in numbers))
     console.print(table)
 
 
