@@ -144,6 +144,7 @@ PYBIND11_MODULE(_C, module) {
       .def("captured", &Plan::captured)
       .def("norms", [](const Plan& plan) { return owned(plan.norms()); })
       .def("versions", [](const Plan& plan) { return owned(plan.versions()); })
+      .def("agree", &Plan::agree, py::arg("row"), py::arg("version"))
       .def("touched", [](Plan& plan) { return owned(plan.touched()); });
   module.def("build_info", &build_info);
   module.def("cpu_capability", [] { return requested_kernels()->capability; });

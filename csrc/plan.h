@@ -65,6 +65,8 @@ class Plan {
 
   // The version of each row's parameter after the last run; -1 where it has no master.
   PyObject* versions() const;
+  // The witness has written a row's parameter, and its master with it.
+  void agree(size_t row, int64_t version) { hosts_[row].version = version; }
 
   // The norms of the last run: (row index, grad norm, param norm, trust ratio) of each row that it stepped
   // and of which it measured any. On a CUDA device the numbers are where DeviceScalars says, in the order of

@@ -95,6 +95,10 @@ class Adam(FusedOptimizer):
         capturable: kept in the groups; without effect on CPU tensors.
         differentiable: record the step with autograd; it then runs on the eager path.
         decoupled_weight_decay: decay as :class:`AdamW` does. Default False; loading a checkpoint replaces it.
+        lazy_mode: take sparse gradients, as ``nn.Embedding(..., sparse=True)`` makes them, and update the rows that
+            they list and no other, decay included; rows that are listed twice are summed. The step count is the
+            parameter's, as with dense gradients, which it leaves as they are. Clipping, scales, masters and GradScaler
+            work as usual. Goes through the eager path, and cannot be captured into a CUDA graph. Default False.
         backend: ``"cuda"``, ``"triton"``, ``"cpu"`` or ``"eager"``; default None: what the environment variable
             ``FUSED_OPTIM_BACKEND`` names, otherwise the best there is for each device.
         lr_scale, weight_decay_scale: factors of ``lr`` and of ``weight_decay`` per parameter, at no launch and no
@@ -133,6 +137,7 @@ class Adam(FusedOptimizer):
 
     structural_keys = ("amsgrad", "differentiable")
     late_states = ("max_exp_avg_sq",)
+    takes_sparse = True
     prepare = staticmethod(prepare)
     update = staticmethod(update)
 
@@ -151,6 +156,7 @@ class Adam(FusedOptimizer):
         differentiable: bool = False,
         fused: bool | None = None,
         decoupled_weight_decay: bool = False,
+        lazy_mode: bool = False,
         backend: str | None = None,
         lr_scale: Scale | None = None,
         weight_decay_scale: Scale | None = None,
@@ -158,6 +164,7 @@ class Adam(FusedOptimizer):
         master_weights: str | None = None,
         state_dtype: torch.dtype | None = None,
     ) -> None:
+        self._lazy_mode = lazy_mode
         torch_optimizer = torch.optim.Adam(
             [torch.zeros(0)],
             lr,
@@ -228,6 +235,7 @@ class AdamW(Adam):
         foreach, fused: accepted for scripts and checkpoints that carry them; they choose nothing, ``backend`` does.
         capturable: kept in the groups; without effect on CPU tensors.
         differentiable: record the step with autograd; it then runs on the eager path.
+        lazy_mode: take sparse gradients, and update only the rows that they list; see :class:`Adam`. Default False.
         backend: ``"cuda"``, ``"triton"``, ``"cpu"`` or ``"eager"``; default None: what the environment variable
             ``FUSED_OPTIM_BACKEND`` names, otherwise the best there is for each device.
         lr_scale, weight_decay_scale: factors of ``lr`` and of ``weight_decay`` per parameter, at no launch and no
@@ -278,6 +286,7 @@ class AdamW(Adam):
         capturable: bool = False,
         differentiable: bool = False,
         fused: bool | None = None,
+        lazy_mode: bool = False,
         backend: str | None = None,
         lr_scale: Scale | None = None,
         weight_decay_scale: Scale | None = None,
@@ -298,6 +307,7 @@ class AdamW(Adam):
             differentiable=differentiable,
             fused=fused,
             decoupled_weight_decay=True,
+            lazy_mode=lazy_mode,
             backend=backend,
             lr_scale=lr_scale,
             weight_decay_scale=weight_decay_scale,

@@ -275,7 +275,7 @@ class AdamWDL(AdamW):
             depend on it. Default None: everywhere.
         decay_scaling: ``"scaled"``, ``"base"`` or ``"double"``: see above. Default ``"scaled"``. Kept in the groups
             unless it is ``"scaled"``.
-        lazy_mode: for sparse gradients: update only the rows that have one.
+        lazy_mode: take sparse gradients, and update only the rows that they list; see :class:`Adam`. Default False.
         multi_precision: Paddle's word for ``master_weights="float32"``; a ``master_weights`` given beside it counts.
         maximize: ascend instead of descend.
         foreach, fused: accepted for scripts and checkpoints that carry them; they choose nothing, ``backend`` does.
@@ -322,8 +322,6 @@ class AdamWDL(AdamW):
         <https://github.com/PaddlePaddle/PaddleNLP/blob/v2.8.1/paddlenlp/ops/optimizer/adamwdl.py>`_.
     """
 
-    _lazy_mode: bool = False
-
     @refuse_paddle_spellings
     def __init__(
         self,
@@ -357,12 +355,11 @@ class AdamWDL(AdamW):
         ratios = LayerRatios(layerwise_decay, n_layers, set_param_lr_fun, name_dict)
         mask = decay_mask(apply_decay_param_fun)
         check_decay_scaling(decay_scaling, "decay_scaling")
-        self._lazy_mode = lazy_mode
         # fmt: off
         super().__init__(
             params, lr, betas, eps, weight_decay, amsgrad,
             maximize=maximize, foreach=foreach, capturable=capturable, differentiable=differentiable, fused=fused,
-            backend=backend,
+            lazy_mode=lazy_mode, backend=backend,
             lr_scale=cast(Scale, ScaleProduct(column_of("lr_scale", lr_scale), ratios)),
             weight_decay_scale=cast(Scale, ScaleProduct(column_of("weight_decay_scale", weight_decay_scale), mask)),
             grad_clip=grad_clip,

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar
 
 import torch
@@ -27,6 +28,7 @@ from .eager import MeasuredNorms, squares_dtype, step_eager
 from .norms import Norms, collect_norms
 from .plan import DeviceScalars, Plan, Row, make_plan, why_not_native, why_refused
 from .scales import Exclude, Scale, ScaleColumn, column_of, excluded
+from .sparse import listed_rows
 from .trust_ratio import TrustRatio
 
 
@@ -65,6 +67,8 @@ class FusedOptimizer(torch.optim.Optimizer):
     late_states: ClassVar[tuple[str, ...]] = ()
     # Element states whose first value the first step makes: None, as torch keeps them before it, is none yet.
     states_of_first_step: ClassVar[tuple[str, ...]] = ()
+    # Whether there is a lazy_mode.
+    takes_sparse: ClassVar[bool] = False
     # The step count of a state that has others but no "step".
     missing_step: ClassVar[float] = 0.0
     prepare: ClassVar[Callable[..., Any]]
@@ -86,6 +90,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     _state_dtype: torch.dtype | None = None
     _master_weights: str | None = None
     _grad_clip: GradClip | None = None
+    _lazy_mode: bool = False
     _scales: tuple[ScaleColumn, ...] = ()  # of lr, of weight_decay; of clipping and of trust ratios (1 or 0)
     _larc: TrustRatio | None = None  # LARC's, which is around this optimizer
     _plan: Plan | None = None
@@ -93,6 +98,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     _versions: dict[Tensor, int]
     _grad_norm: float | Tensor | None = None
     _witness_norms: dict[int, MeasuredNorms]  # by row, of the last step
+    _coalesced: dict[Tensor, Tensor]  # sparse gradients of this step, by parameter
     _measured: dict[torch.device, Tensor]  # where the kernels write the norms of their rows
     _cuda_devices: tuple[torch.device, ...] = ()  # that rows of the plan are on
     _devices_alone: bool = False  # one of them has all rows
@@ -128,7 +134,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._master_weights = master_weights
         self._grad_clip = grad_clip
         self._versions = {}
-        self._norm_tensors, self._measured, self._witness_norms = {}, {}, {}
+        self._norm_tensors, self._measured, self._witness_norms, self._coalesced = {}, {}, {}, {}
         super().__init__(params, defaults)
         if self._forced_backend is not None:
             backends.check_forced(self._forced_backend, self._devices())
@@ -319,6 +325,11 @@ class FusedOptimizer(torch.optim.Optimizer):
             self._witness_norms = {
                 index: self._step_witness(self._rows[index], grad_scale, global_norm or 0.0) for index in witnessed
             }
+            for index in witnessed if self._master_weights is not None else ():
+                param = self._rows[index].param
+                self._versions[param] = param._version
+                plan.agree(index, param._version)
+            self._coalesced.clear()
             if captured:
                 kept = plan, dict(self._norm_tensors), dict(self._measured), self._scalars
                 self._replayed = (*self._replayed, kept)
@@ -461,19 +472,24 @@ class FusedOptimizer(torch.optim.Optimizer):
         for index in {row.group for row in rows}:
             states.check_hyperparameters(groups[index], index, self.defaults)
         for row in rows:
-            states.check_grad(row, type(self).__name__)
+            states.check_grad(row, self, groups[row.group])
             states.check_state(row, self.state.get(row.param), groups[row.group], self)
         taken: dict[int, Tensor] = {}
-        for row, (_, kind) in zip(rows, attention):
+        versions = self._plan.versions() if self._plan is not None and self._master_weights is not None else ()
+        for row, (index, kind) in zip(rows, attention):
             overwritten = kind == "master"
-            if row.master is not None and not row.native:
-                overwritten = self._versions.get(row.param, row.param._version) != row.param._version
+            if row.master is not None and not overwritten:
+                known = versions[index] if row.native else self._versions.get(row.param, -1)
+                overwritten = known not in (-1, row.param._version)
             states.repair_state(row, self.state, groups[row.group], self, taken, overwritten)
         left = self._refresh()
         for index, kind in left:
             row = self._rows[index]
             if row.backend != "eager":
                 self._report(row.name, row.refused or why_refused(row, kind), kind=row.refused or kind)
+            grad = row.param.grad
+            if grad is not None and grad.is_sparse:
+                self._coalesced[row.param] = grad.detach().coalesce()
         return [index for index, _ in left]
 
     def _step_witness(self, row: Row, grad_scale: float, global_norm: float) -> MeasuredNorms:
@@ -487,13 +503,19 @@ class FusedOptimizer(torch.optim.Optimizer):
                 grad_scale *= options.coefficient(global_norm)
             else:
                 grad_scale *= options.coefficient(math.sqrt(self._sum_of_squares(row)) * grad_scale)
-        with torch.set_grad_enabled(bool(group["differentiable"])):
+        param, state, names = row.param, self.state[row.param], self.state_names(group)
+        columns = names if row.master is None else (*names, row.master)
+        coalesced = self._coalesced.get(param)
+        rows: AbstractContextManager[tuple[Tensor, dict[str, Tensor]]] = nullcontext((param, state))
+        if coalesced is not None:
+            rows = listed_rows(param, coalesced, state, columns)
+        with torch.set_grad_enabled(bool(group["differentiable"])), rows as (stepped, its_state):
             measured = step_eager(
                 self,
                 group,
-                row.param,
-                self.state[row.param],
-                self.state_names(group),
+                stepped,
+                its_state,
+                names,
                 self.tensor_state_names(group),
                 trusted=row.trusted,
                 lr_scale=row.lr_scale,
@@ -502,8 +524,6 @@ class FusedOptimizer(torch.optim.Optimizer):
                 bounds=bounds,
                 master=row.master,
             )
-        if row.master is not None:
-            self._versions[row.param] = row.param._version
         return measured
 
     def _sum_of_squares(self, row: Row) -> float:
@@ -511,6 +531,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         grad = row.param.grad
         if not row.clipped or grad is None:
             return 0.0
+        if row.param in self._coalesced:
+            grad = self._coalesced[row.param]._values()
         return float(torch.linalg.vector_norm(grad.detach(), dtype=squares_dtype(grad)) ** 2)
 
     def _report(self, what: str, reason: str, kind: str | None = None) -> None:
@@ -562,6 +584,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             "_state_dtype": self._state_dtype,
             "_master_weights": self._master_weights,
             "_grad_clip": self._grad_clip,
+            "_lazy_mode": self._lazy_mode,
             "_scales": self._scales,
             "_larc": self._larc,
         }
@@ -570,7 +593,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         super().__setstate__(state)
         self._plan = None
         self._versions = {}
-        self._norm_tensors, self._measured, self._witness_norms = {}, {}, {}
+        self._norm_tensors, self._measured, self._witness_norms, self._coalesced = {}, {}, {}, {}
         self._rows = ()
         for group in self.param_groups:
             for key, value in self.defaults.items():

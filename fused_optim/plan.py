@@ -72,6 +72,7 @@ class Plan(Protocol):
     def touched(self) -> list[Tensor]: ...
 
     def versions(self) -> list[int]: ...
+    def agree(self, row: int, version: int) -> None: ...
 
     def norms(self) -> list[tuple[int, float, float, float]]: ...
 
@@ -121,6 +122,8 @@ class EagerPlan:
 
     def versions(self) -> list[int]:
         return [-1 for params in self._params for _ in params]
+
+    def agree(self, row: int, version: int) -> None: ...
 
     def norms(self) -> list[tuple[int, float, float, float]]:
         return []
@@ -193,6 +196,8 @@ def why_refused(row: Row, kind: str) -> str:
     """Why the plan did not take a native row at this step, in words."""
     param, grad = row.param, row.param.grad
     if kind == "grad" and grad is not None:
+        if grad.is_sparse:
+            return "its gradient is sparse"
         if not is_plain(type(grad)):
             return f"its gradient is a {type(grad).__name__}, not plain memory"
         if grad.stride() != param.stride():

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from . import masters
+from . import masters, sparse
 from .plan import Row, is_plain
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def check_memory(tensor: Tensor, what: str) -> None:
         )
 
 
-def check_grad(row: Row, optimizer: str) -> None:
+def check_grad(row: Row, optimizer: FusedOptimizer, group: dict[str, Any]) -> None:
     """Refuse a gradient that cannot be used.
 
     Raises:
@@ -75,11 +75,18 @@ def check_grad(row: Row, optimizer: str) -> None:
     check_memory(param, row.name)
     check_memory(grad, f"the gradient of {row.name}")
     if grad.layout != torch.strided:
-        raise RuntimeError(
-            f"{optimizer} does not support sparse gradients, please consider SparseAdam instead: {row.name} has a "
-            f"gradient of layout {grad.layout}; build its module with sparse=False or step it with "
-            "torch.optim.SparseAdam"
-        )
+        name = type(optimizer).__name__
+        if not optimizer._lazy_mode:
+            lazy = "make the optimizer with lazy_mode=True, " if optimizer.takes_sparse else ""
+            raise RuntimeError(
+                f"{name} does not support sparse gradients, please consider SparseAdam instead: {row.name} has a "
+                f"gradient of layout {grad.layout}; {lazy}build its module with sparse=False or "
+                "step it with torch.optim.SparseAdam"
+            )
+        trusts = row.trusted and optimizer.trust_ratio(group) is not None
+        reason = sparse.why_refused(grad, trusts=trusts, differentiable=bool(group["differentiable"]))
+        if reason is not None:
+            raise RuntimeError(f"{name} cannot take the sparse gradient of {row.name}: {reason}")
     if not (param.is_floating_point() or param.is_complex()):
         raise RuntimeError(f"{row.name} has dtype {param.dtype}; only floating and complex parameters can be optimized")
     if not (grad.is_floating_point() or grad.is_complex()):

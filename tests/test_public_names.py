@@ -27,7 +27,7 @@ def test_signature_is_torchs_and_then_ours(name: str) -> None:
     facts = [(p.name, p.kind, p.default) for p in ours.values()]
     assert facts[: len(theirs)] == [(p.name, p.kind, p.default) for p in theirs.values()]
     keyword_only = inspect.Parameter.KEYWORD_ONLY
-    assert facts[len(theirs) :] == [(key, keyword_only, value) for key, value in OURS.items()]
+    assert facts[len(theirs) :] == [(key, keyword_only, value) for key, value in [("lazy_mode", False), *OURS.items()]]
 
 
 ADAMWDL = {
