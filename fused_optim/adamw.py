@@ -15,6 +15,9 @@ from .eager import TensorContext
 from .optimizer import FusedOptimizer
 from .scales import Scale
 
+# Which learning rate decoupled weight decay takes; csrc/rules/adamw.h has the same.
+DECAY_SCALINGS = ("scaled", "base", "double")
+
 
 def prepare(group: dict[str, Any], tensor: TensorContext) -> SimpleNamespace:
     """Per tensor: the scalars that `update` reads."""
@@ -138,6 +141,7 @@ class Adam(FusedOptimizer):
     structural_keys = ("amsgrad", "differentiable")
     late_states = ("max_exp_avg_sq",)
     takes_sparse = True
+    choices = (("decay_scaling", DECAY_SCALINGS),)
     prepare = staticmethod(prepare)
     update = staticmethod(update)
 

@@ -14,12 +14,11 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from .adamw import AdamW
+from .adamw import DECAY_SCALINGS, AdamW
 from .backends import logger
 from .clip import GradClip
 from .scales import Scale, ScaleColumn, ScaleProduct, column_of, plain_name
 
-DECAY_SCALINGS = ("scaled", "base", "double")
 P = ParamSpec("P")
 
 

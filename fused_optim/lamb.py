@@ -141,6 +141,7 @@ class LAMB(FusedOptimizer):
         <https://arxiv.org/abs/1904.00962>`_, 2020; timm's Lamb and apex's FusedLAMB for the form.
     """
 
+    choices = (("variant", tuple(VARIANTS)),)
     has_direction = True
     prepare = staticmethod(prepare)
     accumulate = staticmethod(accumulate)

@@ -92,6 +92,8 @@ class LARS(MomentumOptimizer):
         2017.
     """
 
+    choices = (("variant", tuple(VARIANTS)),)
+
     def __init__(
         self,
         params: ParamsT,

@@ -249,6 +249,7 @@ class NovoGrad(FusedOptimizer):
         <https://arxiv.org/abs/1905.11286>`_, 2019; NVIDIA's OpenSeq2Seq.
     """
 
+    choices = (("variant", tuple(VARIANTS)),)
     structural_keys = ("amsgrad", "differentiable")
     late_states = ("max_exp_avg_sq",)
     prepare = staticmethod(prepare)

@@ -67,6 +67,8 @@ class FusedOptimizer(torch.optim.Optimizer):
     late_states: ClassVar[tuple[str, ...]] = ()
     # Element states whose first value the first step makes: None, as torch keeps them before it, is none yet.
     states_of_first_step: ClassVar[tuple[str, ...]] = ()
+    # The words that a hyperparameter may be.
+    choices: ClassVar[tuple[tuple[str, tuple[str, ...]], ...]] = ()
     # Whether there is a lazy_mode.
     takes_sparse: ClassVar[bool] = False
     # The step count of a state that has others but no "step".
@@ -470,7 +472,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         groups = [{**self.defaults, **group} for group in self.param_groups]
         rows = [self._rows[index] for index, _ in attention]
         for index in {row.group for row in rows}:
-            states.check_hyperparameters(groups[index], index, self.defaults)
+            states.check_hyperparameters(groups[index], index, self)
         for row in rows:
             states.check_grad(row, self, groups[row.group])
             states.check_state(row, self.state.get(row.param), groups[row.group], self)

@@ -36,13 +36,17 @@ def is_number(value: Any) -> bool:
     return isinstance(value, Real)
 
 
-def check_hyperparameters(group: dict[str, Any], index: int, defaults: dict[str, Any]) -> None:
+def check_hyperparameters(group: dict[str, Any], index: int, optimizer: FusedOptimizer) -> None:
     """Refuse hyperparameters that the witness cannot compute with; the compiled plan refuses the same.
 
     Raises:
-        TypeError: the text names the group and the key.
+        TypeError: what is no number; the text names the group and the key.
+        ValueError: a word that is none of the hyperparameter's choices.
     """
-    for key, default in defaults.items():
+    for key, words in optimizer.choices:
+        if key in group and group[key] not in words:
+            raise ValueError(f"param_groups[{index}][{key!r}] is {group[key]!r}, which is none of its choices")
+    for key, default in optimizer.defaults.items():
         if isinstance(default, (bool, str)) or default is None:
             continue
         value, wanted = group[key], len(default) if isinstance(default, (tuple, list)) else 0

@@ -29,6 +29,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import Parameter
 
+import fused_optim
+
 FEW = [(5,), (3, 4), (6,)]
 PLACE = r"param_groups\[0\]\['params'\]\[1\]"
 
@@ -480,3 +482,32 @@ def test_chosen_witness_is_not_reported(case: Case, fallbacks: list[str]) -> Non
     param.grad = torch.ones(8)
     optimizer.step()
     assert fallbacks == []
+
+
+@each_implementation
+@pytest.mark.parametrize(
+    ("make", "key"),
+    [
+        (lambda p, b: fused_optim.AdamW(p, backend=b), "decay_scaling"),
+        (lambda p, b: fused_optim.NovoGrad(p, backend=b), "variant"),
+    ],
+)
+def test_a_word_in_a_group_that_is_none(make: Any, key: str, backend: str) -> None:
+    param = Parameter(torch.ones(2, device=device_of(backend)))
+    optimizer = make([param], backend)
+    for begun in (False, True):
+        param.grad = torch.ones_like(param)
+        before = snapshot(optimizer)
+        kept = optimizer.param_groups[0].get(key)
+        optimizer.param_groups[0][key] = "triple"
+        with pytest.raises(
+            ValueError, match=rf"param_groups\[0\]\['{key}'\] is 'triple', which is none of its choices"
+        ):
+            optimizer.step()
+        assert_same_snapshots(snapshot(optimizer), before)
+        if kept is None:
+            del optimizer.param_groups[0][key]
+        else:
+            optimizer.param_groups[0][key] = kept
+        if not begun:
+            optimizer.step()
