@@ -1,4 +1,4 @@
-"""`python -m fused_optim.bench`, or `python -m bench` in a checkout: how fast a step is beside torch's."""
+"""`python -m fused_optim.bench`, or `python -m bench` in a checkout: how fast a step is beside others'."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from rich.progress import track
 from rich.table import Table
 
 from .cases import CASES
-from .step import PEER, machine, time_case
+from .peers import Missing
+from .step import machine, time_case
 
 
 def main() -> None:
@@ -31,15 +32,20 @@ def main() -> None:
 
     console = Console()
     result = {"machine": machine(), "cases": []}
-    table = Table(title=f"AdamW step beside {PEER}, {result['machine']['threads']} threads")
-    for heading in ("case", "ours [µs]", "torch [µs]", "times as fast", "quartiles"):
-        table.add_column(heading, justify="left" if heading == "case" else "right")
+    table = Table(title=f"Optimizer steps side by side, {result['machine']['threads']} threads")
+    for heading in ("case", "beside", "ours [µs]", "peer [µs]", "times as fast", "quartiles"):
+        table.add_column(heading, justify="left" if heading in ("case", "beside") else "right")
     for name in track(arguments.case or CASES, description="timing", console=console, transient=True):
-        figures = time_case(CASES[name], arguments.rounds)
+        try:
+            figures = time_case(CASES[name], arguments.rounds)
+        except Missing as reason:
+            console.print(f"{name}: left out: {reason}")
+            continue
         result["cases"].append(figures)
         low, high = figures["ratio_quartiles"]
-        row = (figures["ours_us"], figures["peer_us"])
-        table.add_row(name, *(f"{us:,.0f}" for us in row), f"{figures['ratio']:.2f}", f"{low:.2f}–{high:.2f}")
+        microseconds = (figures["ours_us"], figures["peer_us"])
+        ratio = f"{figures['ratio']:.2f}"
+        table.add_row(name, figures["peer"], *(f"{us:,.0f}" for us in microseconds), ratio, f"{low:.2f}–{high:.2f}")
     console.print(table)
     if arguments.json is not None:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)

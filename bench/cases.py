@@ -1,44 +1,162 @@
-"""The cases that `step` times: shapes, groups and dtype of what an optimizer is given."""
+"""The cases that `step` times: an optimizer of this library, and a peer with the same work before it."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
 
 import torch
+from torch.nn import Parameter
+
+import fused_optim
+
+from . import peers
+
+Step = Callable[[], Any]
+Groups = list[dict[str, Any]]
+
+
+@dataclass
+class Pair:
+    """Two steps to be timed in turn."""
+
+    optimizer: torch.optim.Optimizer
+    ours: Step
+    peer: Step
+    elements: int
 
 
 @dataclass(frozen=True)
 class Case:
-    """`groups` param groups of `tensors` tensors of `numel` elements each."""
+    """What is stepped beside whom."""
 
     name: str
-    groups: int
-    tensors: int
-    numel: int
-    dtype: torch.dtype = torch.float32
+    peer: str
+    make: Callable[[], Pair]
     default_device: str | None = None  # torch.set_default_device while stepping
+    bytes_per_element: int | None = None  # what the memory must move at least, where that is the limit
 
-    def param_groups(self) -> list[dict[str, list[torch.nn.Parameter]]]:
-        generator = torch.Generator().manual_seed(0)
-        groups = []
-        for _ in range(self.groups):
-            params = [torch.randn(self.numel, generator=generator).to(self.dtype) for _ in range(self.tensors)]
-            groups.append({"params": [torch.nn.Parameter(param) for param in params]})
-            for param in groups[-1]["params"]:
-                param.grad = torch.randn(self.numel, generator=generator).to(self.dtype)
-        return groups
+
+def new_groups(groups: int, tensors: int, numel: int, dtype: torch.dtype = torch.float32) -> Groups:
+    """Param groups of equal tensors, with gradients."""
+    generator = torch.Generator().manual_seed(0)
+    made = []
+    for _ in range(groups):
+        params = [Parameter(torch.randn(numel, generator=generator).to(dtype)) for _ in range(tensors)]
+        for param in params:
+            param.grad = torch.randn(numel, generator=generator).to(dtype)
+        made.append({"params": params})
+    return made
+
+
+def elements(optimizer: torch.optim.Optimizer) -> int:
+    return sum(param.numel() for group in optimizer.param_groups for param in group["params"])
+
+
+def beside(ours: torch.optim.Optimizer, peer: torch.optim.Optimizer | Step) -> Pair:
+    theirs = peer.step if isinstance(peer, torch.optim.Optimizer) else peer
+    return Pair(ours, ours.step, theirs, elements(ours))
+
+
+def adamw(
+    name: str, groups: int, tensors: int, numel: int, dtype: torch.dtype = torch.float32, device: str | None = None
+) -> Case:
+    def make() -> Pair:
+        ours = fused_optim.AdamW(new_groups(groups, tensors, numel, dtype))
+        return beside(ours, torch.optim.AdamW(new_groups(groups, tensors, numel, dtype), fused=True))
+
+    return Case(name, "torch.optim.AdamW(fused=True)", make, device)
+
+
+def clipped() -> Pair:
+    ours = fused_optim.AdamW(new_groups(1, 8, 8_000_000), grad_clip=fused_optim.ClipGradByGlobalNorm(1.0))
+    groups = new_groups(1, 8, 8_000_000)
+    theirs = torch.optim.AdamW(groups, fused=True)
+
+    def step() -> None:
+        torch.nn.utils.clip_grad_norm_(groups[0]["params"], 1.0)
+        theirs.step()
+
+    return beside(ours, step)
+
+
+LAYERS, RATE, KINDS = 24, 0.9, ("weight", "bias")
+
+
+def deep_model() -> list[tuple[str, Parameter]]:
+    """1,000 tensors of 24 layers, their embedding and their head: per layer 20 weights and 20 biases."""
+    params = [param for group in new_groups(1, 1000, 16) for param in group["params"]]
+    names = [f"encoder.layers.{k}.{i}.{kind}" for k in range(LAYERS) for i in range(20) for kind in KINDS]
+    names += [f"{place}.{i}.{kind}" for place in ("embedding", "head") for i in range(10) for kind in KINDS]
+    return list(zip(names, params, strict=True))
+
+
+def layer_wise() -> fused_optim.AdamWDL:
+    return fused_optim.AdamWDL(
+        deep_model(),
+        layerwise_decay=RATE,
+        n_layers=LAYERS,
+        apply_decay_param_fun=lambda name: name.endswith("weight"),
+    )
+
+
+def layer_wise_beside_one_rate() -> Pair:
+    return beside(layer_wise(), fused_optim.AdamW(deep_model()))
+
+
+def layer_wise_beside_groups() -> Pair:
+    """torch has a param group for each learning rate and decay: 52."""
+    ours = layer_wise()
+    groups: dict[tuple[float, float], list[Parameter]] = {}
+    for name, param in deep_model():
+        ratio = fused_optim.layerwise_lr_decay(RATE, None, LAYERS, SimpleNamespace(name=name))
+        groups.setdefault((1e-3 * ratio, 1e-2 if name.endswith("weight") else 0.0), []).append(param)
+    theirs = [{"params": params, "lr": lr, "weight_decay": decay} for (lr, decay), params in groups.items()]
+    return beside(ours, torch.optim.AdamW(theirs, fused=True))
+
+
+def speech_model() -> list[Parameter]:
+    return list(new_groups(1, 200, 64 * 1024)[0]["params"])
+
+
+def novograd() -> Pair:
+    ours = fused_optim.NovoGrad(speech_model(), 1e-3, weight_decay=1e-3)
+    return beside(ours, peers.timm("nvnovograd", "NvNovoGrad")(speech_model(), lr=1e-3, weight_decay=1e-3))
+
+
+def larc() -> Pair:
+    options: dict[str, Any] = {"lr": 1e-3, "momentum": 0.9, "weight_decay": 1e-4}
+    ours = fused_optim.LARC(fused_optim.SGD(speech_model(), **options), eta=0.001, variant="apex")
+    return beside(ours, peers.timm("lars", "Lars")(speech_model(), trust_clip=True, **options))
+
+
+def lamb() -> Pair:
+    options: dict[str, Any] = {"lr": 1e-3, "weight_decay": 0.01, "max_grad_norm": None}
+    return beside(fused_optim.LAMB(speech_model(), **options), peers.timm("lamb", "Lamb")(speech_model(), **options))
 
 
 CASES = {
     case.name: case
     for case in (
-        Case("150 tensors, 1 group", 1, 150, 16),
-        Case("465 groups of 1 tensor", 465, 1, 16),
-        Case("1000 tensors, 50 groups", 50, 20, 16),
-        Case("150 tensors, 1 group, default device set", 1, 150, 16, default_device="cpu"),
-        Case("465 groups of 1 tensor, default device set", 465, 1, 16, default_device="cpu"),
-        Case("1000 tensors, 50 groups, default device set", 50, 20, 16, default_device="cpu"),
-        Case("8 x 8M float32", 1, 8, 8_000_000),
-        Case("8 x 8M bfloat16", 1, 8, 8_000_000, torch.bfloat16),
+        adamw("150 tensors, 1 group", 1, 150, 16),
+        adamw("465 groups of 1 tensor", 465, 1, 16),
+        adamw("1000 tensors, 50 groups", 50, 20, 16),
+        adamw("150 tensors, 1 group, default device set", 1, 150, 16, device="cpu"),
+        adamw("465 groups of 1 tensor, default device set", 465, 1, 16, device="cpu"),
+        adamw("1000 tensors, 50 groups, default device set", 50, 20, 16, device="cpu"),
+        adamw("8 x 8M float32", 1, 8, 8_000_000),
+        adamw("8 x 8M bfloat16", 1, 8, 8_000_000, torch.bfloat16),
+        Case("8 x 8M float32, global-norm clip", "clip_grad_norm_ + torch.optim.AdamW(fused=True)", clipped),
+        Case("24 layers, layer-wise decay", "fused_optim.AdamW, one learning rate", layer_wise_beside_one_rate),
+        Case(
+            "24 layers, layer-wise decay and mask",
+            "torch.optim.AdamW(fused=True), a group a layer and decay",
+            layer_wise_beside_groups,
+        ),
+        Case("NovoGrad, 200 x 64K float32", "timm NvNovoGrad", novograd, bytes_per_element=20),
+        Case("LARC(SGD), 200 x 64K float32", "timm Lars(trust_clip=True)", larc, bytes_per_element=20),
+        Case("LAMB, 200 x 64K float32", "timm Lamb", lamb, bytes_per_element=32),
     )
 }

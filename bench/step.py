@@ -1,4 +1,4 @@
-"""Times optimizer steps, ours and torch's in turn, so that a machine that drifts drifts for both."""
+"""Times optimizer steps, ours and a peer's in turn, so that a machine that drifts drifts for both."""
 
 from __future__ import annotations
 
@@ -16,8 +16,6 @@ import fused_optim
 
 from .cases import Case
 
-PEER = "torch.optim.AdamW(fused=True)"
-
 
 def seconds_of(step: Callable[[], Any], repeats: int) -> float:
     start = time.perf_counter()
@@ -26,30 +24,50 @@ def seconds_of(step: Callable[[], Any], repeats: int) -> float:
     return (time.perf_counter() - start) / repeats
 
 
+def copy_seconds(elements: int) -> Callable[[], float]:
+    """A copy of one float32 column, into memory that is there: 8 bytes an element."""
+    source, target = torch.ones(elements), torch.ones(elements)
+    return lambda: seconds_of(lambda: target.copy_(source), 1)
+
+
 def time_case(case: Case, rounds: int) -> dict[str, Any]:
-    """The medians of both optimizers' step times, and the median and quartiles of the ratio pair by pair."""
-    ours = fused_optim.AdamW(case.param_groups())
-    peer = torch.optim.AdamW(case.param_groups(), fused=True)
+    """The medians of both step times, and the median and quartiles of the ratio pair by pair.
+
+    Where the memory is the limit, also how much of it the step uses: the bytes that it must move, at the pace of a
+    copy between the same two steps.
+
+    Raises:
+        Missing: the peer is not installed.
+    """
+    pair = case.make()
     # Blocks of steps, as timeit makes them: the figure is the step's own cost, not that of the caches between.
-    repeats = max(1, 320_000 // (case.groups * case.tensors * case.numel))
+    repeats = max(1, 320_000 // pair.elements)
+    copy = None if case.bytes_per_element is None else copy_seconds(pair.elements)
+    measured = []
     torch.set_default_device(case.default_device)
     try:
-        for optimizer in (ours, peer):
-            seconds_of(optimizer.step, 3)
-        pairs = [(seconds_of(ours.step, repeats), seconds_of(peer.step, repeats)) for _ in range(rounds)]
+        for step in (pair.ours, pair.peer):
+            seconds_of(step, 3)
+        for _ in range(rounds):
+            mine, theirs = seconds_of(pair.ours, repeats), seconds_of(pair.peer, repeats)
+            measured.append((mine, theirs, copy() if copy is not None else 0.0))
     finally:
         torch.set_default_device(None)
-    ratios = [theirs / mine for mine, theirs in pairs]
-    low, middle, high = statistics.quantiles(ratios, n=4)
-    return {
+    low, middle, high = statistics.quantiles([theirs / mine for mine, theirs, _ in measured], n=4)
+    figures = {
         "case": case.name,
-        "backend": ours.backend,
-        "ours_us": statistics.median(mine for mine, _ in pairs) * 1e6,
-        "peer_us": statistics.median(theirs for _, theirs in pairs) * 1e6,
+        "peer": case.peer,
+        "backend": getattr(pair.optimizer, "optimizer", pair.optimizer).backend,
+        "ours_us": statistics.median(mine for mine, _, _ in measured) * 1e6,
+        "peer_us": statistics.median(theirs for _, theirs, _ in measured) * 1e6,
         "ratio": middle,
         "ratio_quartiles": [low, high],
         "rounds": rounds,
     }
+    if case.bytes_per_element is not None:
+        shares = [case.bytes_per_element / 8 * copied / mine for mine, _, copied in measured]
+        figures["share_of_copy"] = statistics.median(shares)
+    return figures
 
 
 def machine() -> dict[str, Any]:
@@ -69,5 +87,4 @@ def machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "fused_optim": fused_optim.__version__,
-        "peer": PEER,
     }

@@ -259,14 +259,31 @@ void sum_over(const CpuStep& step, const std::vector<Task>& tasks, const Takes& 
   }
 }
 
+// A row whose scalars another may have too.
+struct Prepared {
+  const Row* row;
+  size_t index;
+  double state_before[kMaxPerTensorStates], state_after[kMaxPerTensorStates];
+};
+
+// Of rows in turn, those with equal scales meet in one place; few different ones share it.
+constexpr int kPreparedBits = 7;
+
+size_t place_of(const Row& row) {
+  uint64_t lr_scale, weight_decay_scale;
+  std::memcpy(&lr_scale, &row.lr_scale, sizeof lr_scale);
+  std::memcpy(&weight_decay_scale, &row.weight_decay_scale, sizeof weight_decay_scale);
+  const uint64_t mixed = (lr_scale ^ (weight_decay_scale >> 7)) * 0x9E3779B97F4A7C15u;
+  return static_cast<size_t>(mixed >> (64 - kPreparedBits));
+}
+
 // prepare for the active rows that `takes` names. Rows of equal hyperparameters, scales and step have equal
-// scalars: nearly always the row before has them. Logarithms and exponentials are dearer than the comparison.
+// scalars: nearly always an earlier row has them. Logarithms and exponentials are dearer than the comparison.
 template <class Takes>
 void prepare_rows(const CpuStep& step, double global_norm, const Takes& takes) {
   const std::vector<Row>& rows = step.rows;
-  const Row* before = nullptr;
-  size_t source = 0;
-  double state_before[kMaxPerTensorStates] = {}, state_after[kMaxPerTensorStates] = {};
+  Prepared prepared[1 << kPreparedBits];
+  for (Prepared& entry : prepared) entry.row = nullptr;
   for (size_t r = 0; r < rows.size(); ++r) {
     const Row& row = rows[r];
     if (!row.active || !takes(r)) continue;
@@ -274,22 +291,24 @@ void prepare_rows(const CpuStep& step, double global_norm, const Takes& takes) {
     const int per_tensor = per_tensor_states_of(Rules{}, row.rule);
     double state[kMaxPerTensorStates] = {};
     for (int i = 0; i < per_tensor; ++i) state[i] = load_number(row, kFirstState + i);
+    Prepared& known = prepared[place_of(row)];
+    const Row* before = known.row;
     const bool alike =
         before != nullptr && before->rule == row.rule && before->dtype[kParam] == row.dtype[kParam] &&
         before->lr_scale == row.lr_scale && before->weight_decay_scale == row.weight_decay_scale &&
-        before->clipped == row.clipped && std::equal(state, state + per_tensor, state_before) &&
+        before->clipped == row.clipped && std::equal(state, state + per_tensor, known.state_before) &&
         std::memcmp(&step.groups[static_cast<size_t>(before->group)], &group, sizeof group) == 0;
     if (alike) {
-      for (int i = 0; i < per_tensor; ++i) store_number(row, kFirstState + i, state_after[i]);
-      step.records[r] = step.records[source];
+      for (int i = 0; i < per_tensor; ++i) store_number(row, kFirstState + i, known.state_after[i]);
+      step.records[r] = step.records[known.index];
       continue;
     }
     prepare_of(step, r, global_norm);
     if (group.needs != 0 || (row.clipped && step.options.clip == Clip::norm)) continue;
-    before = &row;
-    source = r;
-    std::copy(state, state + per_tensor, state_before);
-    for (int i = 0; i < per_tensor; ++i) state_after[i] = load_number(row, kFirstState + i);
+    known.row = &row;
+    known.index = r;
+    std::copy(state, state + per_tensor, known.state_before);
+    for (int i = 0; i < per_tensor; ++i) known.state_after[i] = load_number(row, kFirstState + i);
   }
 }
 

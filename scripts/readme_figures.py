@@ -12,19 +12,20 @@ BEGIN, END = "<!-- figures:begin -->", "<!-- figures:end -->"
 
 def figures(result: dict) -> str:
     machine = result["machine"]
-    lines = [
-        f"| case | ours [µs] | {machine['peer']} [µs] | times as fast (quartiles) |",
-        "|---|---|---|---|",
-    ]
+    lines = ["| case | beside | ours [µs] | peer [µs] | times as fast (quartiles) |", "|---|---|---|---|---|"]
+    shares = []
     for case in result["cases"]:
         low, high = case["ratio_quartiles"]
         lines.append(
-            f"| {case['case']} | {case['ours_us']:,.0f} | {case['peer_us']:,.0f} | "
+            f"| {case['case']} | {case['peer']} | {case['ours_us']:,.0f} | {case['peer_us']:,.0f} | "
             f"{case['ratio']:.2f} ({low:.2f}–{high:.2f}) |"
         )
+        if "share_of_copy" in case:
+            shares.append(f"{case['case'].split(',')[0]} {100 * case['share_of_copy']:.0f} %")
     lines += [
         "",
-        f"Medians of {result['cases'][0]['rounds']} interleaved pairs; small tensors have 16 elements. "
+        f"Medians of {result['cases'][0]['rounds']} interleaved pairs; small tensors have 16 elements. The bytes "
+        f"that a step must move, at the pace of a copy between the same steps: {', '.join(shares)}. "
         f"{machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}, Python {machine['python']}, "
         f"{machine['date']}, commit {machine['commit']}.",
     ]

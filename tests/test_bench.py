@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
+from fused_optim.bench.cases import CASES, elements
+from fused_optim.bench.peers import Missing, timm
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -26,6 +31,24 @@ def test_step_writes_what_it_measured(tmp_path: Path) -> None:
     assert 0 < case["ours_us"] < 1e6
     assert result["machine"]["torch"]
     assert "150 tensors" in done.stdout
+
+
+@pytest.mark.requires(modules=("timm",))
+def test_every_case_takes_a_step() -> None:
+    for case in CASES.values():
+        if "8M" not in case.name:
+            pair = case.make()
+            pair.ours()
+            pair.peer()
+            assert pair.elements == elements(pair.optimizer) > 0
+
+
+def test_a_peer_that_is_missing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "timm", None)
+    monkeypatch.delitem(sys.modules, "timm")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(Missing, match="pip install --no-deps timm"):
+        timm("lamb", "Lamb")
 
 
 def test_unknown_case_lists_near_ones() -> None:
