@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch.nn import Parameter
@@ -14,18 +14,13 @@ import fused_optim
 
 from . import peers
 
-Step = Callable[[], Any]
 Groups = list[dict[str, Any]]
 
 
-@dataclass
-class Pair:
-    """Two steps to be timed in turn."""
+class Stepper(Protocol):
+    """An optimizer, or what stands for one."""
 
-    optimizer: torch.optim.Optimizer
-    ours: Step
-    peer: Step
-    elements: int
+    def step(self) -> Any: ...
 
 
 @dataclass(frozen=True)
@@ -34,7 +29,8 @@ class Case:
 
     name: str
     peer: str
-    make: Callable[[], Pair]
+    ours: Callable[[], torch.optim.Optimizer]
+    theirs: Callable[[], Stepper]
     default_device: str | None = None  # torch.set_default_device while stepping
     bytes_per_element: int | None = None  # what the memory must move at least, where that is the limit
 
@@ -51,35 +47,38 @@ def new_groups(groups: int, tensors: int, numel: int, dtype: torch.dtype = torch
     return made
 
 
-def elements(optimizer: torch.optim.Optimizer) -> int:
+def elements_of(optimizer: torch.optim.Optimizer) -> int:
     return sum(param.numel() for group in optimizer.param_groups for param in group["params"])
-
-
-def beside(ours: torch.optim.Optimizer, peer: torch.optim.Optimizer | Step) -> Pair:
-    theirs = peer.step if isinstance(peer, torch.optim.Optimizer) else peer
-    return Pair(ours, ours.step, theirs, elements(ours))
 
 
 def adamw(
     name: str, groups: int, tensors: int, numel: int, dtype: torch.dtype = torch.float32, device: str | None = None
 ) -> Case:
-    def make() -> Pair:
-        ours = fused_optim.AdamW(new_groups(groups, tensors, numel, dtype))
-        return beside(ours, torch.optim.AdamW(new_groups(groups, tensors, numel, dtype), fused=True))
+    def make() -> Groups:
+        return new_groups(groups, tensors, numel, dtype)
 
-    return Case(name, "torch.optim.AdamW(fused=True)", make, device)
+    return Case(
+        name,
+        "torch.optim.AdamW(fused=True)",
+        lambda: fused_optim.AdamW(make()),
+        lambda: torch.optim.AdamW(make(), fused=True),
+        device,
+    )
 
 
-def clipped() -> Pair:
-    ours = fused_optim.AdamW(new_groups(1, 8, 8_000_000), grad_clip=fused_optim.ClipGradByGlobalNorm(1.0))
-    groups = new_groups(1, 8, 8_000_000)
-    theirs = torch.optim.AdamW(groups, fused=True)
+class Clipped:
+    """torch's way to clip by the global norm."""
 
-    def step() -> None:
-        torch.nn.utils.clip_grad_norm_(groups[0]["params"], 1.0)
-        theirs.step()
+    def __init__(self) -> None:
+        self.optimizer = torch.optim.AdamW(new_groups(1, 8, 8_000_000), fused=True)
 
-    return beside(ours, step)
+    def step(self) -> None:
+        torch.nn.utils.clip_grad_norm_(self.optimizer.param_groups[0]["params"], 1.0)
+        self.optimizer.step()
+
+
+def clipped() -> fused_optim.AdamW:
+    return fused_optim.AdamW(new_groups(1, 8, 8_000_000), grad_clip=fused_optim.ClipGradByGlobalNorm(1.0))
 
 
 LAYERS, RATE, KINDS = 24, 0.9, ("weight", "bias")
@@ -102,40 +101,22 @@ def layer_wise() -> fused_optim.AdamWDL:
     )
 
 
-def layer_wise_beside_one_rate() -> Pair:
-    return beside(layer_wise(), fused_optim.AdamW(deep_model()))
-
-
-def layer_wise_beside_groups() -> Pair:
+def a_group_a_layer() -> torch.optim.AdamW:
     """torch has a param group for each learning rate and decay: 52."""
-    ours = layer_wise()
     groups: dict[tuple[float, float], list[Parameter]] = {}
     for name, param in deep_model():
         ratio = fused_optim.layerwise_lr_decay(RATE, None, LAYERS, SimpleNamespace(name=name))
         groups.setdefault((1e-3 * ratio, 1e-2 if name.endswith("weight") else 0.0), []).append(param)
-    theirs = [{"params": params, "lr": lr, "weight_decay": decay} for (lr, decay), params in groups.items()]
-    return beside(ours, torch.optim.AdamW(theirs, fused=True))
+    named = [{"params": params, "lr": lr, "weight_decay": decay} for (lr, decay), params in groups.items()]
+    return torch.optim.AdamW(named, fused=True)
 
 
 def speech_model() -> list[Parameter]:
     return list(new_groups(1, 200, 64 * 1024)[0]["params"])
 
 
-def novograd() -> Pair:
-    ours = fused_optim.NovoGrad(speech_model(), 1e-3, weight_decay=1e-3)
-    return beside(ours, peers.timm("nvnovograd", "NvNovoGrad")(speech_model(), lr=1e-3, weight_decay=1e-3))
-
-
-def larc() -> Pair:
-    options: dict[str, Any] = {"lr": 1e-3, "momentum": 0.9, "weight_decay": 1e-4}
-    ours = fused_optim.LARC(fused_optim.SGD(speech_model(), **options), eta=0.001, variant="apex")
-    return beside(ours, peers.timm("lars", "Lars")(speech_model(), trust_clip=True, **options))
-
-
-def lamb() -> Pair:
-    options: dict[str, Any] = {"lr": 1e-3, "weight_decay": 0.01, "max_grad_norm": None}
-    return beside(fused_optim.LAMB(speech_model(), **options), peers.timm("lamb", "Lamb")(speech_model(), **options))
-
+MOMENTUM: dict[str, Any] = {"lr": 1e-3, "momentum": 0.9, "weight_decay": 1e-4}
+LAMB: dict[str, Any] = {"lr": 1e-3, "weight_decay": 0.01, "max_grad_norm": None}
 
 CASES = {
     case.name: case
@@ -148,15 +129,39 @@ CASES = {
         adamw("1000 tensors, 50 groups, default device set", 50, 20, 16, device="cpu"),
         adamw("8 x 8M float32", 1, 8, 8_000_000),
         adamw("8 x 8M bfloat16", 1, 8, 8_000_000, torch.bfloat16),
-        Case("8 x 8M float32, global-norm clip", "clip_grad_norm_ + torch.optim.AdamW(fused=True)", clipped),
-        Case("24 layers, layer-wise decay", "fused_optim.AdamW, one learning rate", layer_wise_beside_one_rate),
+        Case("8 x 8M float32, global-norm clip", "clip_grad_norm_ + torch.optim.AdamW(fused=True)", clipped, Clipped),
+        Case(
+            "24 layers, layer-wise decay",
+            "fused_optim.AdamW, one learning rate",
+            layer_wise,
+            lambda: fused_optim.AdamW(deep_model()),
+        ),
         Case(
             "24 layers, layer-wise decay and mask",
             "torch.optim.AdamW(fused=True), a group a layer and decay",
-            layer_wise_beside_groups,
+            layer_wise,
+            a_group_a_layer,
         ),
-        Case("NovoGrad, 200 x 64K float32", "timm NvNovoGrad", novograd, bytes_per_element=20),
-        Case("LARC(SGD), 200 x 64K float32", "timm Lars(trust_clip=True)", larc, bytes_per_element=20),
-        Case("LAMB, 200 x 64K float32", "timm Lamb", lamb, bytes_per_element=32),
+        Case(
+            "NovoGrad, 200 x 64K float32",
+            "timm NvNovoGrad",
+            lambda: fused_optim.NovoGrad(speech_model(), 1e-3, weight_decay=1e-3),
+            lambda: peers.timm("nvnovograd", "NvNovoGrad")(speech_model(), lr=1e-3, weight_decay=1e-3),
+            bytes_per_element=20,
+        ),
+        Case(
+            "LARC(SGD), 200 x 64K float32",
+            "timm Lars(trust_clip=True)",
+            lambda: fused_optim.LARC(fused_optim.SGD(speech_model(), **MOMENTUM), eta=0.001, variant="apex"),
+            lambda: peers.timm("lars", "Lars")(speech_model(), trust_clip=True, **MOMENTUM),
+            bytes_per_element=20,
+        ),
+        Case(
+            "LAMB, 200 x 64K float32",
+            "timm Lamb",
+            lambda: fused_optim.LAMB(speech_model(), **LAMB),
+            lambda: peers.timm("lamb", "Lamb")(speech_model(), **LAMB),
+            bytes_per_element=32,
+        ),
     )
 }

@@ -24,8 +24,9 @@ def figures(result: dict) -> str:
             shares.append(f"{case['case'].split(',')[0]} {100 * case['share_of_copy']:.0f} %")
     lines += [
         "",
-        f"Medians of {result['cases'][0]['rounds']} interleaved pairs; small tensors have 16 elements. The bytes "
-        f"that a step must move, at the pace of a copy between the same steps: {', '.join(shares)}. "
+        f"Medians of {result['cases'][0]['rounds']} interleaved pairs, half of them of optimizers made in the other "
+        "order; small tensors have 16 elements. The bytes that a step must move, at the pace of a copy between the "
+        f"same steps: {', '.join(shares)}. "
         f"{machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}, Python {machine['python']}, "
         f"{machine['date']}, commit {machine['commit']}.",
     ]
