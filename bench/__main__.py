@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import difflib
 import json
+import os
+import sys
 from pathlib import Path
 
 from rich.console import Console
@@ -30,7 +32,8 @@ def main() -> None:
             near = difflib.get_close_matches(name, CASES, cutoff=0.3)
             parser.error(f"no case is named {name!r}; near: {', '.join(near) or ', '.join(CASES)}")
 
-    console = Console()
+    # A pipe has no width; one that is asked for by COLUMNS holds for both.
+    console = Console() if sys.stdout.isatty() or "COLUMNS" in os.environ else Console(width=140)
     result = {"machine": machine(), "cases": []}
     table = Table(title=f"Optimizer steps side by side, {result['machine']['threads']} threads")
     for heading in ("case", "beside", "ours [µs]", "peer [µs]", "times as fast", "quartiles"):
