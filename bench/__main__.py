@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import difflib
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -32,8 +31,7 @@ def main() -> None:
             near = difflib.get_close_matches(name, CASES, cutoff=0.3)
             parser.error(f"no case is named {name!r}; near: {', '.join(near) or ', '.join(CASES)}")
 
-    # A pipe has no width; one that is asked for by COLUMNS holds for both.
-    console = Console() if sys.stdout.isatty() or "COLUMNS" in os.environ else Console(width=140)
+    console = Console(width=None if sys.stdout.isatty() else 140)  # a pipe has no width of its own
     result = {"machine": machine(), "cases": []}
     table = Table(title=f"Optimizer steps side by side, {result['machine']['threads']} threads")
     for heading in ("case", "beside", "ours [µs]", "peer [µs]", "times as fast", "quartiles"):
