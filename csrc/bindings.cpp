@@ -74,11 +74,12 @@ const CpuKernels* requested_kernels() {
 
 std::unique_ptr<Plan> make_plan(const py::list& rules, const py::list& rows, const py::dict& defaults,
                                 const py::tuple& structural, const py::object& exchange_api,
-                                const py::object& is_plain, const py::object& describe,
-                                const py::object& current_stream, const py::object& trust_ratio) {
+                                const py::object& kind_of, const py::object& same_placement,
+                                const py::object& describe, const py::object& current_stream,
+                                const py::object& trust_ratio) {
   auto plan = std::make_unique<Plan>();
-  if (!plan->open(exchange_api.ptr(), is_plain.ptr(), describe.ptr(), current_stream.ptr(),
-                  requested_kernels()) ||
+  if (!plan->open(exchange_api.ptr(), kind_of.ptr(), same_placement.ptr(), describe.ptr(),
+                  current_stream.ptr(), requested_kernels()) ||
       !plan->build(rules.ptr(), rows.ptr(), defaults.ptr(), structural.ptr(), trust_ratio.ptr())) {
     throw py::error_already_set();
   }
@@ -120,7 +121,7 @@ PYBIND11_MODULE(_C, module) {
   using namespace fused_optim;
   py::class_<Plan>(module, "Plan", py::custom_type_setup(make_collectable))
       .def(py::init(&make_plan), py::kw_only(), py::arg("rules"), py::arg("rows"), py::arg("defaults"),
-           py::arg("structural"), py::arg("exchange_api"), py::arg("is_plain"), py::arg("describe"),
+           py::arg("structural"), py::arg("exchange_api"), py::arg("kind_of"), py::arg("same_placement"), py::arg("describe"),
            py::arg("current_stream") = py::none(), py::arg("trust_ratio") = py::none())
       .def("refresh",
            [](Plan& plan, const py::object& param_groups, const py::object& state) {
@@ -129,18 +130,27 @@ PYBIND11_MODULE(_C, module) {
       .def(
           "reduce",
           [](Plan& plan, double grad_scale, int threads, const ClipTuple& clip,
-             const ScalarsTuples& scalars) {
-            return plan.reduce(options_of(grad_scale, clip), threads, scalars_of(scalars));
+             const ScalarsTuples& scalars, const py::object& exchange) {
+            double sum = 0;
+            if (!plan.reduce(options_of(grad_scale, clip), threads, scalars_of(scalars), exchange.ptr(),
+                             &sum)) {
+              throw py::error_already_set();
+            }
+            return sum;
           },
-          py::arg("grad_scale"), py::arg("threads"), py::arg("clip"), py::arg("scalars") = ScalarsTuples())
+          py::arg("grad_scale"), py::arg("threads"), py::arg("clip"), py::arg("scalars") = ScalarsTuples(),
+          py::arg("exchange") = py::none())
       .def(
           "run",
           [](Plan& plan, double grad_scale, int threads, const ClipTuple& clip,
-             std::optional<double> global_norm, const ScalarsTuples& scalars) {
-            plan.run(options_of(grad_scale, clip), threads, global_norm, scalars_of(scalars));
+             std::optional<double> global_norm, const ScalarsTuples& scalars, const py::object& exchange) {
+            if (!plan.run(options_of(grad_scale, clip), threads, global_norm, scalars_of(scalars),
+                          exchange.ptr())) {
+              throw py::error_already_set();
+            }
           },
           py::arg("grad_scale"), py::arg("threads"), py::arg("clip"), py::arg("global_norm"),
-          py::arg("scalars") = ScalarsTuples())
+          py::arg("scalars") = ScalarsTuples(), py::arg("exchange") = py::none())
       .def("captured", &Plan::captured)
       .def("norms", [](const Plan& plan) { return owned(plan.norms()); })
       .def("versions", [](const Plan& plan) { return owned(plan.versions()); })

@@ -355,7 +355,7 @@ void reduce_cpu(const CpuStep& step) {
       [&](size_t r, int64_t begin, int64_t end) { return reduce_row(step, r, begin, end); });
 }
 
-void step_cpu(const CpuStep& step, bool reduced, double global_norm) {
+bool step_cpu(const CpuStep& step, bool reduced, double global_norm, const std::function<bool()>& exchange) {
   const std::vector<Row>& rows = step.rows;
   const bool serial = step.threads <= 1 || active_elements(rows) < kSerialElements;
   const auto needs = [&](size_t r) {
@@ -363,20 +363,22 @@ void step_cpu(const CpuStep& step, bool reduced, double global_norm) {
     return (reduced ? 0 : reduced_ones) | (has_direction(step, r) ? kNeedsDirectionSq : 0u);
   };
   // Rows that one thread takes through all phases, while their memory is in its cache.
-  const auto is_local = [&](size_t r) { return rows[r].numel <= kTaskElements && needs(r) != 0; };
+  const auto is_local = [&](size_t r) {
+    return !exchange && rows[r].numel <= kTaskElements && needs(r) != 0;
+  };
   bool any_norms = false, any_large = false;
   for (size_t r = 0; r < rows.size(); ++r) {
     const bool measures = rows[r].active && needs(r) != 0;
     any_norms = any_norms || measures;
-    any_large = any_large || (measures && rows[r].numel > kTaskElements);
+    any_large = any_large || (measures && !is_local(r));
   }
-  if (!any_norms) {
+  if (!any_norms && !exchange) {
     prepare_rows(step, global_norm, [](size_t) { return true; });
     if (serial) {
       for (size_t r = 0; r < rows.size(); ++r) {
         if (rows[r].active) apply_row(step, r, 0, rows[r].numel);
       }
-      return;
+      return true;
     }
     const std::vector<Task> tasks = split(rows);
     run_tasks(
@@ -384,7 +386,7 @@ void step_cpu(const CpuStep& step, bool reduced, double global_norm) {
           for_each_row(rows, tasks[t], [&](size_t r, int64_t b, int64_t e) { apply_row(step, r, b, e); });
         },
         tasks.size(), step.threads);
-    return;
+    return true;
   }
   const std::vector<Task> tasks = split(rows);
   const auto is_shared = [&](size_t r) { return !is_local(r); };
@@ -397,6 +399,9 @@ void step_cpu(const CpuStep& step, bool reduced, double global_norm) {
     sum_over(
         step, tasks, [&](size_t r) { return is_shared(r) && has_direction(step, r); },
         [&](size_t r, int64_t b, int64_t e) { return accumulate_row(step, r, b, e); });
+  }
+  if (exchange && !exchange()) return false;
+  if (any_large) {
     for (size_t r = 0; r < rows.size(); ++r) {
       if (rows[r].active && is_shared(r) && has_direction(step, r)) prepare_direction_of(step, r);
     }
@@ -414,6 +419,7 @@ void step_cpu(const CpuStep& step, bool reduced, double global_norm) {
     });
   };
   run_tasks(job, tasks.size(), serial ? 1 : step.threads);
+  return true;
 }
 
 }  // namespace fused_optim

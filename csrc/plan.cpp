@@ -89,10 +89,10 @@ const std::vector<RuleNames>& rule_names() {
   return *names;
 }
 
-bool Plan::open(PyObject* exchange_api, PyObject* is_plain, PyObject* describe, PyObject* current_stream,
-                const CpuKernels* kernels) {
+bool Plan::open(PyObject* exchange_api, PyObject* kind_of, PyObject* same_placement, PyObject* describe,
+                PyObject* current_stream, const CpuKernels* kernels) {
   kernels_ = kernels;
-  return reader_.open(exchange_api, is_plain, describe, current_stream);
+  return reader_.open(exchange_api, kind_of, same_placement, describe, current_stream);
 }
 
 bool Plan::build(PyObject* rules, PyObject* rows, PyObject* defaults, PyObject* structural,
@@ -225,8 +225,18 @@ bool Plan::row_from_tuple(PyObject* tuple) {
   TensorView view;
   row.group = group;
   row.rule = groups_[static_cast<size_t>(group)].rule;
-  if (native && reader_.read(param, view) && is_number(view.dtype)) {
+  PyObject* spec = nullptr;
+  host.sharded = reader_.kind_of(host.type) == TensorKind::sharded;
+  const bool readable =
+      native && (host.sharded ? reader_.read_local(param, view, &spec) : reader_.read(param, view));
+  if (readable && is_number(view.dtype)) {
     host.native = true;
+    if (host.sharded) {
+      host.specs = specs_.size();
+      specs_.resize(specs_.size() + kColumns, nullptr);
+      Py_INCREF(spec);
+      specs_[host.specs + kParam] = spec;
+    }
     host.ndim = view.ndim;
     host.device = view.device;
     host.layout = layouts_.size();
@@ -538,12 +548,30 @@ bool Plan::same_layout(const HostRow& host, const TensorView& view, bool exact) 
   return true;
 }
 
+// The memory of one of a row's tensors, which must be of the parameter's kind and, if that is sharded, lie as
+// it does. A spec that was accepted once is known by its identity.
+bool Plan::read_column(const HostRow& host, int column, PyObject* object, TensorView& view) {
+  if (!host.sharded) return reader_.read(object, view);
+  PyObject* spec;
+  if (!reader_.read_local(object, view, &spec)) return false;
+  PyObject*& accepted = specs_[host.specs + static_cast<size_t>(column)];
+  if (spec == accepted) return true;
+  PyObject* const wanted = specs_[host.specs + kParam];
+  const int same = column == kParam ? 0 : spec == wanted ? 1 : reader_.same_placement(spec, wanted);
+  if (same < 0) PyErr_Clear();
+  if (same <= 0) return false;
+  Py_INCREF(spec);
+  Py_XSETREF(accepted, spec);
+  return true;
+}
+
 // Null: the row is ready. "": the parameter is no longer what the plan was built for. Otherwise what is
 // wrong.
 const char* Plan::refresh_row(HostRow& host, Row& row, PyObject* state) {
   if (!host.native) return "param";
   TensorView view;
-  if (!reader_.read(host.param, view) || !same_layout(host, view, true) || view.dtype != row.dtype[kParam])
+  if (!read_column(host, kParam, host.param, view) || !same_layout(host, view, true) ||
+      view.dtype != row.dtype[kParam])
     return "";
   if (view.address == 0 && row.numel != 0) return "param";
   if (row.address[kParam] != view.address) {
@@ -553,11 +581,12 @@ const char* Plan::refresh_row(HostRow& host, Row& row, PyObject* state) {
   // The gradient must be the row's to the letter: that is what excludes, besides other layouts, views with a
   // pending negation or conjugation, whose address is that of the raw numbers. One element is the exception
   // that strides cannot tell.
-  if (!reader_.read(host.grad, view) || !same_layout(host, view, true)) return "grad";
+  if (!read_column(host, kGrad, host.grad, view) || !same_layout(host, view, true)) return "grad";
   if (!is_number(view.dtype) || (view.address == 0 && row.numel != 0)) return "grad";
   if (view.dtype == DType::float64 && !computes_in_double(row.dtype[kParam])) return "grad";
   if (row.numel == 1) {
-    PyObject* negative = PyObject_CallMethod(host.grad, "is_neg", nullptr);
+    PyObject* grad = host.sharded ? reader_.local_of(host.grad) : host.grad;
+    PyObject* negative = PyObject_CallMethod(grad, "is_neg", nullptr);
     const bool plain = negative == Py_False;
     Py_XDECREF(negative);
     if (PyErr_Occurred()) PyErr_Clear();
@@ -593,7 +622,7 @@ const char* Plan::read_states(HostRow& host, Row& row, PyObject* state) {
 
 const char* Plan::read_state(const HostRow& host, Row& row, int column, bool per_tensor, PyObject* value) {
   TensorView view;
-  if (value == nullptr || !reader_.read(value, view)) {
+  if (value == nullptr || !(per_tensor ? reader_.read(value, view) : read_column(host, column, value, view))) {
     PyErr_Clear();
     return "state";
   }
@@ -693,23 +722,49 @@ void Plan::find_overlaps() {
   written_moved_ = false;
 }
 
-double Plan::reduce(const StepOptions& options, int threads, const std::vector<DeviceScalars>& scalars) {
-  const Unlocked unlocked(active_elements_ > kElementsUnderLock || !devices_.empty(), busy_);
+bool Plan::call_exchange(PyObject* exchange) {
+  auto* const bytes = reinterpret_cast<char*>(norms_.data());
+  PyObject* view =
+      PyMemoryView_FromMemory(bytes, static_cast<Py_ssize_t>(norms_.size() * sizeof(Norms)), PyBUF_WRITE);
+  if (view == nullptr) return false;
+  PyObject* result = PyObject_CallFunctionObjArgs(exchange, view, nullptr);
+  Py_DECREF(view);
+  Py_XDECREF(result);
+  return result != nullptr;
+}
+
+bool Plan::reduce(const StepOptions& options, int threads, const std::vector<DeviceScalars>& scalars,
+                  PyObject* exchange, double* sum) {
   const std::vector<Row>& rows = host_rows();
-  reduce_cpu({*kernels_, rows, hypers_, options, threads, norms_, records_, measured_});
-  double sum = sum_of_squares(rows, norms_);
+  {
+    const Unlocked unlocked(active_elements_ > kElementsUnderLock || !devices_.empty(), busy_);
+    if (exchange != Py_None) std::fill(norms_.begin(), norms_.end(), Norms{});
+    reduce_cpu({*kernels_, rows, hypers_, options, threads, norms_, records_, measured_});
+  }
+  if (exchange != Py_None && !call_exchange(exchange)) return false;
+  const Unlocked unlocked(!devices_.empty(), busy_);
+  *sum = sum_of_squares(rows, norms_);
   for (Device& device : devices_) {
     if (!collect(device)) continue;
     const CudaStep step = step_of(device, options, scalars);
-    sum += device.phases->reduce(device.table, hypers_, hyper_tensors_, step, device.stream);
+    *sum += device.phases->reduce(device.table, hypers_, hyper_tensors_, step, device.stream);
   }
   reduced_ = true;
-  return sum;
+  return true;
 }
 
-void Plan::run(const StepOptions& options, int threads, std::optional<double> global_norm,
-               const std::vector<DeviceScalars>& scalars) {
-  if (active_rows_ == 0) return;
+bool Plan::run(const StepOptions& options, int threads, std::optional<double> global_norm,
+               const std::vector<DeviceScalars>& scalars, PyObject* exchange) {
+  // Runs while no lock is held.
+  const auto exchange_norms = [&] {
+    const PyGILState_STATE state = PyGILState_Ensure();
+    const bool good = call_exchange(exchange);
+    PyGILState_Release(state);
+    return good;
+  };
+  if (exchange != Py_None && !reduced_) std::fill(norms_.begin(), norms_.end(), Norms{});
+  if (active_rows_ == 0) return exchange == Py_None || call_exchange(exchange);
+  bool good = true;
   {
     const Unlocked unlocked(active_elements_ > kElementsUnderLock, busy_);
     for (Device& device : devices_) {
@@ -721,14 +776,16 @@ void Plan::run(const StepOptions& options, int threads, std::optional<double> gl
       step.global_norm = global_norm.value_or(0);
       device.phases->run(device.table, hypers_, hyper_tensors_, step, device.stream);
     }
-    step_cpu({*kernels_, host_rows(), hypers_, options, threads, norms_, records_, measured_}, reduced_,
-             global_norm.value_or(0));
+    good = step_cpu({*kernels_, host_rows(), hypers_, options, threads, norms_, records_, measured_}, reduced_,
+                    global_norm.value_or(0),
+                    exchange == Py_None ? std::function<bool()>() : exchange_norms);
   }
   for (size_t r = 0; r < rows_.size(); ++r) {
     if (rows_[r].active && hosts_[r].master_key != nullptr)
       ++hosts_[r].version;  // the caller counts this step's write
   }
   release();
+  return good;
 }
 
 PyObject* Plan::norms() const {
@@ -796,6 +853,7 @@ int Plan::traverse(visitproc visit, void* arg) const {
       Py_VISIT(entry.value);
     }
   }
+  for (PyObject* spec : specs_) Py_VISIT(spec);
   for (PyObject* key : structural_keys_) Py_VISIT(key);
   Py_VISIT(defaults_);
   Py_VISIT(trust_ratio_);
@@ -807,7 +865,8 @@ void Plan::clear() {
   // Emptied before anything is let go of: a destructor may run Python code that meets this plan.
   std::vector<HostRow> hosts;
   std::vector<Group> groups;
-  std::vector<PyObject*> keys;
+  std::vector<PyObject*> keys, specs;
+  specs.swap(specs_);
   hosts.swap(hosts_);
   groups.swap(groups_);
   keys.swap(structural_keys_);
@@ -823,6 +882,7 @@ void Plan::clear() {
       Py_DECREF(entry.value);
     }
   }
+  for (PyObject* spec : specs) Py_XDECREF(spec);
   for (PyObject* key : keys) Py_DECREF(key);
   Py_CLEAR(defaults_);
   Py_CLEAR(trust_ratio_);

@@ -34,8 +34,8 @@ class Plan {
 
   // All PyObject* results are new references; null means that a Python error is set.
 
-  bool open(PyObject* exchange_api, PyObject* is_plain, PyObject* describe, PyObject* current_stream,
-            const CpuKernels* kernels);
+  bool open(PyObject* exchange_api, PyObject* kind_of, PyObject* same_placement, PyObject* describe,
+            PyObject* current_stream, const CpuKernels* kernels);
 
   // rules: the rule's name of each group. rows: (group index, param, lr scale, weight decay scale, native,
   // clipped, trusted, key of the master's state or None, the param's version when its master was last in step
@@ -50,15 +50,19 @@ class Plan {
   // they are.
   PyObject* refresh(PyObject* param_groups, PyObject* state);
 
-  // The norms that a clip or a rule needs, of all rows that refresh accepted: the sum of squares over those
-  // that take part in clipping. Waits for the devices that have some of them.
-  double reduce(const StepOptions& options, int threads, const std::vector<DeviceScalars>& scalars);
+  // The norms that a clip or a rule needs, of all rows that refresh accepted. *sum: that of squares over those
+  // that take part in clipping; waits for the devices that have some of them. exchange: None, or called with
+  // a writable memoryview of Norms by row, 0 where nothing was measured, before they are used: for rows of
+  // which other processes have parts. False with a Python error set.
+  bool reduce(const StepOptions& options, int threads, const std::vector<DeviceScalars>& scalars,
+              PyObject* exchange, double* sum);
 
   // The step of all rows that refresh accepted; global_norm: of all gradients, those that others step
   // included. Without it, rows on a CUDA device are clipped by the norm of that device's gradients, and
-  // nothing waits. scalars: for each CUDA device what it reads and writes there. Throws std::runtime_error.
-  void run(const StepOptions& options, int threads, std::optional<double> global_norm,
-           const std::vector<DeviceScalars>& scalars);
+  // nothing waits. scalars: for each CUDA device what it reads and writes there. exchange: as for reduce, of the
+  // norms of directions. Throws std::runtime_error; false with a Python error set.
+  bool run(const StepOptions& options, int threads, std::optional<double> global_norm,
+           const std::vector<DeviceScalars>& scalars, PyObject* exchange);
 
   // Whether torch's stream on a device of a row is being captured into a graph; valid after refresh.
   bool captured() const;
@@ -88,9 +92,11 @@ class Plan {
     PyObject* master_key = nullptr;  // state key of the master weight, if the row has one; immortal
     int64_t version = -1;            // of the parameter when its master last agreed with it
     bool native = false;
+    bool sharded = false;  // its tensors are DTensors
     bool overlapping = false;
     int32_t ndim = 0;
     size_t layout = 0;  // where shape and strides stand in layouts_
+    size_t specs = 0;   // of a sharded row: where those of its columns stand in specs_
     dlpack::Device device{};
     Py_ssize_t state_position = 0;  // where PyDict_Next finds the row's state
   };
@@ -137,6 +143,8 @@ class Plan {
   const char* check_version(HostRow& host);
   PyObject* find_state(HostRow& host, PyObject* state);
   void locate_states(PyObject* state);
+  bool read_column(const HostRow& host, int column, PyObject* object, TensorView& view);
+  bool call_exchange(PyObject* exchange);
   bool same_layout(const HostRow& host, const TensorView& view, bool exact) const;
   void find_overlaps();
 
@@ -145,6 +153,7 @@ class Plan {
   std::vector<HostRow> hosts_;
   std::vector<Row> rows_;
   std::vector<int64_t> layouts_;
+  std::vector<PyObject*> specs_;  // of the DTensors that sharded rows have accepted: kColumns a row
   std::vector<Group> groups_;
   std::vector<GroupHyper> hypers_;
   std::vector<HyperTensors> hyper_tensors_;  // those that are read on the rows' device

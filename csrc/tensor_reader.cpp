@@ -1,5 +1,7 @@
 #include "tensor_reader.h"
 
+#include <structmember.h>  // PyMemberDef, until Python 3.12
+
 namespace fused_optim {
 namespace {
 
@@ -12,9 +14,27 @@ DType dtype_of(uint8_t code, uint8_t bits) {
   return DType::none;
 }
 
+// Where objects of a type keep a slot; 0 if that is not known.
+Py_ssize_t slot_of(PyTypeObject* type, const char* name) {
+  PyObject* descriptor = PyObject_GetAttrString(reinterpret_cast<PyObject*>(type), name);
+  if (descriptor == nullptr) PyErr_Clear();
+  Py_ssize_t offset = 0;
+  if (descriptor != nullptr && Py_TYPE(descriptor) == &PyMemberDescr_Type) {
+    const auto* member = reinterpret_cast<PyMemberDescrObject*>(descriptor);
+    if (PyType_IsSubtype(type, member->d_common.d_type)) offset = member->d_member->offset;
+  }
+  Py_XDECREF(descriptor);
+  return offset;
+}
+
+PyObject* in_slot(PyObject* object, Py_ssize_t offset) {
+  return *reinterpret_cast<PyObject**>(reinterpret_cast<char*>(object) + offset);
+}
+
 }  // namespace
 
-bool TensorReader::open(PyObject* capsule, PyObject* is_plain, PyObject* describe, PyObject* current_stream) {
+bool TensorReader::open(PyObject* capsule, PyObject* kind_of, PyObject* same_placement, PyObject* describe,
+                        PyObject* current_stream) {
   if (capsule != Py_None) {
     api_ = static_cast<const dlpack::ExchangeApi*>(PyCapsule_GetPointer(capsule, dlpack::kCapsuleName));
     if (api_ == nullptr) return false;
@@ -23,8 +43,10 @@ bool TensorReader::open(PyObject* capsule, PyObject* is_plain, PyObject* describ
       api_ = nullptr;  // another ABI: the slow way is right whatever the version
     }
   }
-  Py_INCREF(is_plain);
-  is_plain_ = is_plain;
+  Py_INCREF(kind_of);
+  kind_of_ = kind_of;
+  Py_INCREF(same_placement);
+  same_placement_ = same_placement;
   Py_INCREF(describe);
   describe_ = describe;
   Py_INCREF(current_stream);
@@ -43,25 +65,46 @@ bool TensorReader::read_stream(int device, void** stream) const {
   return !PyErr_Occurred();
 }
 
-bool TensorReader::ask_whether_plain(PyTypeObject* type) {
-  PyObject* answer = PyObject_CallFunctionObjArgs(is_plain_, reinterpret_cast<PyObject*>(type), nullptr);
-  const bool plain = answer != nullptr && PyObject_IsTrue(answer) == 1;
+TensorKind TensorReader::ask_kind(PyTypeObject* type) {
+  PyObject* answer = PyObject_CallFunctionObjArgs(kind_of_, reinterpret_cast<PyObject*>(type), nullptr);
+  const long number = answer == nullptr ? 0 : PyLong_AsLong(answer);
   Py_XDECREF(answer);
   if (PyErr_Occurred()) PyErr_Clear();
-  Py_INCREF(type);  // a type that died could leave its address to another
-  known_types_.push_back({type, plain});
-  return plain;
-}
-
-inline bool TensorReader::is_plain_type(PyTypeObject* type) {
-  for (const KnownType& known : known_types_) {
-    if (known.type == type) return known.plain;
+  auto kind = number == 1 ? TensorKind::plain : number == 2 ? TensorKind::sharded : TensorKind::other;
+  if (kind == TensorKind::sharded) {
+    find_slots(type);
+    if (type != sharded_type_) kind = TensorKind::other;
   }
-  return ask_whether_plain(type);
+  Py_INCREF(type);  // a type that died could leave its address to another
+  known_types_.push_back({type, kind});
+  return kind;
 }
 
-bool TensorReader::read(PyObject* object, TensorView& view) {
-  if (!is_plain_type(Py_TYPE(object))) return false;
+void TensorReader::find_slots(PyTypeObject* type) {
+  local_slot_ = slot_of(type, "_local_tensor");
+  spec_slot_ = slot_of(type, "_spec");
+  if (local_slot_ != 0 && spec_slot_ != 0) sharded_type_ = type;
+}
+
+PyObject* TensorReader::local_of(PyObject* object) {
+  return kind_of(Py_TYPE(object)) == TensorKind::sharded ? in_slot(object, local_slot_) : nullptr;
+}
+
+bool TensorReader::read_local(PyObject* object, TensorView& view, PyObject** spec) {
+  PyObject* local = local_of(object);
+  if (local == nullptr || !read(local, view)) return false;
+  *spec = in_slot(object, spec_slot_);
+  return *spec != nullptr;
+}
+
+int TensorReader::same_placement(PyObject* spec, PyObject* other) const {
+  PyObject* answer = PyObject_CallFunctionObjArgs(same_placement_, spec, other, nullptr);
+  const int truth = answer == nullptr ? -1 : PyObject_IsTrue(answer);
+  Py_XDECREF(answer);
+  return truth;
+}
+
+bool TensorReader::read_plain(PyObject* object, TensorView& view) {
   if (api_ == nullptr) return read_slowly(object, view);
   dlpack::Tensor tensor;
   if (api_->dltensor_from_py_object_no_sync(object, &tensor) != 0) {
@@ -106,7 +149,8 @@ bool TensorReader::read_slowly(PyObject* object, TensorView& view) {
 }
 
 int TensorReader::traverse(visitproc visit, void* arg) const {
-  Py_VISIT(is_plain_);
+  Py_VISIT(kind_of_);
+  Py_VISIT(same_placement_);
   Py_VISIT(describe_);
   Py_VISIT(current_stream_);
   for (const KnownType& known : known_types_) Py_VISIT(known.type);
@@ -114,7 +158,8 @@ int TensorReader::traverse(visitproc visit, void* arg) const {
 }
 
 void TensorReader::clear() {
-  Py_CLEAR(is_plain_);
+  Py_CLEAR(kind_of_);
+  Py_CLEAR(same_placement_);
   Py_CLEAR(describe_);
   Py_CLEAR(current_stream_);
   std::vector<KnownType> types;

@@ -24,38 +24,70 @@ struct TensorView {
   const int64_t* strides;
 };
 
+// What stands behind an object of a Python type.
+enum class TensorKind : uint8_t {
+  other,    // nothing that may be read
+  plain,    // a tensor in plain memory
+  sharded,  // a DTensor: its memory is that of its local tensor
+};
+
 class TensorReader {
  public:
-  // `capsule`: torch.Tensor.__dlpack_c_exchange_api__ or None. `is_plain(type)` says whether tensors of a
-  // type are plain memory. `describe(tensor)` returns (address, device type, device index, type code, bits,
+  // `capsule`: torch.Tensor.__dlpack_c_exchange_api__ or None. `kind_of(type)` returns a TensorKind
+  // as a number. `same_placement(spec, spec)` says whether two DTensors of these specs lie in the same way.
+  // `describe(tensor)` returns (address, device type, device index, type code, bits,
   // shape, strides) or None. `current_stream(index)` returns the address of torch's stream on a CUDA device.
   // Returns false with a Python error set.
-  bool open(PyObject* capsule, PyObject* is_plain, PyObject* describe, PyObject* current_stream);
+  bool open(PyObject* capsule, PyObject* kind_of, PyObject* same_placement, PyObject* describe,
+            PyObject* current_stream);
 
   // The stream that torch works on now on a CUDA device. False with a Python error set.
   bool read_stream(int device, void** stream) const;
 
+  TensorKind kind_of(PyTypeObject* type) {
+    for (const KnownType& known : known_types_) {
+      if (known.type == type) return known.kind;
+    }
+    return ask_kind(type);
+  }
+
   // False if the object is not a tensor in plain memory; no Python error is left behind.
-  bool read(PyObject* object, TensorView& view);
+  bool read(PyObject* object, TensorView& view) {
+    return kind_of(Py_TYPE(object)) == TensorKind::plain && read_plain(object, view);
+  }
+
+  // The memory that this process has of a DTensor, and how the whole lies: borrowed from the object.
+  bool read_local(PyObject* object, TensorView& view, PyObject** spec);
+
+  // The local tensor of a DTensor, borrowed from it; null if it has none.
+  PyObject* local_of(PyObject* object);
+
+  // Whether DTensors of these specs lie in the same way: 1 or 0; -1 with a Python error set.
+  int same_placement(PyObject* spec, PyObject* other) const;
 
   int traverse(visitproc visit, void* arg) const;
   void clear();
 
  private:
-  bool is_plain_type(PyTypeObject* type);
-  bool ask_whether_plain(PyTypeObject* type);
+  TensorKind ask_kind(PyTypeObject* type);
+  bool read_plain(PyObject* object, TensorView& view);
   bool read_slowly(PyObject* object, TensorView& view);
+  void find_slots(PyTypeObject* type);
 
   const dlpack::ExchangeApi* api_ = nullptr;
-  PyObject* is_plain_ = nullptr;
+  PyObject* kind_of_ = nullptr;
+  PyObject* same_placement_ = nullptr;
   PyObject* describe_ = nullptr;
   PyObject* current_stream_ = nullptr;
   struct KnownType {
     PyTypeObject* type;
-    bool plain;
+    TensorKind kind;
   };
   std::vector<KnownType> known_types_;
   std::vector<int64_t> slow_sizes_;
+  // Where a DTensor keeps its local tensor and its spec.
+  PyTypeObject* sharded_type_ = nullptr;
+  Py_ssize_t local_slot_ = 0, spec_slot_ = 0;
 };
 
 }  // namespace fused_optim

@@ -8,11 +8,12 @@ class Plan:
         self,
         *,
         rules: list[str],
-        rows: list[tuple[int, Tensor, float, float, bool, bool, str | None, int]],
+        rows: list[tuple[int, Tensor, float, float, bool, bool, bool, str | None, int]],
         defaults: dict[str, Any],
         structural: tuple[str, ...],
         exchange_api: object | None,
-        is_plain: Callable[[type], bool],
+        kind_of: Callable[[type], int],
+        same_placement: Callable[[Any, Any], bool],
         describe: Callable[[Tensor], tuple[int, int, int, int, int, tuple[int, ...], tuple[int, ...]] | None],
         current_stream: Callable[[int], int],
     ) -> None: ...
@@ -25,6 +26,7 @@ class Plan:
         threads: int,
         clip: tuple[int, float, float, float],
         scalars: Sequence[tuple[int, int, int, int, int, int]] = (),
+        exchange: Callable[[memoryview], None] | None = None,
     ) -> float: ...
     def run(
         self,
@@ -33,6 +35,7 @@ class Plan:
         clip: tuple[int, float, float, float],
         global_norm: float | None,
         scalars: Sequence[tuple[int, int, int, int, int, int]] = (),
+        exchange: Callable[[memoryview], None] | None = None,
     ) -> None: ...
     def captured(self) -> bool: ...
     def touched(self) -> list[Tensor]: ...

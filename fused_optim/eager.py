@@ -8,6 +8,7 @@ parameters, rounds once at the store, and shares no code with the backends that 
 from __future__ import annotations
 
 import math
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from . import masters
 from .arithmetic import Number, where
-from .plan import is_plain
+from .tensors import is_plain
 from .trust_ratio import IN_NORM, OUTSIDE, SKIP, TrustRatio
 
 
@@ -43,6 +44,30 @@ class MeasuredNorms(NamedTuple):
     grad_norm: Number
     param_norm: Number
     trust_ratio: Number
+
+
+class TensorNorms(NamedTuple):
+    """What a step needs to know of one tensor as a whole; as `Norms` in csrc/prepare.h, whose sums are squares."""
+
+    grad_norm: Number = 0.0  # of the gradient after its sign, the loss scale and clipping by value
+    grad_max: Number = 0.0
+    param_norm: Number = 0.0
+    decayed_norm: Number = 0.0  # of grad + weight_decay * param
+    direction_norm: Number = 0.0
+
+    def sums(self) -> list[float]:
+        """What adds up over parts of a tensor; the maximum stays what it is."""
+        numbers = dict(zip(self._fields, map(float, self)))
+        return [number if name == "grad_max" else number * number for name, number in numbers.items()]
+
+    @classmethod
+    def of_sums(cls, sums: Sequence[float]) -> TensorNorms:
+        return cls(*(total if name == "grad_max" else math.sqrt(total) for name, total in zip(cls._fields, sums)))
+
+
+# Yields the norms of what it was given and takes those of the whole, and the clip's coefficient: before its `prepare`
+# and, where the rule has a direction, before its last pass.
+EagerStep = Generator[TensorNorms, tuple[TensorNorms, float], MeasuredNorms]
 
 
 class Rule(Protocol):
@@ -130,6 +155,7 @@ def step_eager(
     rule: Rule,
     group: dict[str, Any],
     param: Tensor,
+    grad: Tensor,
     state: dict[str, Tensor],
     names: tuple[str, ...],
     number_names: tuple[str, ...],
@@ -138,53 +164,64 @@ def step_eager(
     weight_decay_scale: float,
     trusted: bool,
     grad_scale: Number,
+    clips: bool,
     bounds: tuple[float, float] | None,
     master: str | None,
-) -> MeasuredNorms:
-    """Update one parameter and its states in place from ``param.grad``.
+) -> EagerStep:
+    """Update one parameter and its states in place.
 
-    ``names``: the states of an element each; ``number_names``: those of one number. ``bounds``: what gradient elements
-    are clamped to. ``master``: the state key of the master weight.
+    ``names``: the states of an element each; ``number_names``: those of one number. ``clips``: by a norm. ``bounds``:
+    what gradient elements are clamped to. ``master``: the state key of the master weight. Between two phases nothing of
+    the size of the parameter is kept, but for a rule with a direction.
     """
-    assert param.grad is not None
     differentiable = bool(group["differentiable"])
     on_device = param.device.type != "cpu" or not is_plain(type(param))
     keep = differentiable or on_device
     group = {key: _scalar(value, param.device, keep) for key, value in group.items() if key != "params"}
     dtype = compute_dtype(_real(param).dtype)
+    scale = -grad_scale if group["maximize"] else grad_scale
+    trust = rule.trust_ratio(group)
+    norms = TensorNorms()
+    asked = rule.norms(group)
+    measures = trust is not None or bool(asked)
+    if measures or clips:
+        measured = _real(grad).to(dtype) * scale
+        if bounds is not None:
+            measured = measured.clamp(*bounds)
+        if trust is not None or clips or "grad_norm" in asked:
+            norms = norms._replace(grad_norm=_norm(measured, keep))
+        if "grad_max" in asked:
+            norms = norms._replace(grad_max=_norm(measured, keep, math.inf))
+        if trust is not None:
+            whole = (_real(param) if master is None else masters.read(param, state, master)).to(dtype)
+            decay = group["weight_decay"] * weight_decay_scale
+            decayed = measured + decay * whole if _is_nonzero(decay) else measured
+            norms = norms._replace(param_norm=_norm(whole, keep), decayed_norm=_norm(decayed, keep))
+            del whole, decayed
+        del measured
+    norms, coefficient = yield norms
     # A clone where autograd records: it keeps what it saved safe from the stores below.
     wide = {name: _real(state[name]).to(dtype, copy=differentiable) for name in names}
     whole = (_real(param) if master is None else masters.read(param, state, master)).to(dtype, copy=differentiable)
-    raw = _real(param.grad).to(dtype)
-    scale = -grad_scale if group["maximize"] else grad_scale
     tensor = TensorContext(
         state={name: state[name].to(torch.float64) if keep else state[name].item() for name in number_names},
         lr_scale=lr_scale,
         weight_decay_scale=weight_decay_scale,
         trusted=trusted,
+        grad_norm=coefficient * norms.grad_norm,
+        grad_max=coefficient * norms.grad_max,
+        param_norm=norms.param_norm,
     )
-    norms = rule.norms(group)
-    trust = rule.trust_ratio(group)
-    grad_norm: Number = math.nan
-    if norms or trust is not None:
-        grad = scale * raw if bounds is None else (scale * raw).clamp(*bounds)
-        if "grad_norm" in norms or trust is not None:
-            tensor.grad_norm = grad_norm = _norm(grad, keep)
-        if "grad_max" in norms:
-            tensor.grad_max = _norm(grad, keep, math.inf)
-        if trust is not None:
-            tensor.param_norm = _norm(whole, keep)
-            decay = group["weight_decay"] * weight_decay_scale
-            decayed_norm = _norm(grad + decay * whole if _is_nonzero(decay) else grad, keep)
-            if trusted:
-                apply_trust_ratio(trust, group, tensor, grad_norm, decayed_norm)
+    grad_norm = tensor.grad_norm if trust is not None or "grad_norm" in asked else math.nan
+    if trust is not None and trusted:
+        apply_trust_ratio(trust, group, tensor, tensor.grad_norm, norms.decayed_norm)
     s = rule.prepare(group, tensor)
     for name, value in tensor.state.items():
         state[name].copy_(value) if isinstance(value, Tensor) else state[name].fill_(value)
     for name, value in vars(s).items():
         if isinstance(value, Tensor):
             setattr(s, name, value.to(dtype))
-    grad = _as(scale * tensor.grad_scale, dtype) * raw
+    grad = _as(coefficient * scale * tensor.grad_scale, dtype) * _real(grad).to(dtype)
     if bounds is not None:
         low, high = (torch.as_tensor(bound * tensor.grad_scale, dtype=dtype, device=grad.device) for bound in bounds)
         grad = grad.clamp(low, high)
@@ -194,7 +231,8 @@ def step_eager(
         rule.accumulate(grad, wide, s)
         wide = {name: value.to(state[name].dtype).to(dtype) for name, value in wide.items()}  # as they are stored
         direction = rule.direction(whole, wide, s)
-        tensor.param_norm, tensor.direction_norm = _norm(whole, keep), _norm(direction, keep)
+        norms, _ = yield TensorNorms(param_norm=_norm(whole, keep), direction_norm=_norm(direction, keep))
+        tensor.param_norm, tensor.direction_norm = norms.param_norm, norms.direction_norm
         result = whole - _as(rule.scale_direction(group, tensor), dtype) * direction
     else:
         result = rule.update(whole, grad, wide, s)

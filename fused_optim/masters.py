@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .tensors import like, local
+
 KEYS = {"float32": "master_param", "split": "param_remainder"}
 
 
@@ -88,10 +90,12 @@ def build(param: Tensor, key: str) -> Tensor:
 
 def converted(saved: dict[str, Any], param: Tensor, key: str) -> Tensor | None:
     """The master of kind ``key`` out of a checkpoint that has the other kind, if it agrees with the parameter."""
+    part = local(param).detach()
     if key == "param_remainder" and isinstance(saved.get("master_param"), Tensor):
-        master = saved["master_param"].to(param.device)
-        if torch.equal(round_ties_away(master, torch.bfloat16), param.detach()):
-            return remainder_of(master, param.detach())
+        master = local(saved["master_param"]).to(param.device)
+        if torch.equal(round_ties_away(master, torch.bfloat16), part):
+            return like(param, remainder_of(master, part))
     if key == "master_param" and isinstance(saved.get("param_remainder"), Tensor) and param.dtype == torch.bfloat16:
-        return read(param, {"param_remainder": saved["param_remainder"].to(param.device)}, "param_remainder")
+        remainder = local(saved["param_remainder"]).to(param.device)
+        return like(param, read(part, {"param_remainder": remainder}, "param_remainder"))
     return None

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar
 
 import torch
@@ -23,13 +22,15 @@ from torch.optim.optimizer import Optimizer, ParamsT, _global_optimizer_post_hoo
 
 from . import backends, checkpoint, masters, states
 from .arithmetic import Number
-from .clip import GLOBAL_NORM, NO_CLIP, VALUE, GradClip
-from .eager import MeasuredNorms, squares_dtype, step_eager
+from .clip import GLOBAL_NORM, NO_CLIP, NORM, GradClip
+from .eager import MeasuredNorms
 from .norms import Norms, collect_norms
-from .plan import DeviceScalars, Plan, Row, make_plan, why_not_native, why_refused
+from .plan import NORMS, DeviceScalars, Plan, Row, make_plan, why_not_native, why_refused
 from .scales import Exclude, Scale, ScaleColumn, column_of, excluded
-from .sparse import listed_rows
+from .sharding import Shards, check_placement, settle_grad
+from .tensors import is_sharded
 from .trust_ratio import TrustRatio
+from .witness import WitnessSteps
 
 
 class FusedOptimizer(torch.optim.Optimizer):
@@ -105,6 +106,8 @@ class FusedOptimizer(torch.optim.Optimizer):
     _cuda_devices: tuple[torch.device, ...] = ()  # that rows of the plan are on
     _devices_alone: bool = False  # one of them has all rows
     _measures: bool = False  # the rule or a trust ratio asks for norms
+    _shards: Shards | None = None  # whose norms this step adds up over processes
+    _agreed: str = ""  # what the processes have found to be the same everywhere
     _norm_tensors: dict[torch.device, Tensor]  # where the kernels write the global norm
     _scalars: list[Tensor]
     _replayed: tuple[Any, ...] = ()  # what the replays of captured steps read and write: never freed before us
@@ -313,29 +316,38 @@ class FusedOptimizer(torch.optim.Optimizer):
                     return
             grad_scale = 1.0 if scale is None or not waits else 1.0 / float(scale)
             scalars = self._device_scalars(scale, found_inf) if self._cuda_devices else ()
-            clip = NO_CLIP
-            global_norm: float | None = 0.0 if waits else None
+            clip = NO_CLIP if self._grad_clip is None else self._grad_clip.options
+            by_global_norm = clip.kind == GLOBAL_NORM
             threads = torch.get_num_threads()
-            if self._grad_clip is not None:
-                clip = self._grad_clip.options
-                if not waits:
-                    self._grad_norm = self._norm_tensors[self._cuda_devices[0]]
-                elif clip.kind == GLOBAL_NORM:
-                    sums = [self._sum_of_squares(self._rows[index]) for index in witnessed]
-                    total = math.fsum(sums) * grad_scale**2 if all(map(math.isfinite, sums)) else sum(sums)
-                    self._grad_norm = global_norm = math.sqrt(total + plan.reduce(grad_scale, threads, clip, scalars))
-            self._witness_norms = {
-                index: self._step_witness(self._rows[index], grad_scale, global_norm or 0.0) for index in witnessed
-            }
+            shards = self._shards
+            witness = WitnessSteps(self, witnessed, grad_scale)
+
+            def exchange(norms: Any) -> None:
+                assert shards is not None
+                witness.exchange(torch.frombuffer(norms, dtype=torch.float64).view(-1, NORMS), shards)
+
+            global_norm: float | None = 0.0 if waits else None
+            if not waits and self._grad_clip is not None:
+                self._grad_norm = self._norm_tensors[self._cuda_devices[0]]
+            elif by_global_norm or shards is not None:
+                total = plan.reduce(grad_scale, threads, clip, scalars, exchange if shards is not None else None)
+                if by_global_norm:
+                    squares = [total, *witness.squares()]
+                    total = math.fsum(squares) if all(map(math.isfinite, squares)) else sum(squares)
+                    self._grad_norm = global_norm = math.sqrt(total)
+            witness.step(global_norm or 0.0, shards)
+            if captured:
+                kept = plan, dict(self._norm_tensors), dict(self._measured), self._scalars
+                self._replayed = (*self._replayed, kept)
+            two_passes = shards is not None and self.has_direction
+            plan.run(grad_scale, threads, clip, global_norm, scalars, exchange if two_passes else None)
+            witness.finish()
+            self._witness_norms = witness.measured
             for index in witnessed if self._master_weights is not None else ():
                 param = self._rows[index].param
                 self._versions[param] = param._version
                 plan.agree(index, param._version)
             self._coalesced.clear()
-            if captured:
-                kept = plan, dict(self._norm_tensors), dict(self._measured), self._scalars
-                self._replayed = (*self._replayed, kept)
-            plan.run(grad_scale, threads, clip, global_norm, scalars)
             # Writing through addresses leaves the version counters alone; a stale graph must still raise.
             torch._C._increment_version(plan.touched())
 
@@ -412,8 +424,10 @@ class FusedOptimizer(torch.optim.Optimizer):
                 backend, passed_over = backends.choose(param.device, self._forced_backend)
                 if passed_over is not None:
                     self._report(f"parameters on {param.device}", passed_over)
-                refused = why_not_native(param, group, backend)
                 place = states.name_of(group, index, position)
+                if is_sharded(param):
+                    check_placement(param, place)
+                refused = why_not_native(param, group, backend)
                 lr_scale, weight_decay_scale, clipped, trusted = (
                     column.of(states.own_name(group, position), place, param) for column in self._scales
                 )
@@ -444,6 +458,12 @@ class FusedOptimizer(torch.optim.Optimizer):
         rules = [self.rule(group) for group in groups]
         trusts = any(self.trust_ratio(group) is not None for group in groups)
         self._measures = trusts or self.has_direction or any(self.norms(group) for group in groups)
+        clips = self._grad_clip is not None and self._grad_clip.options.kind in (GLOBAL_NORM, NORM)
+        self._shards = None
+        if self._measures or clips:
+            shards = Shards(rows, takes_maximum=any("grad_max" in self.norms(group) for group in groups))
+            self._agreed = shards.check(rows, rules, self._agreed)
+            self._shards = shards if shards else None
         trust_ratio = self.trust_ratio if trusts else None
         self._plan = make_plan(rows, rules, self.defaults, self.structural_keys, trust_ratio)
 
@@ -483,6 +503,10 @@ class FusedOptimizer(torch.optim.Optimizer):
             if row.master is not None and not overwritten:
                 known = versions[index] if row.native else self._versions.get(row.param, -1)
                 overwritten = known not in (-1, row.param._version)
+            lay = settle_grad(row.param)
+            if lay is not None:
+                reason = f"its gradient lay as {lay}, and was redistributed to where the parameter is"
+                self._report(row.name, reason, kind="placement")
             states.repair_state(row, self.state, groups[row.group], self, taken, overwritten)
         left = self._refresh()
         for index, kind in left:
@@ -493,49 +517,6 @@ class FusedOptimizer(torch.optim.Optimizer):
             if grad is not None and grad.is_sparse:
                 self._coalesced[row.param] = grad.detach().coalesce()
         return [index for index, _ in left]
-
-    def _step_witness(self, row: Row, grad_scale: float, global_norm: float) -> MeasuredNorms:
-        group = {**self.defaults, **self.param_groups[row.group]}
-        bounds = None
-        if self._grad_clip is not None and row.clipped:
-            options = self._grad_clip.options
-            if options.kind == VALUE:
-                bounds = options.min, options.max
-            elif options.kind == GLOBAL_NORM:
-                grad_scale *= options.coefficient(global_norm)
-            else:
-                grad_scale *= options.coefficient(math.sqrt(self._sum_of_squares(row)) * grad_scale)
-        param, state, names = row.param, self.state[row.param], self.state_names(group)
-        columns = names if row.master is None else (*names, row.master)
-        coalesced = self._coalesced.get(param)
-        rows: AbstractContextManager[tuple[Tensor, dict[str, Tensor]]] = nullcontext((param, state))
-        if coalesced is not None:
-            rows = listed_rows(param, coalesced, state, columns)
-        with torch.set_grad_enabled(bool(group["differentiable"])), rows as (stepped, its_state):
-            measured = step_eager(
-                self,
-                group,
-                stepped,
-                its_state,
-                names,
-                self.tensor_state_names(group),
-                trusted=row.trusted,
-                lr_scale=row.lr_scale,
-                weight_decay_scale=row.weight_decay_scale,
-                grad_scale=grad_scale,
-                bounds=bounds,
-                master=row.master,
-            )
-        return measured
-
-    def _sum_of_squares(self, row: Row) -> float:
-        """Of a gradient that the witness steps; 0 where it takes no part in clipping."""
-        grad = row.param.grad
-        if not row.clipped or grad is None:
-            return 0.0
-        if row.param in self._coalesced:
-            grad = self._coalesced[row.param]._values()
-        return float(torch.linalg.vector_norm(grad.detach(), dtype=squares_dtype(grad)) ** 2)
 
     def _report(self, what: str, reason: str, kind: str | None = None) -> None:
         """One log line for each kind of fallback of this optimizer."""

@@ -7,10 +7,10 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 
 from . import extension
 from .clip import ClipOptions
+from .tensors import is_dense, is_plain, is_sharded, kind_of, local, same_placement
 
 NATIVE_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 NATIVE_BACKENDS = ("cpu", "cuda")
@@ -46,6 +46,12 @@ class Row(NamedTuple):
 # (float32 of shape [rows, 3]); 0: none.
 DeviceScalars = tuple[int, int, int, int, int, int]
 
+# Called with the norms of all rows, float64 of shape [rows, `NORMS`], before they are used: adds up those of rows of
+# which other processes have parts.
+Exchange = Callable[[Any], None]
+NORMS = 5  # `Norms` in csrc/prepare.h: sums, and
+GRAD_MAX = 1  # a maximum
+
 
 class Plan(Protocol):
     """What `fused_optim._C.Plan` and `EagerPlan` both do; see ``csrc/plan.h``."""
@@ -55,7 +61,12 @@ class Plan(Protocol):
     ) -> Sequence[tuple[int, str]] | None: ...
 
     def reduce(
-        self, grad_scale: float, threads: int, clip: ClipOptions, scalars: Sequence[DeviceScalars] = ()
+        self,
+        grad_scale: float,
+        threads: int,
+        clip: ClipOptions,
+        scalars: Sequence[DeviceScalars] = (),
+        exchange: Exchange | None = None,
     ) -> float: ...
 
     def run(
@@ -65,6 +76,7 @@ class Plan(Protocol):
         clip: ClipOptions,
         global_norm: float | None,
         scalars: Sequence[DeviceScalars] = (),
+        exchange: Exchange | None = None,
     ) -> None: ...
 
     def captured(self) -> bool: ...
@@ -101,9 +113,19 @@ class EagerPlan:
         return attention
 
     def reduce(
-        self, grad_scale: float, threads: int, clip: ClipOptions, scalars: Sequence[DeviceScalars] = ()
+        self,
+        grad_scale: float,
+        threads: int,
+        clip: ClipOptions,
+        scalars: Sequence[DeviceScalars] = (),
+        exchange: Exchange | None = None,
     ) -> float:
+        self._exchange(exchange)
         return 0.0
+
+    def _exchange(self, exchange: Exchange | None) -> None:
+        if exchange is not None:
+            exchange(bytearray(8 * NORMS * sum(map(len, self._params))))
 
     def run(
         self,
@@ -112,7 +134,9 @@ class EagerPlan:
         clip: ClipOptions,
         global_norm: float | None,
         scalars: Sequence[DeviceScalars] = (),
-    ) -> None: ...
+        exchange: Exchange | None = None,
+    ) -> None:
+        self._exchange(exchange)
 
     def captured(self) -> bool:
         return False
@@ -127,15 +151,6 @@ class EagerPlan:
 
     def norms(self) -> list[tuple[int, float, float, float]]:
         return []
-
-
-def is_plain(kind: type) -> bool:
-    """Whether tensors of a type are plain memory: no ``__torch_dispatch__`` stands between them and their data."""
-    return (
-        issubclass(kind, Tensor)
-        and not issubclass(kind, UninitializedTensorMixin)
-        and kind.__torch_dispatch__ is Tensor.__torch_dispatch__
-    )
 
 
 def describe_tensor(
@@ -165,37 +180,29 @@ def current_stream(index: int) -> int:
     return torch.cuda.current_stream(index).cuda_stream
 
 
-def is_dense(tensor: Tensor) -> bool:
-    """Whether the elements fill one piece of memory, in whatever order of dimensions."""
-    expected = 1
-    for stride, size in sorted((s, n) for s, n in zip(tensor.stride(), tensor.shape) if n != 1):
-        if stride != expected:
-            return tensor.numel() == 0
-        expected *= size
-    return True
-
-
 def why_not_native(param: Tensor, group: dict[str, Any], backend: str) -> str | None:
     """Why a parameter of this group cannot go through a native backend; None if it can."""
     if backend not in NATIVE_BACKENDS:
         return f"its backend is {backend}"
-    if not is_plain(type(param)):
-        return f"it is a {type(param).__name__}, not plain memory"
+    if not is_plain(type(local(param))):
+        kind = "a DTensor around a " if is_sharded(param) else "a "
+        return f"it is {kind}{type(local(param)).__name__}, not plain memory"
     if param.dtype not in NATIVE_DTYPES:
         return f"its dtype is {param.dtype}"
     if group["differentiable"]:
         return "its group is differentiable"
     if param.layout != torch.strided or param.is_inference():
         return "it is an inference or a sparse tensor"
-    if not is_dense(param):
-        return f"its strides {tuple(param.stride())} leave gaps in memory or overlap"
+    if not is_dense(local(param)):
+        return f"its strides {tuple(local(param).stride())} leave gaps in memory or overlap"
     return None
 
 
 def why_refused(row: Row, kind: str) -> str:
     """Why the plan did not take a native row at this step, in words."""
-    param, grad = row.param, row.param.grad
+    param, grad = local(row.param), row.param.grad
     if kind == "grad" and grad is not None:
+        grad = local(grad)
         if grad.is_sparse:
             return "its gradient is sparse"
         if not is_plain(type(grad)):
@@ -228,7 +235,8 @@ def make_plan(
         defaults=defaults,
         structural=structural_keys,
         exchange_api=getattr(torch.Tensor, "__dlpack_c_exchange_api__", None),
-        is_plain=is_plain,
+        kind_of=kind_of,
+        same_placement=same_placement,
         describe=describe_tensor,
         current_stream=current_stream,
         trust_ratio=trust_ratio,

@@ -36,7 +36,6 @@ def listed_rows(
     """
     rows = grad._indices()[0]
     listed = param.detach().index_select(0, rows)
-    listed.grad = grad._values()
     compact = {**state, **{name: state[name].index_select(0, rows) for name in names}}
     yield listed, compact
     param.detach().index_copy_(0, rows, listed)

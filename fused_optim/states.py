@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from . import masters, sparse
-from .plan import Row, is_plain
+from .plan import Row
+from .tensors import is_plain, is_sharded, local, same_placement
 
 if TYPE_CHECKING:
     from .optimizer import FusedOptimizer
@@ -61,6 +62,7 @@ def check_memory(tensor: Tensor, what: str) -> None:
     Raises:
         RuntimeError: the text names it.
     """
+    tensor = local(tensor)
     plain = is_plain(type(tensor)) and tensor.layout == torch.strided and tensor.device.type != "meta"
     if plain and tensor.numel() != 0 and tensor.untyped_storage().nbytes() == 0:
         raise RuntimeError(
@@ -99,6 +101,11 @@ def check_grad(row: Row, optimizer: FusedOptimizer, group: dict[str, Any]) -> No
         raise RuntimeError(
             f"the gradient of {row.name} is complex, the parameter is not; set param.grad to its real part"
         )
+    if is_sharded(grad) != is_sharded(param) or (is_sharded(param) and grad.device_mesh != param.device_mesh):  # type: ignore[attr-defined]
+        what, whose = (f"on {t.device_mesh}" if is_sharded(t) else "no DTensor" for t in (grad, param))  # type: ignore[attr-defined]
+        raise RuntimeError(
+            f"the gradient of {row.name} is {what}, the parameter {whose}; distribute both over the same mesh"
+        )
     if grad.device != param.device:
         raise RuntimeError(
             f"the gradient of {row.name} is on {grad.device}, the parameter on {param.device}; move one to the other"
@@ -129,6 +136,13 @@ def check_state(row: Row, state: Any, group: dict[str, Any], optimizer: FusedOpt
             raise RuntimeError(
                 f"state {name!r} of {row.name} must be a Tensor of shape {tuple(row.param.shape)}, found {found}; "
                 "delete optimizer.state[param] to start it anew"
+            )
+        if is_sharded(value) != is_sharded(row.param):
+            what, whose = ("a DTensor" if is_sharded(t) else "whole" for t in (value, row.param))
+            raise RuntimeError(
+                f"state {name!r} of {row.name} is {what}, the parameter {whose}; load it with "
+                "torch.distributed.checkpoint.state_dict.set_optimizer_state_dict, or delete optimizer.state[param] to "
+                "start it anew"
             )
         check_memory(value, f"state {name!r} of {row.name}")
     for name in optimizer.tensor_state_names(group):
@@ -166,7 +180,7 @@ def new_number(name: str, value: float | Tensor, param: Tensor) -> Tensor:
     """A per-tensor state as the plan reads it: 0-d, on the parameter's device, in memory of its own."""
     dtype = number_dtype(name, param)
     if isinstance(value, Tensor):
-        return value.detach().to(device=param.device, dtype=dtype, copy=True).reshape(())
+        return local(value.detach()).to(device=param.device, dtype=dtype, copy=True).reshape(())
     return torch.full((), float(value), dtype=dtype, device=param.device)
 
 
@@ -183,8 +197,17 @@ def kept_dtype(param: Tensor, found: torch.dtype) -> torch.dtype:
 
 
 def like_param(value: Tensor, param: Tensor, dtype: torch.dtype) -> Tensor:
-    """A copy of a state with the parameter's device and layout."""
+    """A copy of a state with the parameter's device, layout and placement."""
+    if is_sharded(value) and not same_placement(value._spec, param._spec):  # type: ignore[attr-defined]
+        value = value.redistribute(param.device_mesh, param.placements)  # type: ignore[attr-defined]
     return torch.empty_like(param, dtype=dtype, requires_grad=False).copy_(value.detach())
+
+
+def has_layout_of(state: Tensor, param: Tensor) -> bool:
+    """Whether a state lies as a new one of its parameter's would."""
+    if is_sharded(param) and not same_placement(state._spec, param._spec):  # type: ignore[attr-defined]
+        return False
+    return local(state).stride() == torch.empty_like(local(param), device="meta").stride()
 
 
 def repair_state(
@@ -214,7 +237,7 @@ def repair_state(
             state[name] = torch.zeros_like(param, dtype=dtype, requires_grad=False)
             continue
         dtype = kept_dtype(param, value.dtype)
-        same_layout = not row.native or value.stride() == torch.empty_like(param, device="meta").stride()
+        same_layout = not row.native or has_layout_of(value, param)
         if value.dtype != dtype or value.device != param.device or not same_layout:
             state[name] = like_param(value, param, dtype)
     names = [*optimizer.tensor_state_names(group), *optimizer.state_names(group)]
@@ -224,10 +247,11 @@ def repair_state(
         kind = torch.float32 if row.master == "master_param" else torch.int16
         if not isinstance(master, Tensor) or master.shape != param.shape or overwritten:
             state[row.master] = masters.build(param, row.master)
-        elif master.dtype != kind or master.device != param.device or master.stride() != param.stride():
+        elif master.dtype != kind or master.device != param.device or not has_layout_of(master, param):
             state[row.master] = like_param(master, param, kind)
     for name in names:
         value = state[name]
-        addressed = is_plain(type(value)) and value.device.type != "meta" and value.numel() != 0
-        if addressed and taken.setdefault(value.data_ptr(), param) is not param:
+        part = local(value)
+        addressed = is_plain(type(part)) and part.device.type != "meta" and part.numel() != 0
+        if addressed and taken.setdefault(part.data_ptr(), param) is not param:
             state[name] = value.clone()

@@ -1,0 +1,168 @@
+"""DTensor parameters (FSDP2, HSDP, tensor parallel): the part that this process has, and norms of the whole.
+
+The plan works on local tensors and asks nothing of a DTensor but where its local tensor is and whether it lies as the
+parameter does. What needs the whole tensor is its norms: `Shards` adds them up over the processes, those of all tensors
+of a mesh in one collective.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+from .plan import GRAD_MAX, Row
+from .tensors import is_sharded, like, same_placement
+
+
+def check_placement(param: Tensor, place: str) -> None:
+    """Refuse a parameter of which no process has the values.
+
+    Raises:
+        ValueError: a placement is Partial; the text names the parameter.
+    """
+    for placement in getattr(param, "placements", ()):
+        if placement.is_partial():
+            raise ValueError(
+                f"{place} is a DTensor with the placement {placement}: no process has its values, only a term of "
+                "them; redistribute it to Shard or Replicate before it becomes a parameter"
+            )
+
+
+def settle_grad(param: Tensor) -> str | None:
+    """Bring the gradient of a DTensor to where its parameter is; None if it is there, else how it lay.
+
+    ``param.grad`` is replaced by its equal: a Partial gradient by its sum, as torch's operations would at each use.
+    """
+    grad, sharded = cast(Any, param.grad), cast(Any, param)
+    if not is_sharded(param) or grad is None:
+        return None
+    under_way = hasattr(grad._local_tensor, "wait")  # the result of a collective
+    if same_placement(grad._spec, sharded._spec) and not under_way:
+        return None
+    lay = str(grad.placements)
+    part = grad.redistribute(placements=sharded.placements)._local_tensor
+    param.grad = like(param, part.wait() if hasattr(part, "wait") else part)
+    return None if lay == str(sharded.placements) else lay
+
+
+class MeshRows(NamedTuple):
+    """The rows on one mesh."""
+
+    mesh: Any  # DeviceMesh
+    groups: tuple[Any, ...]  # to reduce over, one after the other
+    rows: Tensor  # their indices
+    counted: Tensor  # whether this process's part of each counts: of replicas one does
+
+
+class Shards:
+    """The rows whose parameters are DTensors, by mesh.
+
+    Every process of a mesh must have the same rows in the same order; `check` compares them.
+    """
+
+    def __init__(self, rows: Sequence[Row], *, takes_maximum: bool) -> None:
+        self._takes_maximum = takes_maximum
+        by_mesh: dict[Any, list[int]] = {}
+        for index, row in enumerate(rows):
+            if is_sharded(row.param):
+                by_mesh.setdefault(cast(Any, row.param).device_mesh, []).append(index)
+        self._meshes = []
+        self.rows = frozenset(index for indices in by_mesh.values() for index in indices)
+        for mesh, indices in by_mesh.items():
+            params: list[Any] = [rows[index].param for index in indices]
+            if any(placement.is_shard() for param in params for placement in param.placements):
+                counted = torch.tensor([_counts(mesh, param.placements) for param in params])
+                self._meshes.append(MeshRows(mesh, _groups(mesh), torch.tensor(indices), counted))
+
+    def __bool__(self) -> bool:
+        return bool(self._meshes)
+
+    def check(self, rows: Sequence[Row], rules: Sequence[str], agreed: str) -> str:
+        """Compare the rows of all processes of each mesh, unless they are those that were ``agreed``: a collective.
+
+        Returns:
+            What they agree on now.
+
+        Raises:
+            RuntimeError: they differ, on every process; the text names the first parameter that does.
+        """
+        lines_of = [[_signature(rows[index], rules) for index in mesh.rows.tolist()] for mesh in self._meshes]
+        digests = [hashlib.sha256("\n".join(lines).encode()).hexdigest() for lines in lines_of]
+        if agreed == "".join(digests):
+            return agreed
+        for (mesh, groups, *_), lines, digest in zip(self._meshes, lines_of, digests):
+            if len(set(_gather(digest, groups))) == 1:
+                continue
+            everyone = _gather((torch.distributed.get_rank(), lines), groups)
+            first_rank, first = everyone[0]
+            rank, others = next((rank, others) for rank, others in everyone if others != first)
+            raise RuntimeError(_difference(mesh, first_rank, first, rank, others))
+        return "".join(digests)
+
+    def add_up(self, table: Tensor) -> None:
+        """Replace the parts of norms in a table of float64 [rows, `NORMS`] by those of whole tensors.
+
+        One collective a mesh, two where a maximum is wanted; where a mesh of several dimensions is not the world, that
+        many for each dimension. Every process gets the same bits.
+        """
+        for mesh, groups, rows, counted in self._meshes:
+            rows, counted = rows.to(table.device), counted.to(table.device)
+            part = table[rows]
+            part[~counted] = 0.0  # not a product: a NaN would stay one
+            maximum = part[:, GRAD_MAX].clone()
+            part[:, GRAD_MAX] = maximum.isnan().to(part.dtype)  # a collective's maximum may lose a NaN
+            part, maximum = part.to(mesh.device_type), maximum.to(mesh.device_type)
+            for group in groups:
+                torch.distributed.all_reduce(part, group=group)
+                if self._takes_maximum:
+                    torch.distributed.all_reduce(maximum, torch.distributed.ReduceOp.MAX, group=group)
+            part[:, GRAD_MAX] = torch.where(part[:, GRAD_MAX] > 0, torch.nan, maximum)
+            table[rows] = part.to(table.device)
+
+
+def _counts(mesh: Any, placements: Sequence[Any]) -> bool:
+    coordinate = mesh.get_coordinate()
+    return coordinate is not None and all(
+        placement.is_shard() or place == 0 for placement, place in zip(placements, coordinate)
+    )
+
+
+def _groups(mesh: Any) -> tuple[Any, ...]:
+    """What to reduce over to reach all processes of a mesh; none for a process outside of it."""
+    if mesh.get_coordinate() is None:
+        return ()
+    if mesh.ndim > 1 and sorted(mesh.mesh.flatten().tolist()) == list(range(torch.distributed.get_world_size())):
+        return (torch.distributed.group.WORLD,)
+    return tuple(mesh.get_group(dim) for dim in range(mesh.ndim))
+
+
+def _gather(item: Any, groups: Sequence[Any]) -> list[Any]:
+    """That of every process of a mesh, in one order for all of them."""
+    items = [item]
+    for group in groups:
+        lists: list[Any] = [None] * torch.distributed.get_world_size(group)
+        torch.distributed.all_gather_object(lists, items, group=group)
+        items = [one for several in lists for one in several]
+    return items
+
+
+def _signature(row: Row, rules: Sequence[str]) -> str:
+    param: Any = row.param
+    return (
+        f"{row.name} of shape {tuple(param.shape)}, {param.dtype}, {param.placements}, rule {rules[row.group]}, "
+        f"lr_scale {row.lr_scale!r}, weight_decay_scale {row.weight_decay_scale!r}, clipped {row.clipped}, "
+        f"trusted {row.trusted}"
+    )
+
+
+def _difference(mesh: Any, rank: int, lines: list[str], other_rank: int, others: list[str]) -> str:
+    place = next((i for i, pair in enumerate(zip(lines, others)) if pair[0] != pair[1]), min(len(lines), len(others)))
+    here, there = (which[place] if place < len(which) else "nothing more" for which in (lines, others))
+    return (
+        f"the processes of {mesh} have different parameters in this optimizer: rank {rank} has {here}, rank "
+        f"{other_rank} has {there}; build the optimizer from the same parameters in the same order everywhere"
+    )

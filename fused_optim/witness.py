@@ -1,0 +1,115 @@
+"""The rows of one step that the eager path takes, phase by phase beside the plan's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .clip import GLOBAL_NORM, NO_CLIP, NORM, VALUE
+from .eager import EagerStep, MeasuredNorms, TensorNorms, step_eager
+from .plan import Row
+from .sharding import Shards
+from .sparse import listed_rows
+from .tensors import is_sharded, local
+
+if TYPE_CHECKING:
+    from .optimizer import FusedOptimizer
+
+
+class WitnessSteps:
+    """Steps of single rows by torch operations; each waits in a phase for the norms of the whole."""
+
+    def __init__(self, optimizer: FusedOptimizer, indices: Sequence[int], grad_scale: float) -> None:
+        self.measured: dict[int, MeasuredNorms] = {}  # of the rows that are done
+        self._optimizer = optimizer
+        self._steps: dict[int, EagerStep] = {}
+        self._norms: dict[int, TensorNorms] = {}
+        self._clip = NO_CLIP if optimizer._grad_clip is None else optimizer._grad_clip.options
+        for index in indices:
+            self._steps[index] = self._begin(optimizer._rows[index], grad_scale)
+            self._advance(index, None)
+
+    def squares(self) -> list[float]:
+        """Of the gradients that take part in clipping, scaled."""
+        rows = self._optimizer._rows
+        return [norms.sums()[0] for index, norms in self._norms.items() if rows[index].clipped]
+
+    def exchange(self, table: Tensor, shards: Shards) -> None:
+        """Put the norms of the rows among ``shards`` into the table that is added up, and take them from it."""
+        indices = [index for index in self._steps if index in shards.rows]
+        for index in indices:
+            table[index] = torch.tensor(self._norms[index].sums(), dtype=table.dtype)
+        shards.add_up(table)
+        for index in indices:
+            self._norms[index] = TensorNorms.of_sums(table[index].tolist())
+
+    def step(self, global_norm: float, shards: Shards | None) -> None:
+        """Take every row to its end; one among ``shards`` to where it needs the norm of its direction."""
+        for index in list(self._steps):
+            coefficient = 1.0
+            if self._optimizer._rows[index].clipped and self._clip.kind in (GLOBAL_NORM, NORM):
+                norm = global_norm if self._clip.kind == GLOBAL_NORM else float(self._norms[index].grad_norm)
+                coefficient = self._clip.coefficient(norm)
+            self._advance(index, (self._norms[index], coefficient))
+
+            if index in self._steps and (shards is None or index not in shards.rows):
+                self._advance(index, (self._norms[index], 1.0))
+
+    def finish(self) -> None:
+        """Take to their ends those that have waited for the norm of their direction."""
+        for index in list(self._steps):
+            self._advance(index, (self._norms[index], 1.0))
+
+    def _advance(self, index: int, sent: tuple[TensorNorms, float] | None) -> None:
+        group = self._optimizer.param_groups[self._optimizer._rows[index].group]
+        try:
+            with torch.set_grad_enabled(bool(group.get("differentiable", False))):
+                step = self._steps[index]
+                self._norms[index] = next(step) if sent is None else step.send(sent)
+        except StopIteration as done:
+            self.measured[index] = done.value
+            del self._steps[index], self._norms[index]
+
+    def _begin(self, row: Row, grad_scale: float) -> EagerStep:
+        optimizer = self._optimizer
+        group = {**optimizer.defaults, **optimizer.param_groups[row.group]}
+        names = optimizer.state_names(group)
+        with self._tensors(row, names if row.master is None else (*names, row.master)) as (param, grad, state):
+            measured = yield from step_eager(
+                optimizer,
+                group,
+                param,
+                grad,
+                state,
+                names,
+                optimizer.tensor_state_names(group),
+                trusted=row.trusted,
+                lr_scale=row.lr_scale,
+                weight_decay_scale=row.weight_decay_scale,
+                grad_scale=grad_scale,
+                clips=row.clipped and self._clip.kind in (GLOBAL_NORM, NORM),
+                bounds=(self._clip.min, self._clip.max) if row.clipped and self._clip.kind == VALUE else None,
+                master=row.master,
+            )
+        return measured
+
+    @contextmanager
+    def _tensors(self, row: Row, columns: tuple[str, ...]) -> Iterator[tuple[Tensor, Tensor, dict[str, Tensor]]]:
+        """What the step reads and writes: of a DTensor this process's part, of a sparse gradient the listed rows."""
+        optimizer = self._optimizer
+        param, grad, state = row.param, row.param.grad, optimizer.state[row.param]
+        assert grad is not None
+        coalesced = optimizer._coalesced.get(param)
+        if coalesced is not None:
+            with listed_rows(param, coalesced, state, columns) as (listed, its_state):
+                yield listed, coalesced._values(), its_state
+        elif is_sharded(param) and not optimizer.param_groups[row.group].get("differentiable", False):
+            parts = {name: local(value) if isinstance(value, Tensor) else value for name, value in state.items()}
+            yield local(param).detach(), local(grad), parts
+            torch._C._increment_version([param])  # what was written is the part
+        else:
+            yield param, grad, state
