@@ -722,15 +722,17 @@ void Plan::find_overlaps() {
   written_moved_ = false;
 }
 
-bool Plan::call_exchange(PyObject* exchange) {
+bool Plan::call_exchange(PyObject* exchange, double* sum) {
   auto* const bytes = reinterpret_cast<char*>(norms_.data());
   PyObject* view =
       PyMemoryView_FromMemory(bytes, static_cast<Py_ssize_t>(norms_.size() * sizeof(Norms)), PyBUF_WRITE);
   if (view == nullptr) return false;
   PyObject* result = PyObject_CallFunctionObjArgs(exchange, view, nullptr);
   Py_DECREF(view);
-  Py_XDECREF(result);
-  return result != nullptr;
+  if (result == nullptr) return false;
+  *sum = PyFloat_AsDouble(result);
+  Py_DECREF(result);
+  return !PyErr_Occurred();
 }
 
 bool Plan::reduce(const StepOptions& options, int threads, const std::vector<DeviceScalars>& scalars,
@@ -741,9 +743,10 @@ bool Plan::reduce(const StepOptions& options, int threads, const std::vector<Dev
     if (exchange != Py_None) std::fill(norms_.begin(), norms_.end(), Norms{});
     reduce_cpu({*kernels_, rows, hypers_, options, threads, norms_, records_, measured_});
   }
-  if (exchange != Py_None && !call_exchange(exchange)) return false;
+  double exchanged = 0;
+  if (exchange != Py_None && !call_exchange(exchange, &exchanged)) return false;
   const Unlocked unlocked(!devices_.empty(), busy_);
-  *sum = sum_of_squares(rows, norms_);
+  *sum = exchanged + sum_of_squares(rows, norms_);
   for (Device& device : devices_) {
     if (!collect(device)) continue;
     const CudaStep step = step_of(device, options, scalars);
@@ -758,12 +761,13 @@ bool Plan::run(const StepOptions& options, int threads, std::optional<double> gl
   // Runs while no lock is held.
   const auto exchange_norms = [&] {
     const PyGILState_STATE state = PyGILState_Ensure();
-    const bool good = call_exchange(exchange);
+    double unused;
+    const bool good = call_exchange(exchange, &unused);
     PyGILState_Release(state);
     return good;
   };
   if (exchange != Py_None && !reduced_) std::fill(norms_.begin(), norms_.end(), Norms{});
-  if (active_rows_ == 0) return exchange == Py_None || call_exchange(exchange);
+  if (active_rows_ == 0) return exchange == Py_None || exchange_norms();
   bool good = true;
   {
     const Unlocked unlocked(active_elements_ > kElementsUnderLock, busy_);

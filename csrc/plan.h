@@ -53,7 +53,8 @@ class Plan {
   // The norms that a clip or a rule needs, of all rows that refresh accepted. *sum: that of squares over those
   // that take part in clipping; waits for the devices that have some of them. exchange: None, or called with
   // a writable memoryview of Norms by row, 0 where nothing was measured, before they are used: for rows of
-  // which other processes have parts. False with a Python error set.
+  // which other processes have parts. It returns the sum over rows that it has set to 0. False with a Python
+  // error set.
   bool reduce(const StepOptions& options, int threads, const std::vector<DeviceScalars>& scalars,
               PyObject* exchange, double* sum);
 
@@ -144,7 +145,7 @@ class Plan {
   PyObject* find_state(HostRow& host, PyObject* state);
   void locate_states(PyObject* state);
   bool read_column(const HostRow& host, int column, PyObject* object, TensorView& view);
-  bool call_exchange(PyObject* exchange);
+  bool call_exchange(PyObject* exchange, double* sum);
   bool same_layout(const HostRow& host, const TensorView& view, bool exact) const;
   void find_overlaps();
 

@@ -26,7 +26,7 @@ class Plan:
         threads: int,
         clip: tuple[int, float, float, float],
         scalars: Sequence[tuple[int, int, int, int, int, int]] = (),
-        exchange: Callable[[memoryview], None] | None = None,
+        exchange: Callable[[memoryview], float] | None = None,
     ) -> float: ...
     def run(
         self,
@@ -35,7 +35,7 @@ class Plan:
         clip: tuple[int, float, float, float],
         global_norm: float | None,
         scalars: Sequence[tuple[int, int, int, int, int, int]] = (),
-        exchange: Callable[[memoryview], None] | None = None,
+        exchange: Callable[[memoryview], float] | None = None,
     ) -> None: ...
     def captured(self) -> bool: ...
     def touched(self) -> list[Tensor]: ...

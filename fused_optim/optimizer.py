@@ -322,9 +322,9 @@ class FusedOptimizer(torch.optim.Optimizer):
             shards = self._shards
             witness = WitnessSteps(self, witnessed, grad_scale)
 
-            def exchange(norms: Any) -> None:
+            def exchange(norms: Any) -> float:
                 assert shards is not None
-                witness.exchange(torch.frombuffer(norms, dtype=torch.float64).view(-1, NORMS), shards)
+                return witness.exchange(torch.frombuffer(norms, dtype=torch.float64).view(-1, NORMS), shards)
 
             global_norm: float | None = 0.0 if waits else None
             if not waits and self._grad_clip is not None:
@@ -458,10 +458,14 @@ class FusedOptimizer(torch.optim.Optimizer):
         rules = [self.rule(group) for group in groups]
         trusts = any(self.trust_ratio(group) is not None for group in groups)
         self._measures = trusts or self.has_direction or any(self.norms(group) for group in groups)
-        clips = self._grad_clip is not None and self._grad_clip.options.kind in (GLOBAL_NORM, NORM)
+        clip = NO_CLIP if self._grad_clip is None else self._grad_clip.options
         self._shards = None
-        if self._measures or clips:
-            shards = Shards(rows, takes_maximum=any("grad_max" in self.norms(group) for group in groups))
+        if self._measures or clip.kind in (GLOBAL_NORM, NORM):
+            shards = Shards(
+                rows,
+                total_only=not self._measures and clip.kind == GLOBAL_NORM,
+                takes_maximum=any("grad_max" in self.norms(group) for group in groups),
+            )
             self._agreed = shards.check(rows, rules, self._agreed)
             self._shards = shards if shards else None
         trust_ratio = self.trust_ratio if trusts else None

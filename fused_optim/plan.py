@@ -47,10 +47,10 @@ class Row(NamedTuple):
 DeviceScalars = tuple[int, int, int, int, int, int]
 
 # Called with the norms of all rows, float64 of shape [rows, `NORMS`], before they are used: adds up those of rows of
-# which other processes have parts.
-Exchange = Callable[[Any], None]
-NORMS = 5  # `Norms` in csrc/prepare.h: sums, and
-GRAD_MAX = 1  # a maximum
+# which other processes have parts. Returns the sum of squares over rows whose norms it has taken out.
+Exchange = Callable[[Any], float]
+NORMS = 5  # `Norms` in csrc/prepare.h: sums, but for
+GRAD_SQ, GRAD_MAX = 0, 1  # the second, a maximum
 
 
 class Plan(Protocol):
@@ -120,12 +120,10 @@ class EagerPlan:
         scalars: Sequence[DeviceScalars] = (),
         exchange: Exchange | None = None,
     ) -> float:
-        self._exchange(exchange)
-        return 0.0
+        return self._exchange(exchange)
 
-    def _exchange(self, exchange: Exchange | None) -> None:
-        if exchange is not None:
-            exchange(bytearray(8 * NORMS * sum(map(len, self._params))))
+    def _exchange(self, exchange: Exchange | None) -> float:
+        return 0.0 if exchange is None else exchange(bytearray(8 * NORMS * sum(map(len, self._params))))
 
     def run(
         self,

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from .plan import GRAD_MAX, Row
+from .plan import GRAD_MAX, GRAD_SQ, Row
 from .tensors import is_sharded, like, same_placement
 
 
@@ -64,7 +64,8 @@ class Shards:
     Every process of a mesh must have the same rows in the same order; `check` compares them.
     """
 
-    def __init__(self, rows: Sequence[Row], *, takes_maximum: bool) -> None:
+    def __init__(self, rows: Sequence[Row], *, total_only: bool, takes_maximum: bool) -> None:
+        self._total_only = total_only  # nobody asks for more than the global norm
         self._takes_maximum = takes_maximum
         by_mesh: dict[Any, list[int]] = {}
         for index, row in enumerate(rows):
@@ -103,16 +104,28 @@ class Shards:
             raise RuntimeError(_difference(mesh, first_rank, first, rank, others))
         return "".join(digests)
 
-    def add_up(self, table: Tensor) -> None:
+    def add_up(self, table: Tensor) -> float:
         """Replace the parts of norms in a table of float64 [rows, `NORMS`] by those of whole tensors.
 
         One collective a mesh, two where a maximum is wanted; where a mesh of several dimensions is not the world, that
         many for each dimension. Every process gets the same bits.
+
+        Returns:
+            The sum of squares over the rows that are 0 in the table now: where only the global norm counts, one number
+            is exchanged for them all.
         """
+        sum_of_squares = 0.0
         for mesh, groups, rows, counted in self._meshes:
             rows, counted = rows.to(table.device), counted.to(table.device)
             part = table[rows]
             part[~counted] = 0.0  # not a product: a NaN would stay one
+            if self._total_only:
+                total = part[:, GRAD_SQ].sum().to(mesh.device_type)
+                for group in groups:
+                    torch.distributed.all_reduce(total, group=group)
+                table[rows] = 0.0
+                sum_of_squares += total.item()
+                continue
             maximum = part[:, GRAD_MAX].clone()
             part[:, GRAD_MAX] = maximum.isnan().to(part.dtype)  # a collective's maximum may lose a NaN
             part, maximum = part.to(mesh.device_type), maximum.to(mesh.device_type)
@@ -122,6 +135,7 @@ class Shards:
                     torch.distributed.all_reduce(maximum, torch.distributed.ReduceOp.MAX, group=group)
             part[:, GRAD_MAX] = torch.where(part[:, GRAD_MAX] > 0, torch.nan, maximum)
             table[rows] = part.to(table.device)
+        return sum_of_squares
 
 
 def _counts(mesh: Any, placements: Sequence[Any]) -> bool:

@@ -38,14 +38,15 @@ class WitnessSteps:
         rows = self._optimizer._rows
         return [norms.sums()[0] for index, norms in self._norms.items() if rows[index].clipped]
 
-    def exchange(self, table: Tensor, shards: Shards) -> None:
+    def exchange(self, table: Tensor, shards: Shards) -> float:
         """Put the norms of the rows among ``shards`` into the table that is added up, and take them from it."""
         indices = [index for index in self._steps if index in shards.rows]
         for index in indices:
             table[index] = torch.tensor(self._norms[index].sums(), dtype=table.dtype)
-        shards.add_up(table)
+        sum_of_squares = shards.add_up(table)
         for index in indices:
             self._norms[index] = TensorNorms.of_sums(table[index].tolist())
+        return sum_of_squares
 
     def step(self, global_norm: float, shards: Shards | None) -> None:
         """Take every row to its end; one among ``shards`` to where it needs the norm of its direction."""
