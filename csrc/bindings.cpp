@@ -93,13 +93,15 @@ StepOptions options_of(double grad_scale, const ClipTuple& clip) {
           std::get<3>(clip)};
 }
 
-// Device index, then the addresses of loss scale, found_inf, global norm, non-finite flag and norms on it.
-using ScalarsTuples = std::vector<std::tuple<int, uint64_t, uint64_t, uint64_t, uint64_t, uint64_t>>;
+// Device index, then the addresses on it of loss scale, found_inf, global norm, non-finite flag, norms, and
+// the norms that processes exchange.
+using ScalarsTuples =
+    std::vector<std::tuple<int, uint64_t, uint64_t, uint64_t, uint64_t, uint64_t, uint64_t>>;
 
 std::vector<DeviceScalars> scalars_of(const ScalarsTuples& tuples) {
   std::vector<DeviceScalars> scalars;
-  for (const auto& [device, grad_scale, found_inf, grad_norm, non_finite, measured] : tuples) {
-    scalars.push_back({device, grad_scale, found_inf, grad_norm, non_finite, measured});
+  for (const auto& [device, grad_scale, found_inf, grad_norm, non_finite, measured, exchanged] : tuples) {
+    scalars.push_back({device, grad_scale, found_inf, grad_norm, non_finite, measured, exchanged});
   }
   return scalars;
 }
@@ -121,16 +123,16 @@ PYBIND11_MODULE(_C, module) {
   using namespace fused_optim;
   py::class_<Plan>(module, "Plan", py::custom_type_setup(make_collectable))
       .def(py::init(&make_plan), py::kw_only(), py::arg("rules"), py::arg("rows"), py::arg("defaults"),
-           py::arg("structural"), py::arg("exchange_api"), py::arg("kind_of"), py::arg("same_placement"), py::arg("describe"),
-           py::arg("current_stream") = py::none(), py::arg("trust_ratio") = py::none())
+           py::arg("structural"), py::arg("exchange_api"), py::arg("kind_of"), py::arg("same_placement"),
+           py::arg("describe"), py::arg("current_stream") = py::none(), py::arg("trust_ratio") = py::none())
       .def("refresh",
            [](Plan& plan, const py::object& param_groups, const py::object& state) {
              return owned(plan.refresh(param_groups.ptr(), state.ptr()));
            })
       .def(
           "reduce",
-          [](Plan& plan, double grad_scale, int threads, const ClipTuple& clip,
-             const ScalarsTuples& scalars, const py::object& exchange) {
+          [](Plan& plan, double grad_scale, int threads, const ClipTuple& clip, const ScalarsTuples& scalars,
+             const py::object& exchange) {
             double sum = 0;
             if (!plan.reduce(options_of(grad_scale, clip), threads, scalars_of(scalars), exchange.ptr(),
                              &sum)) {

@@ -355,7 +355,7 @@ void reduce_cpu(const CpuStep& step) {
       [&](size_t r, int64_t begin, int64_t end) { return reduce_row(step, r, begin, end); });
 }
 
-bool step_cpu(const CpuStep& step, bool reduced, double global_norm, const std::function<bool()>& exchange) {
+void step_cpu(const CpuStep& step, bool reduced, double global_norm, const std::function<bool()>& exchange) {
   const std::vector<Row>& rows = step.rows;
   const bool serial = step.threads <= 1 || active_elements(rows) < kSerialElements;
   const auto needs = [&](size_t r) {
@@ -378,7 +378,7 @@ bool step_cpu(const CpuStep& step, bool reduced, double global_norm, const std::
       for (size_t r = 0; r < rows.size(); ++r) {
         if (rows[r].active) apply_row(step, r, 0, rows[r].numel);
       }
-      return true;
+      return;
     }
     const std::vector<Task> tasks = split(rows);
     run_tasks(
@@ -386,7 +386,7 @@ bool step_cpu(const CpuStep& step, bool reduced, double global_norm, const std::
           for_each_row(rows, tasks[t], [&](size_t r, int64_t b, int64_t e) { apply_row(step, r, b, e); });
         },
         tasks.size(), step.threads);
-    return true;
+    return;
   }
   const std::vector<Task> tasks = split(rows);
   const auto is_shared = [&](size_t r) { return !is_local(r); };
@@ -400,7 +400,7 @@ bool step_cpu(const CpuStep& step, bool reduced, double global_norm, const std::
         step, tasks, [&](size_t r) { return is_shared(r) && has_direction(step, r); },
         [&](size_t r, int64_t b, int64_t e) { return accumulate_row(step, r, b, e); });
   }
-  if (exchange && !exchange()) return false;
+  if (exchange && !exchange()) return;
   if (any_large) {
     for (size_t r = 0; r < rows.size(); ++r) {
       if (rows[r].active && is_shared(r) && has_direction(step, r)) prepare_direction_of(step, r);
@@ -419,7 +419,6 @@ bool step_cpu(const CpuStep& step, bool reduced, double global_norm, const std::
     });
   };
   run_tasks(job, tasks.size(), serial ? 1 : step.threads);
-  return true;
 }
 
 }  // namespace fused_optim

@@ -73,8 +73,9 @@ void reduce_cpu(const CpuStep& step);
 double sum_of_squares(const std::vector<Row>& rows, const std::vector<Norms>& norms);
 
 // The step of every active row. reduced: reduce_cpu has run. A row that is small enough for one thread's
-// cache is reduced, prepared and applied back to back, unless there is an exchange: that is called when the norms
-// of all directions stand in step.norms, whether or not there are any. False if it returned false.
-bool step_cpu(const CpuStep& step, bool reduced, double global_norm, const std::function<bool()>& exchange = {});
+// cache is reduced, prepared and applied back to back, unless there is an exchange: that is called when the
+// norms of all directions stand in step.norms, whether or not there are any; false gives the step up.
+void step_cpu(const CpuStep& step, bool reduced, double global_norm,
+              const std::function<bool()>& exchange = {});
 
 }  // namespace fused_optim

@@ -206,7 +206,12 @@ class CudaPhasesOfDevice final : public CudaPhases {
           "it is added on the host");
     }
     refresh(rows, groups, tensors, stream);
+    if (step.exchanged != 0) clear_totals(*live_, stream);
     launch_reduce(*live_, step, stream);
+    if (step.exchanged != 0) {
+      copy_totals(reinterpret_cast<void*>(step.exchanged), live_->at<Sums>(sums_), stream);
+      return 0;
+    }
     launch("the reduce phase", grad_sq_kernel, 1, kThreads, stream, prepare_table(*live_));
     double grad_sq = 0;
     check(cudaMemcpyAsync(&grad_sq, &live_->at<Control>(control_)->grad_sq, sizeof grad_sq,
@@ -217,7 +222,8 @@ class CudaPhasesOfDevice final : public CudaPhases {
   }
 
   void run(const std::vector<Row>& rows, const std::vector<GroupHyper>& groups,
-           const std::vector<HyperTensors>& tensors, const CudaStep& step, void* stream_pointer) override {
+           const std::vector<HyperTensors>& tensors, const CudaStep& step, void* stream_pointer,
+           const std::function<bool()>& exchange) override {
     const DeviceGuard guard(device_);
     check(guard.error(), "choosing the device");
     const auto stream = static_cast<cudaStream_t>(stream_pointer);
@@ -233,7 +239,10 @@ class CudaPhasesOfDevice final : public CudaPhases {
                            return (group.needs & ~uint64_t{kNeedsDirectionSq}) != 0;
                          });
     if (reduces && !step.reduced) launch_reduce(*table, step, stream);
-    launch_update(*table, step, reduces, stream);
+    if (step.reduced && step.exchanged != 0) {
+      copy_totals(table->at<Sums>(sums_), reinterpret_cast<const void*>(step.exchanged), stream);
+    }
+    launch_update(*table, step, reduces, stream, exchange);
     if (capturing) return;
     check(cudaEventRecord(done_, stream), "recording the step's end");
     recorded_ = true;
@@ -467,6 +476,15 @@ class CudaPhasesOfDevice final : public CudaPhases {
            table.at<const Row>(rows_), table.at<Sums>(sums_));
   }
 
+  void clear_totals(const Table& table, cudaStream_t stream) const {
+    check(cudaMemsetAsync(table.at<Sums>(sums_), 0, row_count_ * sizeof(Sums), stream), "clearing the norms");
+  }
+
+  void copy_totals(void* to, const void* from, cudaStream_t stream) const {
+    check(cudaMemcpyAsync(to, from, row_count_ * sizeof(Sums), cudaMemcpyDeviceToDevice, stream),
+          "copying the norms");
+  }
+
   Bucket bucket(const Table& table, const BucketPlan& plan, bool backwards) const {
     TileSums* sums =
         plan.first_tile_sums < 0 ? nullptr : table.at<TileSums>(tile_sums_) + plan.first_tile_sums;
@@ -481,7 +499,8 @@ class CudaPhasesOfDevice final : public CudaPhases {
   }
 
   // Each pass begins with what the one before it has touched last.
-  void launch_update(const Table& table, const CudaStep& step, bool reduces, cudaStream_t stream) const {
+  void launch_update(const Table& table, const CudaStep& step, bool reduces, cudaStream_t stream,
+                     const std::function<bool()>& exchange) const {
     const auto blocks = static_cast<int64_t>((row_count_ + kPreparedRows - 1) / kPreparedRows);
     launch("the prepare phase", prepare_kernel, blocks, kThreads, stream, prepare_table(table), step);
     for (const BucketPlan& plan : buckets_) {
@@ -489,14 +508,28 @@ class CudaPhasesOfDevice final : public CudaPhases {
       launch("the apply phase", accumulate_kernel_of(plan.rule, plan.in_double), plan.blocks, kThreads,
              stream, bucket(table, plan, reduces));
     }
-    launch("the prepare phase", direction_kernel, direction_count_, kThreads, stream,
-           table.at<const DirectionRow>(directions_), table.at<const TileSums>(tile_sums_),
-           prepare_table(table), step);
+    if (step.exchanged != 0 && direction_count_ != 0) {
+      clear_totals(table, stream);
+      launch_directions(table, step, DirectionPass::add_up, stream);
+      copy_totals(reinterpret_cast<void*>(step.exchanged), table.at<Sums>(sums_), stream);
+      if (exchange && !exchange()) return;
+      copy_totals(table.at<Sums>(sums_), reinterpret_cast<const void*>(step.exchanged), stream);
+      launch_directions(table, step, DirectionPass::prepare, stream);
+    } else {
+      launch_directions(table, step, DirectionPass::whole, stream);
+    }
     for (const BucketPlan& plan : buckets_) {
       const bool second = plan.first_tile_sums >= 0;
       launch("the apply phase", apply_kernel_of(plan.rule, plan.in_double), plan.blocks, kThreads, stream,
              bucket(table, plan, reduces != second));
     }
+  }
+
+  void launch_directions(const Table& table, const CudaStep& step, DirectionPass pass,
+                         cudaStream_t stream) const {
+    launch("the prepare phase", direction_kernel, direction_count_, kThreads, stream,
+           table.at<const DirectionRow>(directions_), table.at<const TileSums>(tile_sums_),
+           prepare_table(table), step, pass);
   }
 
   const int device_;

@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <string>
 #include <vector>
@@ -19,8 +20,8 @@ struct HyperTensors {
   DType dtype[kMaxHyper];
 };
 
-// What a step needs to know beside its rows. Addresses are of float32 numbers on the rows' device; 0: there
-// is none.
+// What a step needs to know beside its rows. Addresses are of float32 numbers on the rows' device, where
+// nothing else is said; 0: there is none.
 struct CudaStep {
   StepOptions options;
   double global_norm;      // of all gradients, where the caller knows it
@@ -31,6 +32,9 @@ struct CudaStep {
   uint64_t grad_norm;      // written: the gradients' global norm, if options.clip asks for norms
   uint64_t non_finite;     // written: 1 if some gradient holds an infinity or a NaN, likewise
   uint64_t measured;       // written: [rows, 3], the MeasuredNorms of the rows that this step takes
+  // [rows, 6] in float64: Norms and the count of parts that are not finite. Of rows of which other processes
+  // have parts: reduce() writes those of this process, run() reads those of the whole.
+  uint64_t exchanged;
 };
 
 // The rows of one plan that are on one device.
@@ -43,17 +47,19 @@ class CudaPhases {
   virtual ~CudaPhases() = default;
 
   // The sum of squares over the gradients that take part in clipping; waits for the device. For a global norm
-  // over several devices, or over rows that others step.
+  // over several devices, or over rows that others step. With an exchange it waits for nothing and returns 0.
   virtual double reduce(const std::vector<Row>& rows, const std::vector<GroupHyper>& groups,
                         const std::vector<HyperTensors>& tensors, const CudaStep& step, void* stream) = 0;
 
   // Sends what has changed since the last step, and the step itself, to `stream`; waits for nothing. `rows`
   // are those of create, in the same order. Where `stream` is being captured, the replays read a table of
-  // their own, which lives as long as this object.
+  // their own, which lives as long as this object. exchange: called when the norms of directions are on their
+  // way to step.exchanged; false gives the step up.
   //
   // Throws std::runtime_error with the phase and CUDA's name for the error.
   virtual void run(const std::vector<Row>& rows, const std::vector<GroupHyper>& groups,
-                   const std::vector<HyperTensors>& tensors, const CudaStep& step, void* stream) = 0;
+                   const std::vector<HyperTensors>& tensors, const CudaStep& step, void* stream,
+                   const std::function<bool()>& exchange) = 0;
 };
 
 // Why this device's rows cannot be stepped by the kernels that were built: no driver, or no code for its

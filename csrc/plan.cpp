@@ -77,6 +77,17 @@ PyObject* version_name() {
   return name;
 }
 
+// Consumes the argument, which is null where making it has failed.
+bool call_exchange(PyObject* exchange, PyObject* argument, double* sum) {
+  if (argument == nullptr) return false;
+  PyObject* result = PyObject_CallFunctionObjArgs(exchange, argument, nullptr);
+  Py_DECREF(argument);
+  if (result == nullptr) return false;
+  *sum = PyFloat_AsDouble(result);
+  Py_DECREF(result);
+  return !PyErr_Occurred();
+}
+
 PyObject* params_name() {
   static PyObject* const name = intern("params");
   return name;
@@ -188,6 +199,7 @@ CudaStep Plan::step_of(const Device& device, const StepOptions& options,
     step.grad_norm = of_device.grad_norm;
     step.non_finite = of_device.non_finite;
     step.measured = of_device.measured;
+    step.exchanged = of_device.exchanged;
   }
   return step;
 }
@@ -622,7 +634,8 @@ const char* Plan::read_states(HostRow& host, Row& row, PyObject* state) {
 
 const char* Plan::read_state(const HostRow& host, Row& row, int column, bool per_tensor, PyObject* value) {
   TensorView view;
-  if (value == nullptr || !(per_tensor ? reader_.read(value, view) : read_column(host, column, value, view))) {
+  if (value == nullptr ||
+      !(per_tensor ? reader_.read(value, view) : read_column(host, column, value, view))) {
     PyErr_Clear();
     return "state";
   }
@@ -722,17 +735,14 @@ void Plan::find_overlaps() {
   written_moved_ = false;
 }
 
-bool Plan::call_exchange(PyObject* exchange, double* sum) {
+bool Plan::exchange_on_host(PyObject* exchange, double* sum) {
   auto* const bytes = reinterpret_cast<char*>(norms_.data());
-  PyObject* view =
-      PyMemoryView_FromMemory(bytes, static_cast<Py_ssize_t>(norms_.size() * sizeof(Norms)), PyBUF_WRITE);
-  if (view == nullptr) return false;
-  PyObject* result = PyObject_CallFunctionObjArgs(exchange, view, nullptr);
-  Py_DECREF(view);
-  if (result == nullptr) return false;
-  *sum = PyFloat_AsDouble(result);
-  Py_DECREF(result);
-  return !PyErr_Occurred();
+  const auto size = static_cast<Py_ssize_t>(norms_.size() * sizeof(Norms));
+  return call_exchange(exchange, PyMemoryView_FromMemory(bytes, size, PyBUF_WRITE), sum);
+}
+
+bool Plan::exchange_on(int device, PyObject* exchange, double* sum) {
+  return call_exchange(exchange, PyLong_FromLong(device), sum);
 }
 
 bool Plan::reduce(const StepOptions& options, int threads, const std::vector<DeviceScalars>& scalars,
@@ -744,13 +754,18 @@ bool Plan::reduce(const StepOptions& options, int threads, const std::vector<Dev
     reduce_cpu({*kernels_, rows, hypers_, options, threads, norms_, records_, measured_});
   }
   double exchanged = 0;
-  if (exchange != Py_None && !call_exchange(exchange, &exchanged)) return false;
-  const Unlocked unlocked(!devices_.empty(), busy_);
+  if (exchange != Py_None && !exchange_on_host(exchange, &exchanged)) return false;
   *sum = exchanged + sum_of_squares(rows, norms_);
   for (Device& device : devices_) {
     if (!collect(device)) continue;
     const CudaStep step = step_of(device, options, scalars);
-    *sum += device.phases->reduce(device.table, hypers_, hyper_tensors_, step, device.stream);
+    {
+      const Unlocked unlocked(true, busy_);
+      *sum += device.phases->reduce(device.table, hypers_, hyper_tensors_, step, device.stream);
+    }
+    if (step.exchanged == 0) continue;
+    if (exchange == Py_None || !exchange_on(device.index, exchange, &exchanged)) return false;
+    *sum += exchanged;
   }
   reduced_ = true;
   return true;
@@ -758,17 +773,21 @@ bool Plan::reduce(const StepOptions& options, int threads, const std::vector<Dev
 
 bool Plan::run(const StepOptions& options, int threads, std::optional<double> global_norm,
                const std::vector<DeviceScalars>& scalars, PyObject* exchange) {
-  // Runs while no lock is held.
-  const auto exchange_norms = [&] {
-    const PyGILState_STATE state = PyGILState_Ensure();
-    double unused;
-    const bool good = call_exchange(exchange, &unused);
-    PyGILState_Release(state);
-    return good;
-  };
-  if (exchange != Py_None && !reduced_) std::fill(norms_.begin(), norms_.end(), Norms{});
-  if (active_rows_ == 0) return exchange == Py_None || exchange_norms();
   bool good = true;
+  // Calls what the phases call while no lock is held.
+  const auto locked = [&](const auto& call) -> std::function<bool()> {
+    if (exchange == Py_None) return {};
+    return [&good, call] {
+      const PyGILState_STATE state = PyGILState_Ensure();
+      good = call();
+      PyGILState_Release(state);
+      return good;
+    };
+  };
+  double unused;
+  const auto on_host = locked([&] { return exchange_on_host(exchange, &unused); });
+  if (exchange != Py_None && !reduced_) std::fill(norms_.begin(), norms_.end(), Norms{});
+  if (active_rows_ == 0) return !on_host || on_host();
   {
     const Unlocked unlocked(active_elements_ > kElementsUnderLock, busy_);
     for (Device& device : devices_) {
@@ -778,11 +797,14 @@ bool Plan::run(const StepOptions& options, int threads, std::optional<double> gl
       step.reduced = reduced_;
       step.global_norm_known = global_norm.has_value();
       step.global_norm = global_norm.value_or(0);
-      device.phases->run(device.table, hypers_, hyper_tensors_, step, device.stream);
+      const auto on_device = locked([&] { return exchange_on(device.index, exchange, &unused); });
+      device.phases->run(device.table, hypers_, hyper_tensors_, step, device.stream, on_device);
+      if (!good) break;
     }
-    good = step_cpu({*kernels_, host_rows(), hypers_, options, threads, norms_, records_, measured_}, reduced_,
-                    global_norm.value_or(0),
-                    exchange == Py_None ? std::function<bool()>() : exchange_norms);
+    if (good) {
+      step_cpu({*kernels_, host_rows(), hypers_, options, threads, norms_, records_, measured_}, reduced_,
+               global_norm.value_or(0), on_host);
+    }
   }
   for (size_t r = 0; r < rows_.size(); ++r) {
     if (rows_[r].active && hosts_[r].master_key != nullptr)

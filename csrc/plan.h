@@ -22,7 +22,7 @@ namespace fused_optim {
 // What a step's numbers are on one CUDA device: addresses as in CudaStep.
 struct DeviceScalars {
   int device;
-  uint64_t grad_scale, found_inf, grad_norm, non_finite, measured;
+  uint64_t grad_scale, found_inf, grad_norm, non_finite, measured, exchanged;
 };
 
 class Plan {
@@ -50,18 +50,19 @@ class Plan {
   // they are.
   PyObject* refresh(PyObject* param_groups, PyObject* state);
 
-  // The norms that a clip or a rule needs, of all rows that refresh accepted. *sum: that of squares over those
-  // that take part in clipping; waits for the devices that have some of them. exchange: None, or called with
-  // a writable memoryview of Norms by row, 0 where nothing was measured, before they are used: for rows of
-  // which other processes have parts. It returns the sum over rows that it has set to 0. False with a Python
-  // error set.
+  // The norms that a clip or a rule needs, of all rows that refresh accepted. *sum: that of squares over
+  // those that take part in clipping; waits for the devices that have some of them, if they exchange nothing.
+  // exchange: None, or called before norms are used, to add up those of rows of which other processes have
+  // parts: with a writable memoryview of Norms by row, 0 where nothing was measured, and it returns the sum
+  // over rows that it has set to 0; with the index of each CUDA device where DeviceScalars::exchanged is one,
+  // and it returns what that device adds to *sum. False with a Python error set.
   bool reduce(const StepOptions& options, int threads, const std::vector<DeviceScalars>& scalars,
               PyObject* exchange, double* sum);
 
   // The step of all rows that refresh accepted; global_norm: of all gradients, those that others step
   // included. Without it, rows on a CUDA device are clipped by the norm of that device's gradients, and
-  // nothing waits. scalars: for each CUDA device what it reads and writes there. exchange: as for reduce, of the
-  // norms of directions. Throws std::runtime_error; false with a Python error set.
+  // nothing waits. scalars: for each CUDA device what it reads and writes there. exchange: as for reduce, of
+  // the norms of directions. Throws std::runtime_error; false with a Python error set.
   bool run(const StepOptions& options, int threads, std::optional<double> global_norm,
            const std::vector<DeviceScalars>& scalars, PyObject* exchange);
 
@@ -145,7 +146,8 @@ class Plan {
   PyObject* find_state(HostRow& host, PyObject* state);
   void locate_states(PyObject* state);
   bool read_column(const HostRow& host, int column, PyObject* object, TensorView& view);
-  bool call_exchange(PyObject* exchange, double* sum);
+  bool exchange_on_host(PyObject* exchange, double* sum);
+  static bool exchange_on(int device, PyObject* exchange, double* sum);
   bool same_layout(const HostRow& host, const TensorView& view, bool exact) const;
   void find_overlaps();
 

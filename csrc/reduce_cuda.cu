@@ -505,19 +505,25 @@ __global__ void __launch_bounds__(kThreads) prepare_kernel(PrepareTable table, C
 
 // The second prepare of rules with a direction: one block a row adds the sums of its tiles.
 __global__ void __launch_bounds__(kThreads)
-    direction_kernel(const DirectionRow* rows, const TileSums* sums, PrepareTable table, CudaStep step) {
+    direction_kernel(const DirectionRow* rows, const TileSums* sums, PrepareTable table, CudaStep step,
+                     DirectionPass pass) {
   const DirectionRow mine = rows[blockIdx.x];
   const Row& row = table.rows[mine.row];
   if (table.control->skip != 0 || !row.active) return;
   Sums own{};
 #pragma unroll 4
-  for (int64_t i = threadIdx.x; i < mine.count; i += kThreads) {
+  for (int64_t i = threadIdx.x; pass != DirectionPass::prepare && i < mine.count; i += kThreads) {
     const TileSums of_tile = sums[mine.first + i];
     own.norms.direction_sq += of_tile.direction_sq;
     own.norms.param_sq += of_tile.param_sq;
   }
-  const Sums total = sum_block(own);
+  Sums total = sum_block(own);
   if (threadIdx.x != 0) return;
+  if (pass == DirectionPass::add_up) {
+    table.sums[mine.row] = total;
+    return;
+  }
+  if (pass == DirectionPass::prepare) total = table.sums[mine.row];
   MeasuredNorms seen;
   prepare_second_any(Rules{}, row, table.groups[row.group], total.norms, table.records[mine.row], seen);
   if (step.measured != 0) {

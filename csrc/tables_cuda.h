@@ -99,7 +99,7 @@ struct ReduceTable {
 struct PrepareTable {
   const Row* rows;
   const CudaGroup* groups;
-  const Sums* sums;
+  Sums* sums;
   ScalarsRecord* records;
   Control* control;
   int32_t row_count;
@@ -131,8 +131,12 @@ __global__ void reduce_kernel(ReduceTable table, CudaStep step);
 __global__ void total_kernel(const Pieces* pieces, const Row* rows, Sums* sums);
 __global__ void grad_sq_kernel(PrepareTable table);
 __global__ void prepare_kernel(PrepareTable table, CudaStep step);
+
+// Whether the sums of tiles are the whole row's. If other processes have parts of it, they are added up to
+// its Sums in one launch, and read from there in another.
+enum class DirectionPass : int32_t { whole, add_up, prepare };
 __global__ void direction_kernel(const DirectionRow* rows, const TileSums* sums, PrepareTable table,
-                                 CudaStep step);
+                                 CudaStep step, DirectionPass pass);
 
 using ApplyKernel = void (*)(Bucket bucket);
 ApplyKernel apply_kernel_of(int rule, bool in_double);

@@ -25,8 +25,8 @@ class Plan:
         grad_scale: float,
         threads: int,
         clip: tuple[int, float, float, float],
-        scalars: Sequence[tuple[int, int, int, int, int, int]] = (),
-        exchange: Callable[[memoryview], float] | None = None,
+        scalars: Sequence[tuple[int, int, int, int, int, int, int]] = (),
+        exchange: Callable[[Any], float] | None = None,
     ) -> float: ...
     def run(
         self,
@@ -34,8 +34,8 @@ class Plan:
         threads: int,
         clip: tuple[int, float, float, float],
         global_norm: float | None,
-        scalars: Sequence[tuple[int, int, int, int, int, int]] = (),
-        exchange: Callable[[memoryview], float] | None = None,
+        scalars: Sequence[tuple[int, int, int, int, int, int, int]] = (),
+        exchange: Callable[[Any], float] | None = None,
     ) -> None: ...
     def captured(self) -> bool: ...
     def touched(self) -> list[Tensor]: ...

@@ -12,7 +12,8 @@ One step:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
@@ -25,9 +26,9 @@ from .arithmetic import Number
 from .clip import GLOBAL_NORM, NO_CLIP, NORM, GradClip
 from .eager import MeasuredNorms
 from .norms import Norms, collect_norms
-from .plan import NORMS, DeviceScalars, Plan, Row, make_plan, why_not_native, why_refused
+from .plan import GRAD_SQ, NORMS, DeviceScalars, Plan, Row, make_plan, why_not_native, why_refused
 from .scales import Exclude, Scale, ScaleColumn, column_of, excluded
-from .sharding import Shards, check_placement, settle_grad
+from .sharding import Shards, agree, check_placement, settle_grad
 from .tensors import is_sharded
 from .trust_ratio import TrustRatio
 from .witness import WitnessSteps
@@ -106,7 +107,9 @@ class FusedOptimizer(torch.optim.Optimizer):
     _cuda_devices: tuple[torch.device, ...] = ()  # that rows of the plan are on
     _devices_alone: bool = False  # one of them has all rows
     _measures: bool = False  # the rule or a trust ratio asks for norms
-    _shards: Shards | None = None  # whose norms this step adds up over processes
+    _reduces: bool = False  # norms are needed before the first pass
+    _shards: Mapping[torch.device | None, Shards] = MappingProxyType({})  # of each CUDA device and, at None, the host
+    _exchanged: dict[torch.device, Tensor]  # norms that processes exchange
     _agreed: str = ""  # what the processes have found to be the same everywhere
     _norm_tensors: dict[torch.device, Tensor]  # where the kernels write the global norm
     _scalars: list[Tensor]
@@ -139,7 +142,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._master_weights = master_weights
         self._grad_clip = grad_clip
         self._versions = {}
-        self._norm_tensors, self._measured, self._witness_norms, self._coalesced = {}, {}, {}, {}
+        self._norm_tensors, self._measured, self._exchanged, self._witness_norms, self._coalesced = {}, {}, {}, {}, {}
         super().__init__(params, defaults)
         if self._forced_backend is not None:
             backends.check_forced(self._forced_backend, self._devices())
@@ -322,25 +325,24 @@ class FusedOptimizer(torch.optim.Optimizer):
             shards = self._shards
             witness = WitnessSteps(self, witnessed, grad_scale)
 
-            def exchange(norms: Any) -> float:
-                assert shards is not None
-                return witness.exchange(torch.frombuffer(norms, dtype=torch.float64).view(-1, NORMS), shards)
+            def add_up(norms: Any) -> float:
+                return self._add_up(norms, witness, total=waits and by_global_norm)
 
+            exchange = add_up if shards else None
             global_norm: float | None = 0.0 if waits else None
-            if not waits and self._grad_clip is not None:
+            if by_global_norm and not waits:
                 self._grad_norm = self._norm_tensors[self._cuda_devices[0]]
-            elif by_global_norm or shards is not None:
-                total = plan.reduce(grad_scale, threads, clip, scalars, exchange if shards is not None else None)
-                if by_global_norm:
+            if (waits and by_global_norm) or (shards and self._reduces):
+                total = plan.reduce(grad_scale, threads, clip, scalars, exchange)
+                if waits and by_global_norm:
                     squares = [total, *witness.squares()]
                     total = math.fsum(squares) if all(map(math.isfinite, squares)) else sum(squares)
                     self._grad_norm = global_norm = math.sqrt(total)
-            witness.step(global_norm or 0.0, shards)
+            witness.step(global_norm or 0.0, shards.values())
             if captured:
                 kept = plan, dict(self._norm_tensors), dict(self._measured), self._scalars
                 self._replayed = (*self._replayed, kept)
-            two_passes = shards is not None and self.has_direction
-            plan.run(grad_scale, threads, clip, global_norm, scalars, exchange if two_passes else None)
+            plan.run(grad_scale, threads, clip, global_norm, scalars, exchange if self.has_direction else None)
             witness.finish()
             self._witness_norms = witness.measured
             for index in witnessed if self._master_weights is not None else ():
@@ -360,17 +362,35 @@ class FusedOptimizer(torch.optim.Optimizer):
             if device not in self._norm_tensors:
                 self._norm_tensors[device] = torch.zeros((), dtype=torch.float32, device=device)
             norm = self._norm_tensors[device].data_ptr()
-            scalars.append((device.index or 0, scale_address, found_inf_address, norm, 0, self._measured_on(device)))
+            exchanged = self._exchanged[device].data_ptr() if device in self._shards else 0
+            measured = self._measured_on(device)
+            scalars.append((device.index or 0, scale_address, found_inf_address, norm, 0, measured, exchanged))
         return scalars
+
+    def _add_up(self, norms: Any, witness: WitnessSteps, *, total: bool) -> float:
+        """Add up over processes the norms on the host, or those on a CUDA device by its index; see `plan.Exchange`."""
+        if not isinstance(norms, int):
+            if None not in self._shards:
+                return 0.0
+            return witness.exchange(torch.frombuffer(norms, dtype=torch.float64).view(-1, NORMS), self._shards[None])
+        device = next(device for device in self._cuda_devices if (device.index or 0) == norms)
+        table = self._exchanged[device]
+        witness.exchange(table, self._shards[device])
+        clipped = [row.clipped for row in self._rows_on(device)]
+        return float(table[clipped, GRAD_SQ].sum()) if total else 0.0
 
     def _measured_on(self, device: torch.device) -> int:
         """Where a device's kernels write the norms of its rows; 0 if this optimizer measures nothing."""
         if not self._measures:
             return 0
-        rows = sum(row.native and row.param.device == device for row in self._rows)
+        rows = len(self._rows_on(device))
         if device not in self._measured or len(self._measured[device]) != rows:
             self._measured[device] = torch.full((rows, 3), math.nan, dtype=torch.float32, device=device)
         return self._measured[device].data_ptr()
+
+    def _rows_on(self, device: torch.device) -> list[Row]:
+        """Those that a CUDA device's kernels step, in the order of their tables there."""
+        return [row for row in self._rows if row.native and row.backend == "cuda" and row.param.device == device]
 
     def _address_on(self, device: torch.device, value: Tensor | None) -> int:
         """Where a kernel on a device finds a number, as float32; 0: there is none."""
@@ -387,6 +407,11 @@ class FusedOptimizer(torch.optim.Optimizer):
             RuntimeError: a group is not capturable, or a parameter is not ready; the text names it and the remedy.
         """
         name = type(self).__name__
+        if self._shards:
+            raise RuntimeError(
+                f"{name}.step() is being captured into a CUDA graph, but its parameters are shards whose norms several "
+                "processes add up at each step; step outside of the graph"
+            )
         for index, group in enumerate(self.param_groups):
             if not group.get("capturable", False):
                 raise RuntimeError(
@@ -459,17 +484,30 @@ class FusedOptimizer(torch.optim.Optimizer):
         trusts = any(self.trust_ratio(group) is not None for group in groups)
         self._measures = trusts or self.has_direction or any(self.norms(group) for group in groups)
         clip = NO_CLIP if self._grad_clip is None else self._grad_clip.options
-        self._shards = None
-        if self._measures or clip.kind in (GLOBAL_NORM, NORM):
-            shards = Shards(
-                rows,
-                total_only=not self._measures and clip.kind == GLOBAL_NORM,
-                takes_maximum=any("grad_max" in self.norms(group) for group in groups),
-            )
-            self._agreed = shards.check(rows, rules, self._agreed)
-            self._shards = shards if shards else None
+        self._reduces = clip.kind in (GLOBAL_NORM, NORM) or trusts or any(self.norms(group) for group in groups)
+        self._shards = self._shards_of(groups, rules) if self._reduces or self._measures else {}
         trust_ratio = self.trust_ratio if trusts else None
         self._plan = make_plan(rows, rules, self.defaults, self.structural_keys, trust_ratio)
+
+    def _shards_of(self, groups: Sequence[dict[str, Any]], rules: Sequence[str]) -> dict[torch.device | None, Shards]:
+        """What is exchanged between processes; a collective where there is something."""
+        if not any(is_sharded(row.param) for row in self._rows):
+            return {}
+        self._agreed = agree(self._rows, rules, self._agreed)
+        takes_maximum = any("grad_max" in self.norms(group) for group in groups)
+        on_device = [row.native and row.backend == "cuda" for row in self._rows]
+        on_host = {index: index for index in range(len(self._rows)) if not on_device[index]}
+        total_only = not self._measures  # only a global norm or the norm of each gradient is left
+        total_only = total_only and self._grad_clip is not None and self._grad_clip.options.kind == GLOBAL_NORM
+        shards: dict[torch.device | None, Shards] = {
+            None: Shards(self._rows, on_host, torch.device("cpu"), total_only=total_only, takes_maximum=takes_maximum)
+        }
+        for device in self._cuda_devices:
+            indices = [i for i, row in enumerate(self._rows) if on_device[i] and row.param.device == device]
+            positions = {index: position for position, index in enumerate(indices)}
+            shards[device] = Shards(self._rows, positions, device, total_only=False, takes_maximum=takes_maximum)
+            self._exchanged[device] = torch.zeros(len(indices), NORMS + 1, dtype=torch.float64, device=device)
+        return {device: of_table for device, of_table in shards.items() if of_table}
 
     def _drop_plan(self) -> None:
         """Forget the plan, but not which parameters agree with their masters."""
@@ -580,7 +618,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         super().__setstate__(state)
         self._plan = None
         self._versions = {}
-        self._norm_tensors, self._measured, self._witness_norms, self._coalesced = {}, {}, {}, {}
+        self._norm_tensors, self._measured, self._exchanged, self._witness_norms, self._coalesced = {}, {}, {}, {}, {}
         self._rows = ()
         for group in self.param_groups:
             for key, value in self.defaults.items():

@@ -43,11 +43,12 @@ class Row(NamedTuple):
 
 
 # Index of a CUDA device, and addresses on it: loss scale, found_inf, global norm, non-finite flag, norms of its rows
-# (float32 of shape [rows, 3]); 0: none.
-DeviceScalars = tuple[int, int, int, int, int, int]
+# (float32 of shape [rows, 3]), norms that processes exchange (float64 of shape [rows, `NORMS` + 1]); 0: none.
+DeviceScalars = tuple[int, int, int, int, int, int, int]
 
-# Called with the norms of all rows, float64 of shape [rows, `NORMS`], before they are used: adds up those of rows of
-# which other processes have parts. Returns the sum of squares over rows whose norms it has taken out.
+# Called before norms are used, to add up those of rows of which other processes have parts: with the norms of all rows,
+# float64 of shape [rows, `NORMS`], or with the index of a CUDA device, for those of its rows. Returns the sum of
+# squares over rows that it has set to 0, or what the device adds to that of `reduce`.
 Exchange = Callable[[Any], float]
 NORMS = 5  # `Norms` in csrc/prepare.h: sums, but for
 GRAD_SQ, GRAD_MAX = 0, 1  # the second, a maximum

@@ -8,7 +8,7 @@ of a mesh in one collective.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -50,80 +50,72 @@ def settle_grad(param: Tensor) -> str | None:
 
 
 class MeshRows(NamedTuple):
-    """The rows on one mesh."""
+    """The rows on one mesh that one table of norms has."""
 
     mesh: Any  # DeviceMesh
     groups: tuple[Any, ...]  # to reduce over, one after the other
-    rows: Tensor  # their indices
+    positions: Tensor  # of the rows in the table
     counted: Tensor  # whether this process's part of each counts: of replicas one does
 
 
 class Shards:
-    """The rows whose parameters are DTensors, by mesh.
+    """The rows of one table of norms whose parameters are DTensors, by mesh.
 
-    Every process of a mesh must have the same rows in the same order; `check` compares them.
+    Every process of a mesh must have the same rows in the same order; `agree` compares them.
+
+    Args:
+        rows: all rows of the plan.
+        positions: where the table has a row, by its index.
+        device: where the table is.
+        total_only: nobody asks for more than the sum of squares over all rows.
+        takes_maximum: somebody asks for the largest magnitude.
     """
 
-    def __init__(self, rows: Sequence[Row], *, total_only: bool, takes_maximum: bool) -> None:
-        self._total_only = total_only  # nobody asks for more than the global norm
+    def __init__(
+        self,
+        rows: Sequence[Row],
+        positions: Mapping[int, int],
+        device: torch.device,
+        *,
+        total_only: bool,
+        takes_maximum: bool,
+    ) -> None:
+        self._total_only = total_only
         self._takes_maximum = takes_maximum
+        self.positions = {index: place for index, place in positions.items() if is_sharded(rows[index].param)}
         by_mesh: dict[Any, list[int]] = {}
-        for index, row in enumerate(rows):
-            if is_sharded(row.param):
-                by_mesh.setdefault(cast(Any, row.param).device_mesh, []).append(index)
+        for index in self.positions:
+            by_mesh.setdefault(cast(Any, rows[index].param).device_mesh, []).append(index)
         self._meshes = []
-        self.rows = frozenset(index for indices in by_mesh.values() for index in indices)
         for mesh, indices in by_mesh.items():
-            params: list[Any] = [rows[index].param for index in indices]
-            if any(placement.is_shard() for param in params for placement in param.placements):
-                counted = torch.tensor([_counts(mesh, param.placements) for param in params])
-                self._meshes.append(MeshRows(mesh, _groups(mesh), torch.tensor(indices), counted))
+            placements = [cast(Any, rows[index].param).placements for index in indices]
+            if any(placement.is_shard() for of_one in placements for placement in of_one):
+                places = torch.tensor([self.positions[index] for index in indices], device=device)
+                counted = torch.tensor([_counts(mesh, of_one) for of_one in placements], device=device)
+                self._meshes.append(MeshRows(mesh, _groups(mesh), places, counted))
 
     def __bool__(self) -> bool:
         return bool(self._meshes)
 
-    def check(self, rows: Sequence[Row], rules: Sequence[str], agreed: str) -> str:
-        """Compare the rows of all processes of each mesh, unless they are those that were ``agreed``: a collective.
-
-        Returns:
-            What they agree on now.
-
-        Raises:
-            RuntimeError: they differ, on every process; the text names the first parameter that does.
-        """
-        lines_of = [[_signature(rows[index], rules) for index in mesh.rows.tolist()] for mesh in self._meshes]
-        digests = [hashlib.sha256("\n".join(lines).encode()).hexdigest() for lines in lines_of]
-        if agreed == "".join(digests):
-            return agreed
-        for (mesh, groups, *_), lines, digest in zip(self._meshes, lines_of, digests):
-            if len(set(_gather(digest, groups))) == 1:
-                continue
-            everyone = _gather((torch.distributed.get_rank(), lines), groups)
-            first_rank, first = everyone[0]
-            rank, others = next((rank, others) for rank, others in everyone if others != first)
-            raise RuntimeError(_difference(mesh, first_rank, first, rank, others))
-        return "".join(digests)
-
     def add_up(self, table: Tensor) -> float:
-        """Replace the parts of norms in a table of float64 [rows, `NORMS`] by those of whole tensors.
+        """Replace the parts of norms in a table of float64 [rows, `NORMS` or more] by those of whole tensors.
 
         One collective a mesh, two where a maximum is wanted; where a mesh of several dimensions is not the world, that
         many for each dimension. Every process gets the same bits.
 
         Returns:
-            The sum of squares over the rows that are 0 in the table now: where only the global norm counts, one number
-            is exchanged for them all.
+            The sum of squares over the rows that are 0 in the table now: where only the total counts, one number is
+            exchanged for them all.
         """
         sum_of_squares = 0.0
-        for mesh, groups, rows, counted in self._meshes:
-            rows, counted = rows.to(table.device), counted.to(table.device)
-            part = table[rows]
+        for mesh, groups, positions, counted in self._meshes:
+            part = table[positions]
             part[~counted] = 0.0  # not a product: a NaN would stay one
             if self._total_only:
                 total = part[:, GRAD_SQ].sum().to(mesh.device_type)
                 for group in groups:
                     torch.distributed.all_reduce(total, group=group)
-                table[rows] = 0.0
+                table[positions] = 0.0
                 sum_of_squares += total.item()
                 continue
             maximum = part[:, GRAD_MAX].clone()
@@ -134,8 +126,35 @@ class Shards:
                 if self._takes_maximum:
                     torch.distributed.all_reduce(maximum, torch.distributed.ReduceOp.MAX, group=group)
             part[:, GRAD_MAX] = torch.where(part[:, GRAD_MAX] > 0, torch.nan, maximum)
-            table[rows] = part.to(table.device)
+            table[positions] = part.to(table.device)
         return sum_of_squares
+
+
+def agree(rows: Sequence[Row], rules: Sequence[str], agreed: str) -> str:
+    """Compare the sharded rows of all processes of each mesh, unless they are those that were ``agreed``: a collective.
+
+    Returns:
+        What the processes agree on now.
+
+    Raises:
+        RuntimeError: they differ, on every process; the text names the first parameter that does.
+    """
+    by_mesh: dict[Any, list[str]] = {}
+    for row in rows:
+        if is_sharded(row.param):
+            by_mesh.setdefault(cast(Any, row.param).device_mesh, []).append(_signature(row, rules))
+    digests = [hashlib.sha256("\n".join(lines).encode()).hexdigest() for lines in by_mesh.values()]
+    if agreed == "".join(digests):
+        return agreed
+    for (mesh, lines), digest in zip(by_mesh.items(), digests):
+        groups = _groups(mesh)
+        if len(set(_gather(digest, groups))) == 1:
+            continue
+        everyone = _gather((torch.distributed.get_rank(), lines), groups)
+        first_rank, first = everyone[0]
+        rank, others = next((rank, others) for rank, others in everyone if others != first)
+        raise RuntimeError(_difference(mesh, first_rank, first, rank, others))
+    return "".join(digests)
 
 
 def _counts(mesh: Any, placements: Sequence[Any]) -> bool:

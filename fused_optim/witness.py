@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .clip import GLOBAL_NORM, NO_CLIP, NORM, VALUE
 from .eager import EagerStep, MeasuredNorms, TensorNorms, step_eager
-from .plan import Row
+from .plan import NORMS, Row
 from .sharding import Shards
 from .sparse import listed_rows
 from .tensors import is_sharded, local
@@ -40,15 +40,15 @@ class WitnessSteps:
 
     def exchange(self, table: Tensor, shards: Shards) -> float:
         """Put the norms of the rows among ``shards`` into the table that is added up, and take them from it."""
-        indices = [index for index in self._steps if index in shards.rows]
-        for index in indices:
-            table[index] = torch.tensor(self._norms[index].sums(), dtype=table.dtype)
+        places = [(index, shards.positions[index]) for index in self._steps if index in shards.positions]
+        for index, place in places:
+            table[place, :NORMS] = torch.tensor(self._norms[index].sums(), dtype=table.dtype)
         sum_of_squares = shards.add_up(table)
-        for index in indices:
-            self._norms[index] = TensorNorms.of_sums(table[index].tolist())
+        for index, place in places:
+            self._norms[index] = TensorNorms.of_sums(table[place, :NORMS].tolist())
         return sum_of_squares
 
-    def step(self, global_norm: float, shards: Shards | None) -> None:
+    def step(self, global_norm: float, shards: Collection[Shards]) -> None:
         """Take every row to its end; one among ``shards`` to where it needs the norm of its direction."""
         for index in list(self._steps):
             coefficient = 1.0
@@ -57,7 +57,7 @@ class WitnessSteps:
                 coefficient = self._clip.coefficient(norm)
             self._advance(index, (self._norms[index], coefficient))
 
-            if index in self._steps and (shards is None or index not in shards.rows):
+            if index in self._steps and not any(index in table.positions for table in shards):
                 self._advance(index, (self._norms[index], 1.0))
 
     def finish(self) -> None:

@@ -12,7 +12,6 @@ import os
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -31,6 +30,8 @@ from cases import (
     snapshot,
     train,
 )
+from cuda_on_host import backend as backend_module
+from cuda_on_host.backend import cuda_phases
 from cuda_on_host.build import OnHost, compile_module
 from norm_rules import RULES, WITH_DIRECTION, assert_near, each_rule, eighths, inner, params_of, step_exactly
 from torch.nn import Parameter
@@ -44,10 +45,7 @@ from fused_optim import (
     ClipGradByGlobalNorm,
     ClipGradByNorm,
     ClipGradByValue,
-    backends,
-    extension,
 )
-from fused_optim import plan as plan_module
 
 ROOT = Path(__file__).resolve().parent.parent
 SANITIZED = bool(os.environ.get("CUDA_ON_HOST_SANITIZED"))
@@ -66,38 +64,15 @@ def shim() -> OnHost:
     return OnHost(compile_module(ROOT / "build" / "cuda_on_host", sanitize=SANITIZED, csrc=csrc))
 
 
-def as_device_memory(tensor: torch.Tensor) -> Any:
-    facts = plan_module.describe_tensor(tensor)
-    return facts and (facts[0], 2, *facts[2:])
-
-
 @pytest.fixture
-def on_host(shim: OnHost, monkeypatch: pytest.MonkeyPatch) -> Iterator[OnHost]:
-    """Inside `with_cuda`, and for backend="cuda", CPU tensors are stepped by the CUDA phases."""
-
-    def make_plan(**options: Any) -> Any:
-        if not cuda.chosen:
-            return real.Plan(**options)
-        return shim.module.Plan(
-            **{**options, "exchange_api": None, "describe": as_device_memory, "current_stream": lambda index: 0}
-        )
-
-    real = extension._C
-    cuda = SimpleNamespace(chosen=False)
-    monkeypatch.setattr(extension, "_C", SimpleNamespace(**{**vars(real), "Plan": make_plan}))
-    choose = backends.choose
-
-    def choose_here(device: torch.device, forced: str | None = None) -> tuple[str, str | None]:
-        cuda.chosen = forced == "cuda"
-        return ("cuda", None) if forced == "cuda" else choose(device, forced)
-
-    monkeypatch.setattr(backends, "choose", choose_here)
-    monkeypatch.setattr(backends, "check_forced", lambda backend, devices: None)
-    shim.schedule("ascending")
-    shim.launches()
-    yield shim
-    shim.fail_launch(-1)
-    shim.set_device()
+def on_host(shim: OnHost) -> Iterator[OnHost]:
+    """For backend="cuda", CPU tensors are stepped by the CUDA phases."""
+    with cuda_phases(shim):
+        shim.schedule("ascending")
+        shim.launches()
+        yield shim
+        shim.fail_launch(-1)
+        shim.set_device()
 
 
 def pair(case: Any, variant: str, shapes: Any, dtype: torch.dtype, **options: Any) -> tuple[Any, Any]:
@@ -673,8 +648,8 @@ def test_a_step_makes_no_context_on_another_device(on_host: OnHost, monkeypatch:
         facts = first_device(tensor)
         return facts and (*facts[:2], 1, *facts[3:])
 
-    first_device = as_device_memory
-    monkeypatch.setattr(f"{__name__}.as_device_memory", on_second_device)
+    first_device = backend_module.as_device_memory
+    monkeypatch.setattr(backend_module, "as_device_memory", on_second_device)
     on_host.forget_contexts()
     params = new_params()
     optimizer = AdamW(params, backend="cuda")

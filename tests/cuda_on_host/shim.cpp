@@ -445,9 +445,10 @@ cudaError_t cudaFree(void* address) {
   return cudaSuccess;
 }
 // The default stream is the one that is captured.
-cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind, cudaStream_t stream) {
+cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind kind,
+                            cudaStream_t stream) {
   if (const cudaError_t error = use_of(stream); error != cudaSuccess) return error;
-  ++machine().copies;
+  if (kind != cudaMemcpyDeviceToDevice) ++machine().copies;
   std::memcpy(to, from, bytes);
   return cudaSuccess;
 }
