@@ -123,8 +123,13 @@ def admit(optimizer: Any, state_dict: dict[str, Any]) -> None:
 def restore(optimizer: FusedOptimizer, state_dict: dict[str, Any]) -> None:
     """Replace the states that torch has cast to the parameters' dtype by copies of those that were saved."""
     keys = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
-    places = ((group, param) for group in optimizer.param_groups for param in group["params"])
-    for key, (group, param) in zip(keys, places):
+    places = (
+        (group, param, name_of(group, index, position))
+        for index, group in enumerate(optimizer.param_groups)
+        for position, param in enumerate(group["params"])
+    )
+    disagree: list[str] = []
+    for key, (group, param, place) in zip(keys, places):
         saved = state_dict["state"].get(key)
         if not saved:
             continue
@@ -147,6 +152,9 @@ def restore(optimizer: FusedOptimizer, state_dict: dict[str, Any]) -> None:
             value = masters.converted(saved, param, master) if value is None else value
             if value is not None:  # otherwise the next step builds it from the parameter
                 state[master] = like_param(value, param, value.dtype)
+                if not masters.agrees(param, state, master):
+                    disagree.append(place)
+                    state[master] = masters.build(param, master)
                 optimizer._versions[param] = param._version
         for name, value in saved.items():
             if name not in state and name not in masters.KEYS.values() and (begun or value is not None):
@@ -154,4 +162,12 @@ def restore(optimizer: FusedOptimizer, state_dict: dict[str, Any]) -> None:
         optimizer.state[param] = state
     for group in optimizer.param_groups:
         group.pop("step", None)  # apex and DeepSpeed count steps by group; now each parameter has its own
+    if disagree:
+        logger.warning(
+            "%s: the checkpoint's master weights of %d parameters do not round to these parameters, as %s: they were "
+            "rebuilt from the parameters; load the model before the optimizer",
+            type(optimizer).__name__,
+            len(disagree),
+            disagree[0],
+        )
     compare_scales(optimizer, state_dict)

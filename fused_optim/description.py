@@ -13,6 +13,7 @@ from torch.nn.parameter import is_lazy
 from . import backends, masters, states
 from .optimizer import FusedOptimizer
 from .plan import why_not_native
+from .tensors import local
 
 HEADINGS = ("parameter", "shape", "dtype", "lr", "weight decay", "state", "bytes", "backend")
 NUMBERS = ("lr", "weight decay", "bytes")
@@ -23,7 +24,8 @@ def describe(optimizer: Any, *, file: TextIO | None = None) -> None:
 
     One line a parameter: its shape and dtype; the learning rate (``lr`` of its group times its ``lr_scale``); the
     weight decay (of its group times its ``weight_decay_scale``); its states with their dtypes, and their bytes; the
-    backend that serves it. States that do not exist yet are those that the first step makes.
+    backend that serves it. States that do not exist yet are those that the first step makes. Of a DTensor the bytes are
+    those of this process.
 
     Args:
         optimizer: an optimizer of this package; a wrapper around one that has it as ``optimizer``, as accelerate's;
@@ -80,7 +82,7 @@ def _lines(optimizer: Any) -> Iterator[tuple[str, ...]]:
             backend = "-"
             tensors = getattr(optimizer, "state", {}).get(param) or {}
             found = {key: value for key, value in tensors.items() if isinstance(value, Tensor)}
-            state = [(key, value.dtype, value.numel()) for key, value in found.items()]
+            state = [(key, value.dtype, local(value).numel()) for key, value in found.items()]
             if isinstance(optimizer, FusedOptimizer):
                 group = {**optimizer.defaults, **group}
                 lr_scale, weight_decay_scale, *_ = (column.of(name, place, param) for column in optimizer._scales)
@@ -105,7 +107,7 @@ def _first_state(
     optimizer: FusedOptimizer, group: dict[str, Any], param: Tensor, place: str
 ) -> Iterator[tuple[str, torch.dtype, int]]:
     """The states that a first step makes: name, dtype, elements."""
-    numel = 0 if is_lazy(param) else param.numel()
+    numel = 0 if is_lazy(param) else local(param).numel()
     for key in optimizer.state_names(group):
         yield key, states.state_dtype_of(param, optimizer._state_dtype), numel
     for key in optimizer.tensor_state_names(group):

@@ -88,6 +88,14 @@ def build(param: Tensor, key: str) -> Tensor:
     return torch.zeros_like(param, dtype=torch.int16, requires_grad=False)
 
 
+def agrees(param: Tensor, state: dict[str, Tensor], key: str) -> bool:
+    """Whether a parameter is what its master rounds to; a remainder agrees with any."""
+    if key != "master_param":
+        return True
+    part = local(param).detach()
+    return torch.equal(_bits(round_ties_away(local(state[key]), param.dtype)), _bits(part))
+
+
 def converted(saved: dict[str, Any], param: Tensor, key: str) -> Tensor | None:
     """The master of kind ``key`` out of a checkpoint that has the other kind, if it agrees with the parameter."""
     part = local(param).detach()

@@ -27,7 +27,7 @@ def check_placement(param: Tensor, place: str) -> None:
     for placement in getattr(param, "placements", ()):
         if placement.is_partial():
             raise ValueError(
-                f"{place} is a DTensor with the placement {placement}: no process has its values, only a term of "
+                f"{place} is a DTensor with the placement {placement!r}: no process has its values, only a term of "
                 "them; redistribute it to Shard or Replicate before it becomes a parameter"
             )
 

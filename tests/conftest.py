@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import hypothesis
 import pytest
 import torch
+from ranks import Ranks
 
 # The same examples in every run: a failure in CI is one that anyone can repeat. To search for new ones:
 # pytest --hypothesis-profile=explore
@@ -28,6 +29,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         modules = {module for mark in item.iter_markers("requires") for module in mark.kwargs.get("modules", ())}
         if missing := sorted(module for module in modules if importlib.util.find_spec(module) is None):
             item.add_marker(pytest.mark.skip(reason=f"needs {', '.join(missing)} installed"))
+
+
+@pytest.fixture(scope="session")
+def ranks() -> Iterator[Ranks]:
+    started = Ranks()
+    yield started
+    started.stop()
 
 
 @pytest.fixture(autouse=True)

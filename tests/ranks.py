@@ -8,14 +8,16 @@ from __future__ import annotations
 import multiprocessing
 import os
 import tempfile
+import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
 WORLD = 4
+AFTER_A_FAILURE = 5.0  # seconds in which the other ranks may say what they saw of it
 
 
 def _serve(connection: Connection, rank: int, store: str) -> None:
@@ -54,17 +56,24 @@ class Ranks:
             self._start()
         for connection in self._connections:
             connection.send((function, arguments))
-        answers = []
-        for rank, connection in enumerate(self._connections):
-            if not connection.poll(seconds):
-                self.stop()
-                raise AssertionError(f"rank {rank} did not come back within {seconds} s")
-            answers.append(connection.recv())
-        failures = [f"rank {rank}: {text}" for rank, (good, text) in enumerate(answers) if not good]
+        answers: dict[int, tuple[bool, Any]] = {}
+        end = time.monotonic() + seconds
+        while len(answers) < WORLD and time.monotonic() < end:
+            waiting = [c for rank, c in enumerate(self._connections) if rank not in answers]
+            for connection in wait(waiting, timeout=max(0.0, end - time.monotonic())):
+                rank = self._connections.index(connection)
+                try:
+                    answers[rank] = connection.recv()
+                except EOFError:
+                    answers[rank] = (False, "the process has died")
+                if not answers[rank][0]:
+                    end = min(end, time.monotonic() + AFTER_A_FAILURE)
+        failures = [f"rank {rank}: {text}" for rank, (good, text) in sorted(answers.items()) if not good]
+        failures += [f"rank {rank} did not come back" for rank in range(WORLD) if rank not in answers]
         if failures:
             self.stop()  # the others may be anywhere
-        assert not failures, "\n".join(failures)
-        return [value for _, value in answers]
+            raise AssertionError("\n".join(failures))
+        return [answers[rank][1] for rank in range(WORLD)]
 
     def _start(self) -> None:
         context = multiprocessing.get_context("spawn")

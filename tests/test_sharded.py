@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
+import io
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
@@ -16,11 +18,14 @@ from conftest import Collector
 from cuda_on_host.backend import cuda_phases
 from cuda_on_host.build import OnHost, compile_module
 from ranks import WORLD, Ranks
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.nn import Parameter
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import fused_optim
 from fused_optim import (
     LAMB,
     LARC,
@@ -69,14 +74,6 @@ BACKENDS = ("cpu", "eager", "cuda")
 
 
 SHIM = Path(__file__).resolve().parent.parent / "build" / "cuda_on_host"
-
-
-@pytest.fixture(scope="module")
-def ranks() -> Iterator[Ranks]:
-    compile_module(SHIM, sanitize=False)
-    started = Ranks()
-    yield started
-    started.stop()
 
 
 @cache
@@ -178,3 +175,256 @@ def train_everywhere(name: str) -> None:
 @pytest.mark.parametrize("name", MAKERS)
 def test_spread_parameters_are_stepped_as_whole_ones(name: str, ranks: Ranks) -> None:
     ranks.run(train_everywhere, name)
+
+
+# FSDP2 -----------------------------------------------------------------------------------------------------------
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(7, 5), nn.GELU(), nn.Linear(5, 3), nn.Linear(3, 3, bias=False))
+
+
+def fully_sharded() -> nn.Sequential:
+    model = network()
+    for layer in model:
+        if isinstance(layer, nn.Linear):
+            fully_shard(layer, mesh=meshes()[(WORLD,)])
+    return fully_shard(model, mesh=meshes()[(WORLD,)])
+
+
+def backward(model: nn.Module, step: int, *, share: bool) -> None:
+    batch = numbers((8, 7), step)
+    batch = batch.chunk(WORLD)[dist.get_rank()] if share else batch
+    model(batch).square().mean().backward()
+
+
+def train_fsdp(name: str) -> None:
+    alone, model = network(), fully_sharded()
+    twin, ours = MAKERS[name](alone.parameters()), MAKERS[name](model.parameters())
+    for step in range(5):
+        for optimizer, network_of, share in ((twin, alone, False), (ours, model, True)):
+            optimizer.zero_grad()
+            backward(network_of, step, share=share)
+            optimizer.step()
+    for expected, found in zip(alone.parameters(), model.parameters()):
+        torch.testing.assert_close(full(found), expected.detach(), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["AdamW", "AdamW, global norm", "NovoGrad", "LARC(SGD)", "LAMB"])
+def test_fully_shard_trains_as_one_process(name: str, ranks: Ranks) -> None:
+    ranks.run(train_fsdp, name)
+
+
+def step_in_backward() -> None:
+    alone, model = network(), fully_sharded()
+    twin = AdamW(alone.parameters(), lr=1e-2)
+    optimizers = {param: AdamW([param], lr=1e-2) for param in model.parameters()}
+
+    def hook(param: Tensor) -> None:
+        optimizers[param].step()
+        optimizers[param].zero_grad()
+
+    for param in model.parameters():
+        param.register_post_accumulate_grad_hook(hook)
+    for step in range(3):
+        twin.zero_grad()
+        backward(alone, step, share=False)
+        twin.step()
+        backward(model, step, share=True)
+    for expected, found in zip(alone.parameters(), model.parameters()):
+        torch.testing.assert_close(full(found), expected.detach(), rtol=1e-6, atol=1e-6)
+
+
+def test_fully_sharded_parameters_step_in_backward(ranks: Ranks) -> None:
+    ranks.run(step_in_backward)
+
+
+# Cost ------------------------------------------------------------------------------------------------------------
+
+
+class DTensorOperations(TorchDispatchMode):
+    """Counts the operations that meet a DTensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += any(kind is DTensor for kind in types)
+        return func(*args, **(kwargs or {}))
+
+
+def cost_of_steps(name: str, place: str) -> None:
+    wholes, spreads = both(torch.float32, place)
+    optimizer = MAKERS[name](spreads, backend="cpu")
+    set_both(wholes, spreads, place, 0)
+    optimizer.step()
+    reductions = []
+    all_reduce = dist.all_reduce
+    with pytest.MonkeyPatch.context() as patch, DTensorOperations() as operations:
+        patch.setattr(dist, "all_reduce", lambda tensor, *a, **k: reductions.append(1) or all_reduce(tensor, *a, **k))
+        optimizer.step()
+    assert operations.count == 0
+    assert len(reductions) == {"AdamW": 0, "AdamW, global norm": 1, "NovoGrad": 1, "LAMB": 2}[name]
+    optimizer.step()
+    gc.collect()
+    before = len(gc.get_objects())
+    for _ in range(200):
+        optimizer.step()
+    gc.collect()
+    assert len(gc.get_objects()) <= before
+
+
+@pytest.mark.parametrize("place", ["FSDP", "2-D"])
+@pytest.mark.parametrize("name", ["AdamW", "AdamW, global norm", "NovoGrad", "LAMB"])
+def test_a_step_has_no_dtensor_operations_one_collective_and_no_leak(name: str, place: str, ranks: Ranks) -> None:
+    ranks.run(cost_of_steps, name, place)
+
+
+# Gradients, states and parameters that lie otherwise -------------------------------------------------------------
+
+
+def partial_gradients(backend: str) -> None:
+    collector = Collector()
+    logging.getLogger("fused_optim").addHandler(collector)
+    mesh = meshes()[(WORLD,)]
+    for placement in (Replicate(), Shard(0)):
+        whole = Parameter(numbers((8, 3), 0))
+        param = Parameter(distribute_tensor(whole.detach().clone(), mesh, [placement], src_data_rank=None))
+        twin = AdamW([whole], grad_clip=ClipGradByGlobalNorm(0.1))
+        ours = AdamW([param], grad_clip=ClipGradByGlobalNorm(0.1), backend=backend)
+        for step in range(3):
+            whole.grad = numbers((8, 3), step + 1)
+            part = whole.grad / WORLD
+            param.grad = DTensor.from_local(part, mesh, [Partial()], run_check=False)
+            twin.step()
+            ours.step()
+            assert param.grad.placements == (placement,)
+            assert torch.equal(part, whole.grad / WORLD)
+        torch.testing.assert_close(full(param), whole.detach(), rtol=1e-6, atol=1e-6)
+    assert len([line for line in collector.lines if "its gradient lay as (Partial(sum),)" in line]) == 2
+    logging.getLogger("fused_optim").removeHandler(collector)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "eager"])
+def test_partial_gradients_are_added_up_and_said_so(backend: str, ranks: Ranks) -> None:
+    ranks.run(partial_gradients, backend)
+
+
+def expect(kind: type[Exception], text: str, call: Callable[[], Any]) -> None:
+    with pytest.raises(kind, match=text):
+        call()
+
+
+def disagreeing(what: str) -> None:
+    last = dist.get_rank() == WORLD - 1
+    shapes = [(8, 3), (4,), (5, 5)]
+    if last and what == "missing":
+        del shapes[2]
+    if last and what == "order":
+        shapes.reverse()
+    params = [Parameter(spread(numbers(shape, 0), "FSDP", index)) for index, shape in enumerate(shapes)]
+    scale = 0.5 if last and what == "scale" else 1.0
+    optimizer = NovoGrad(params, lr_scale=[1.0, scale, 1.0][: len(params)])
+    before = [param._local_tensor.clone() for param in params]
+    for index, param in enumerate(params):
+        param.grad = spread(numbers(shapes[index], 1), "FSDP", index)
+    place = {"missing": 2, "order": 0, "scale": 1}[what]
+    expect(RuntimeError, rf"different parameters in this optimizer: rank 0 has .*\[{place}\] of shape", optimizer.step)
+    assert all(torch.equal(param._local_tensor, old) for param, old in zip(params, before))
+    assert not optimizer.state
+
+
+@pytest.mark.parametrize("what", ["missing", "order", "scale"])
+def test_ranks_that_disagree_are_told_everywhere(what: str, ranks: Ranks) -> None:
+    ranks.run(disagreeing, what)
+
+
+def bad_placements() -> None:
+    mesh = meshes()[(WORLD,)]
+    partial = Parameter(DTensor.from_local(torch.ones(3), mesh, [Partial()], run_check=False))
+    partial.grad = partial.detach().clone()
+    expect(ValueError, r"\[0\] is a DTensor with the placement Partial", AdamW([partial]).step)
+
+    param = Parameter(spread(torch.ones(8, 3), "FSDP", 0))
+    param.grad = spread(torch.ones(8, 3), "HSDP", 0)
+    optimizer = AdamW([param])
+    expect(RuntimeError, r"the gradient of .*\[0\].* is on DeviceMesh", optimizer.step)
+    assert not optimizer.state
+    param.grad = spread(torch.ones(8, 3), "FSDP", 0)
+    optimizer.step()
+    optimizer.state[param]["exp_avg"] = torch.zeros(8, 3)
+    expect(RuntimeError, r"'exp_avg' of .*\[0\].* is whole, the parameter a DTensor", optimizer.step)
+    # On the same mesh in another way: moved, once.
+    optimizer.state[param]["exp_avg"] = distribute_tensor(torch.ones(8, 3), mesh, [Replicate()], src_data_rank=None)
+    optimizer.step()
+    assert optimizer.state[param]["exp_avg"].placements == (Shard(0),)
+    torch.testing.assert_close(full(optimizer.state[param]["exp_avg"]), torch.ones(8, 3))
+
+
+def test_placements_that_cannot_be_stepped_are_refused(ranks: Ranks) -> None:
+    ranks.run(bad_placements)
+
+
+def master_weights(master: str, backend: str) -> None:
+    wholes, spreads = both(torch.bfloat16, "FSDP")
+    with cuda_phases(shim()) if backend == "cuda" else nullcontext():
+        twin = AdamW(wholes, lr=1e-2, master_weights=master, backend="cpu")
+        ours = AdamW(spreads, lr=1e-2, master_weights=master, backend=backend)
+        for step in range(4):
+            if step == 2:  # somebody else writes: the masters follow
+                with torch.no_grad():
+                    for param in (*wholes, *spreads):
+                        param.mul_(0.5)
+            set_both(wholes, spreads, "FSDP", step)
+            twin.step()
+            ours.step()
+    key = {"float32": "master_param", "split": "param_remainder"}[master]
+    for index, (whole, param) in enumerate(zip(wholes, spreads)):
+        assert torch.equal(full(param), whole.detach())
+        # Part by part: gloo has no int16.
+        expected, found = spread(twin.state[whole][key], "FSDP", index), ours.state[param][key]
+        assert torch.equal(found._local_tensor, expected._local_tensor)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("master", ["float32", "split"])
+def test_master_weights_are_spread_too(master: str, backend: str, ranks: Ranks) -> None:
+    ranks.run(master_weights, master, backend)
+
+
+def odd_gradients() -> None:
+    """A local gradient of another layout goes to the witness on one rank, and all ranks still agree on the norm."""
+    wholes, spreads = both(torch.float32, "FSDP")
+    twin, ours = MAKERS["LAMB"](wholes, backend="cpu"), MAKERS["LAMB"](spreads, backend="cpu")
+    for step in range(3):
+        set_both(wholes, spreads, "FSDP", step)
+        if dist.get_rank() == 1:
+            part = spreads[1].grad._local_tensor
+            spreads[1].grad = DTensor.from_local(
+                part.t().contiguous().t(), meshes()[(WORLD,)], [Shard(0)], shape=(9, 4), stride=(4, 1), run_check=False
+            )
+        twin.step()
+        ours.step()
+    for whole, param in zip(wholes, spreads):
+        torch.testing.assert_close(full(param), whole.detach(), rtol=1e-6, atol=1e-6)
+
+
+def test_one_ranks_fallback_shares_the_norms(ranks: Ranks) -> None:
+    ranks.run(odd_gradients)
+
+
+def test_describe_shows_the_bytes_of_this_process(ranks: Ranks) -> None:
+    assert set(ranks.run(describe_spread)) == {True}
+
+
+def describe_spread() -> bool:
+    param = Parameter(spread(torch.ones(16, 8), "FSDP", 0))
+    optimizer = AdamW([param])
+    before, after = io.StringIO(), io.StringIO()
+    fused_optim.describe(optimizer, file=before)
+    param.grad = spread(torch.ones(16, 8), "FSDP", 0)
+    optimizer.step()
+    fused_optim.describe(optimizer, file=after)
+    return before.getvalue() == after.getvalue() and f"{16 * 8 * 2 * 4 // WORLD + 4} bytes of state" in after.getvalue()
