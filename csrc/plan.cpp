@@ -188,6 +188,7 @@ CudaStep Plan::step_of(const Device& device, const StepOptions& options,
     step.grad_norm = of_device.grad_norm;
     step.non_finite = of_device.non_finite;
     step.measured = of_device.measured;
+    step.options.finds_inf = of_device.non_finite != 0;
   }
   return step;
 }
@@ -696,7 +697,8 @@ void Plan::find_overlaps() {
 double Plan::reduce(const StepOptions& options, int threads, const std::vector<DeviceScalars>& scalars) {
   const Unlocked unlocked(active_elements_ > kElementsUnderLock || !devices_.empty(), busy_);
   const std::vector<Row>& rows = host_rows();
-  reduce_cpu({*kernels_, rows, hypers_, options, threads, norms_, records_, measured_});
+  non_finite_ = false;
+  reduce_cpu({*kernels_, rows, hypers_, options, threads, norms_, records_, measured_, &non_finite_});
   double sum = sum_of_squares(rows, norms_);
   for (Device& device : devices_) {
     if (!collect(device)) continue;

@@ -25,7 +25,9 @@ class Plan:
         threads: int,
         clip: tuple[int, float, float, float],
         scalars: Sequence[tuple[int, int, int, int, int, int]] = (),
+        finds_inf: bool = False,
     ) -> float: ...
+    def non_finite(self) -> bool: ...
     def run(
         self,
         grad_scale: float,

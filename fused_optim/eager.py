@@ -76,6 +76,11 @@ def squares_dtype(tensor: Tensor) -> torch.dtype:
     return torch.complex128 if tensor.is_complex() else torch.float64
 
 
+def is_finite(tensor: Tensor) -> bool:
+    """Whether no element is infinite or NaN."""
+    return bool(torch.isfinite(tensor).all())
+
+
 def _scalar(value: Any, device: torch.device, keep: bool) -> Any:
     """A hyperparameter as a float; as a 0-d float64 tensor where reading it would wait or cut a graph."""
     if isinstance(value, (tuple, list)):

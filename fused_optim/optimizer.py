@@ -24,7 +24,7 @@ from torch.optim.optimizer import Optimizer, ParamsT, _global_optimizer_post_hoo
 from . import backends, checkpoint, masters, states
 from .arithmetic import Number
 from .clip import GLOBAL_NORM, NO_CLIP, VALUE, GradClip
-from .eager import MeasuredNorms, squares_dtype, step_eager
+from .eager import MeasuredNorms, is_finite, squares_dtype, step_eager
 from .norms import Norms, collect_norms
 from .plan import DeviceScalars, Plan, Row, make_plan, why_not_native, why_refused
 from .scales import Exclude, Scale, ScaleColumn, column_of, excluded
@@ -86,6 +86,9 @@ class FusedOptimizer(torch.optim.Optimizer):
     grad_scale: Tensor | None
     found_inf: Tensor | None
     _step_supports_amp_scaling = True
+    # This library's GradScaler sets it likewise: found_inf is then not read but written, by the step.
+    finds_inf: bool = False
+    _step_finds_inf = True
 
     # torch's __getstate__ drops instance attributes: each has its default here.
     _forced_backend: str | None = None
@@ -107,6 +110,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     _measures: bool = False  # the rule or a trust ratio asks for norms
     _norm_tensors: dict[torch.device, Tensor]  # where the kernels write the global norm
     _scalars: list[Tensor]
+    _found: Sequence[Tensor] = ()  # where the kernels of each CUDA device write found_inf
     _replayed: tuple[Any, ...] = ()  # what the replays of captured steps read and write: never freed before us
     _reported: frozenset[str] = frozenset()
     _loading: dict[str, Any] | None = None
@@ -312,18 +316,26 @@ class FusedOptimizer(torch.optim.Optimizer):
                     self._drop_plan()  # and with it the gradients that it holds
                     return
             grad_scale = 1.0 if scale is None or not waits else 1.0 / float(scale)
-            scalars = self._device_scalars(scale, found_inf) if self._cuda_devices else ()
-            clip = NO_CLIP
+            finds_inf = self.finds_inf and found_inf is not None
+            scalars = self._device_scalars(scale, found_inf, finds_inf) if self._cuda_devices else ()
+            clip = NO_CLIP if self._grad_clip is None else self._grad_clip.options
+            by_global_norm = clip.kind == GLOBAL_NORM
             global_norm: float | None = 0.0 if waits else None
             threads = torch.get_num_threads()
-            if self._grad_clip is not None:
-                clip = self._grad_clip.options
-                if not waits:
-                    self._grad_norm = self._norm_tensors[self._cuda_devices[0]]
-                elif clip.kind == GLOBAL_NORM:
+            if not waits and self._grad_clip is not None:
+                self._grad_norm = self._norm_tensors[self._cuda_devices[0]]
+            if waits and (by_global_norm or finds_inf):
+                reduced = plan.reduce(grad_scale, threads, clip, scalars, finds_inf)
+                if by_global_norm:
                     sums = [self._sum_of_squares(self._rows[index]) for index in witnessed]
                     total = math.fsum(sums) * grad_scale**2 if all(map(math.isfinite, sums)) else sum(sums)
-                    self._grad_norm = global_norm = math.sqrt(total + plan.reduce(grad_scale, threads, clip, scalars))
+                    self._grad_norm = global_norm = math.sqrt(total + reduced)
+                if finds_inf and self._has_inf(plan, witnessed):
+                    assert found_inf is not None
+                    found_inf.fill_(1.0)
+                    self._coalesced.clear()
+                    self._drop_plan()  # and with it the gradients that it holds
+                    return
             self._witness_norms = {
                 index: self._step_witness(self._rows[index], grad_scale, global_norm or 0.0) for index in witnessed
             }
@@ -338,17 +350,35 @@ class FusedOptimizer(torch.optim.Optimizer):
             plan.run(grad_scale, threads, clip, global_norm, scalars)
             # Writing through addresses leaves the version counters alone; a stale graph must still raise.
             torch._C._increment_version(plan.touched())
+            if finds_inf and not waits and found_inf is not self._found[0]:
+                assert found_inf is not None
+                found_inf.copy_(self._found[0], non_blocking=True)
 
-    def _device_scalars(self, scale: Tensor | None, found_inf: Tensor | None) -> list[DeviceScalars]:
-        """For each CUDA device where the kernels read the loss scale and found_inf and write norms."""
+    def _has_inf(self, plan: Plan, witnessed: Sequence[int]) -> bool:
+        """Whether the reduce phase, or a gradient that the witness steps, has met an element that is not finite."""
+        return (
+            plan.non_finite()
+            or any(found.item() != 0 for found in self._found)
+            or any(not is_finite(self._values(self._rows[index])) for index in witnessed)
+        )
+
+    def _device_scalars(self, scale: Tensor | None, found_inf: Tensor | None, finds_inf: bool) -> list[DeviceScalars]:
+        """For each CUDA device where the kernels read the loss scale and found_inf and write norms, or found_inf."""
         scalars = []
         self._scalars = []  # alive until the next step: the kernels read them later
+        self._found = []
         for device in self._cuda_devices:
             scale_address, found_inf_address = (self._address_on(device, value) for value in (scale, found_inf))
+            written = 0
+            if finds_inf and found_inf is not None:
+                self._found.append(found_inf.to(device))  # itself, where it is there
+                self._scalars.append(self._found[-1])
+                written, found_inf_address = self._found[-1].data_ptr(), 0
             if device not in self._norm_tensors:
                 self._norm_tensors[device] = torch.zeros((), dtype=torch.float32, device=device)
             norm = self._norm_tensors[device].data_ptr()
-            scalars.append((device.index or 0, scale_address, found_inf_address, norm, 0, self._measured_on(device)))
+            measured = self._measured_on(device)
+            scalars.append((device.index or 0, scale_address, found_inf_address, norm, written, measured))
         return scalars
 
     def _measured_on(self, device: torch.device) -> int:
@@ -530,12 +560,17 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def _sum_of_squares(self, row: Row) -> float:
         """Of a gradient that the witness steps; 0 where it takes no part in clipping."""
-        grad = row.param.grad
-        if not row.clipped or grad is None:
+        if not row.clipped:
             return 0.0
+        grad = self._values(row)
+        return float(torch.linalg.vector_norm(grad, dtype=squares_dtype(grad)) ** 2)
+
+    def _values(self, row: Row) -> Tensor:
+        """The elements of a gradient that the witness steps; of a sparse one those that it lists."""
         if row.param in self._coalesced:
-            grad = self._coalesced[row.param]._values()
-        return float(torch.linalg.vector_norm(grad.detach(), dtype=squares_dtype(grad)) ** 2)
+            return self._coalesced[row.param]._values()
+        assert row.param.grad is not None
+        return row.param.grad.detach()
 
     def _report(self, what: str, reason: str, kind: str | None = None) -> None:
         """One log line for each kind of fallback of this optimizer."""

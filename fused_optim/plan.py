@@ -55,8 +55,15 @@ class Plan(Protocol):
     ) -> Sequence[tuple[int, str]] | None: ...
 
     def reduce(
-        self, grad_scale: float, threads: int, clip: ClipOptions, scalars: Sequence[DeviceScalars] = ()
+        self,
+        grad_scale: float,
+        threads: int,
+        clip: ClipOptions,
+        scalars: Sequence[DeviceScalars] = (),
+        finds_inf: bool = False,
     ) -> float: ...
+
+    def non_finite(self) -> bool: ...
 
     def run(
         self,
@@ -101,9 +108,17 @@ class EagerPlan:
         return attention
 
     def reduce(
-        self, grad_scale: float, threads: int, clip: ClipOptions, scalars: Sequence[DeviceScalars] = ()
+        self,
+        grad_scale: float,
+        threads: int,
+        clip: ClipOptions,
+        scalars: Sequence[DeviceScalars] = (),
+        finds_inf: bool = False,
     ) -> float:
         return 0.0
+
+    def non_finite(self) -> bool:
+        return False
 
     def run(
         self,
