@@ -88,9 +88,10 @@ std::unique_ptr<Plan> make_plan(const py::list& rules, const py::list& rows, con
 
 using ClipTuple = std::tuple<int, double, double, double>;  // ClipOptions in fused_optim/clip.py
 
-StepOptions options_of(double grad_scale, const ClipTuple& clip) {
-  return {grad_scale, static_cast<Clip>(std::get<0>(clip)), std::get<1>(clip), std::get<2>(clip),
-          std::get<3>(clip)};
+StepOptions options_of(double grad_scale, const ClipTuple& clip, bool finds_inf = false) {
+  return {grad_scale,        static_cast<Clip>(std::get<0>(clip)),
+          std::get<1>(clip), std::get<2>(clip),
+          std::get<3>(clip), finds_inf};
 }
 
 // Device index, then the addresses on it of loss scale, found_inf, global norm, non-finite flag, norms, and
@@ -132,16 +133,17 @@ PYBIND11_MODULE(_C, module) {
       .def(
           "reduce",
           [](Plan& plan, double grad_scale, int threads, const ClipTuple& clip, const ScalarsTuples& scalars,
-             const py::object& exchange) {
+             const py::object& exchange, bool finds_inf) {
             double sum = 0;
-            if (!plan.reduce(options_of(grad_scale, clip), threads, scalars_of(scalars), exchange.ptr(),
-                             &sum)) {
+            if (!plan.reduce(options_of(grad_scale, clip, finds_inf), threads, scalars_of(scalars),
+                             exchange.ptr(), &sum)) {
               throw py::error_already_set();
             }
             return sum;
           },
           py::arg("grad_scale"), py::arg("threads"), py::arg("clip"), py::arg("scalars") = ScalarsTuples(),
-          py::arg("exchange") = py::none())
+          py::arg("exchange") = py::none(), py::arg("finds_inf") = false)
+      .def("non_finite", &Plan::non_finite)
       .def(
           "run",
           [](Plan& plan, double grad_scale, int threads, const ClipTuple& clip,

@@ -183,7 +183,11 @@ Norms reduce_row(const CpuStep& step, size_t r, int64_t begin, int64_t end) {
   auto grad = transform_before_norms<double>(row, group, step.options);
   grad.weight_decay = weight_decay_of(Rules{}, row, group);
   const bool in_double = computes_in_double(row.dtype[kParam]);
-  return (in_double ? step.kernels.reduce_double : step.kernels.reduce_float)(row, grad, needs, begin, end);
+  bool non_finite = false;
+  const auto reduce = in_double ? step.kernels.reduce_double : step.kernels.reduce_float;
+  const Norms norms = reduce(row, grad, needs, begin, end, non_finite);
+  if (non_finite && step.non_finite != nullptr) step.non_finite->store(true, std::memory_order_relaxed);
+  return norms;
 }
 
 bool has_direction(const CpuStep& step, size_t r) {

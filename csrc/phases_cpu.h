@@ -1,6 +1,7 @@
 // reduce, prepare and apply on CPU threads.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 #include <functional>
 #include <vector>
@@ -20,9 +21,10 @@ using AccumulateFunction = Norms (*)(const Row& row, const ScalarsRecord& record
 // The second pass over a whole row whose directions the first has kept.
 using MoveFunction = void (*)(const Row& row, double step_size, const void* directions);
 
-// The sums over elements [begin, end) of a row that `needs` names.
+// The sums over elements [begin, end) of a row that `needs` names. non_finite: set where it asks for that and
+// an element of the gradient is infinite or NaN.
 using ReduceFunction = Norms (*)(const Row& row, const GradTransform<double>& grad, unsigned needs,
-                                 int64_t begin, int64_t end);
+                                 int64_t begin, int64_t end, bool& non_finite);
 
 // The kernels as compiled for one instruction set, indexed by rule; all give the same bits.
 struct CpuKernels {
@@ -63,6 +65,7 @@ struct CpuStep {
   std::vector<Norms>& norms;
   std::vector<ScalarsRecord>& records;
   std::vector<MeasuredNorms>& measured;
+  std::atomic<bool>* non_finite = nullptr;  // set where options.finds_inf and reduce_cpu has found one
 };
 
 // The norms that rules, trust ratios and clipping need, of every active row, in fixed chunks added in a fixed

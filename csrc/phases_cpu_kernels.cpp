@@ -288,6 +288,21 @@ double max_tile(const T* __restrict values, const GradTransform<T>& grad, int64_
   return static_cast<double>(lanes[0]);
 }
 
+// x - x is 0 for what is finite and NaN for what is not, and a NaN stays in its sum.
+template <class T>
+bool is_finite_tile(const T* __restrict values, int64_t n) {
+  T lanes[kLanes] = {};
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    for (int k = 0; k < kLanes; ++k) lanes[k] += values[i + k] - values[i + k];
+  }
+  for (int k = 0; i + k < n; ++k) lanes[k] += values[i + k] - values[i + k];
+  for (int width = kLanes / 2; width > 0; width /= 2) {
+    for (int k = 0; k < width; ++k) lanes[k] += lanes[k + width];
+  }
+  return lanes[0] == 0;
+}
+
 template <class T>
 void decay_tile(const T* __restrict values, const T* __restrict param, const GradTransform<T>& grad,
                 T* __restrict out, int64_t n) {
@@ -300,7 +315,8 @@ GradTransform<T> as_it_is() {
 }
 
 template <class T>
-Norms reduce(const Row& row, const GradTransform<double>& grad, unsigned needs, int64_t begin, int64_t end) {
+Norms reduce(const Row& row, const GradTransform<double>& grad, unsigned needs, int64_t begin, int64_t end,
+             bool& non_finite) {
   const GradTransform<T> of_grad{static_cast<T>(grad.scale), static_cast<T>(grad.min),
                                  static_cast<T>(grad.max), static_cast<T>(grad.weight_decay)};
   alignas(64) T scratch[3][kScratch];
@@ -309,6 +325,8 @@ Norms reduce(const Row& row, const GradTransform<double>& grad, unsigned needs, 
   for (int64_t i = begin; i < end; i += kTile) {
     const int64_t n = end - i < kTile ? end - i : kTile;
     const T* values = load_tile<T>(row, kGrad, i, n, scratch[0]);
+    // From the elements: a sum of squares may overflow where they are finite, and clamped ones say nothing.
+    if ((needs & kNeedsFinite) != 0 && !is_finite_tile(values, n)) non_finite = true;
     if ((needs & kNeedsGradSq) != 0) norms.grad_sq += sum_tile<T>(values, of_grad, n);
     if ((needs & kNeedsGradMax) != 0)
       norms.grad_max = maximum(norms.grad_max, max_tile<T>(values, of_grad, n));

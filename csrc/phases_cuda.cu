@@ -212,7 +212,7 @@ class CudaPhasesOfDevice final : public CudaPhases {
       copy_totals(reinterpret_cast<void*>(step.exchanged), live_->at<Sums>(sums_), stream);
       return 0;
     }
-    launch("the reduce phase", grad_sq_kernel, 1, kThreads, stream, prepare_table(*live_));
+    launch("the reduce phase", grad_sq_kernel, 1, kThreads, stream, prepare_table(*live_), step.non_finite);
     double grad_sq = 0;
     check(cudaMemcpyAsync(&grad_sq, &live_->at<Control>(control_)->grad_sq, sizeof grad_sq,
                           cudaMemcpyDeviceToHost, stream),
@@ -235,6 +235,7 @@ class CudaPhasesOfDevice final : public CudaPhases {
       refresh(rows, groups, tensors, stream);
     }
     const bool reduces = step.options.clip == Clip::global_norm || step.options.clip == Clip::norm ||
+                         step.options.finds_inf ||
                          std::any_of(groups.begin(), groups.end(), [](const GroupHyper& group) {
                            return (group.needs & ~uint64_t{kNeedsDirectionSq}) != 0;
                          });

@@ -30,7 +30,8 @@ struct CudaStep {
   uint64_t grad_scale;     // read: the loss scale; takes the place of options.grad_scale
   uint64_t found_inf;      // read: where it is not 0, nothing changes, the step counts included
   uint64_t grad_norm;      // written: the gradients' global norm, if options.clip asks for norms
-  uint64_t non_finite;     // written: 1 if some gradient holds an infinity or a NaN, likewise
+  uint64_t non_finite;     // written, if options.finds_inf: 1 if some gradient holds an infinity or a NaN, in
+                           // which case nothing changes; otherwise 0
   uint64_t measured;       // written: [rows, 3], the MeasuredNorms of the rows that this step takes
   // [rows, 6] in float64: Norms and the count of parts that are not finite. Of rows of which other processes
   // have parts: reduce() writes those of this process, run() reads those of the whole.

@@ -200,6 +200,7 @@ CudaStep Plan::step_of(const Device& device, const StepOptions& options,
     step.non_finite = of_device.non_finite;
     step.measured = of_device.measured;
     step.exchanged = of_device.exchanged;
+    step.options.finds_inf = of_device.non_finite != 0;
   }
   return step;
 }
@@ -751,7 +752,8 @@ bool Plan::reduce(const StepOptions& options, int threads, const std::vector<Dev
   {
     const Unlocked unlocked(active_elements_ > kElementsUnderLock || !devices_.empty(), busy_);
     if (exchange != Py_None) std::fill(norms_.begin(), norms_.end(), Norms{});
-    reduce_cpu({*kernels_, rows, hypers_, options, threads, norms_, records_, measured_});
+    non_finite_ = false;
+    reduce_cpu({*kernels_, rows, hypers_, options, threads, norms_, records_, measured_, &non_finite_});
   }
   double exchanged = 0;
   if (exchange != Py_None && !exchange_on_host(exchange, &exchanged)) return false;

@@ -7,6 +7,7 @@
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
+#include <atomic>
 #include <memory>
 #include <optional>
 #include <string>
@@ -58,6 +59,10 @@ class Plan {
   // and it returns what that device adds to *sum. False with a Python error set.
   bool reduce(const StepOptions& options, int threads, const std::vector<DeviceScalars>& scalars,
               PyObject* exchange, double* sum);
+
+  // Whether the last reduce(), with options.finds_inf, met a gradient element on the host that is not finite;
+  // a CUDA device writes its answer where DeviceScalars says.
+  bool non_finite() const { return non_finite_; }
 
   // The step of all rows that refresh accepted; global_norm: of all gradients, those that others step
   // included. Without it, rows on a CUDA device are clipped by the norm of that device's gradients, and
@@ -165,6 +170,7 @@ class Plan {
   std::vector<Norms> norms_;
   std::vector<ScalarsRecord> records_;
   std::vector<MeasuredNorms> measured_;
+  std::atomic<bool> non_finite_{false};
   bool reduced_ = false;  // norms_ are those of the gradients that refresh() found
   PyObject* defaults_ = nullptr;
   PyObject* trust_ratio_ = nullptr;

@@ -17,6 +17,7 @@ struct StepOptions {
   Clip clip;
   double clip_norm;           // of global_norm and norm; infinity measures and scales nothing
   double clip_min, clip_max;  // of value
+  bool finds_inf = false;     // look for gradient elements that are not finite
 };
 
 struct GroupHyper {
@@ -87,6 +88,7 @@ FO_HOST_DEVICE inline T transform(const GradTransform<T>& grad, T value, T param
 FO_HOST_DEVICE inline unsigned needs_of(const Row& row, const GroupHyper& group, const StepOptions& options) {
   auto needs = static_cast<unsigned>(group.needs) & ~static_cast<unsigned>(kNeedsDirectionSq);
   if (row.clipped && (options.clip == Clip::global_norm || options.clip == Clip::norm)) needs |= kNeedsGradSq;
+  if (options.finds_inf) needs |= kNeedsFinite;
   return needs;
 }
 

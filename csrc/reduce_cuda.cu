@@ -297,7 +297,7 @@ FO_DEVICE Sums sum_range(const Row& row, const CudaGroup& group, const StepOptio
     return sum_decayed(row, grad, begin, n, team);
   }
   Sums sums{};
-  if ((needs & (kNeedsGradSq | kNeedsGradMax)) != 0) {
+  if ((needs & (kNeedsGradSq | kNeedsGradMax | kNeedsFinite)) != 0) {
     const Square square = sum_column<T>(row, kGrad, grad, begin, n, team);
     sums.norms.grad_sq = square.sum;
     sums.norms.grad_max = square.largest;
@@ -465,28 +465,30 @@ FO_DEVICE void prepare_second_any(RuleList<R...>, const Row& row, const CudaGrou
 }  // namespace
 
 // For a caller that wants to know before the step goes on.
-__global__ void __launch_bounds__(kThreads) grad_sq_kernel(PrepareTable table) {
+__global__ void __launch_bounds__(kThreads) grad_sq_kernel(PrepareTable table, uint64_t non_finite_address) {
   double grad_sq = 0;
   bool non_finite = false;
   sum_rows(table, grad_sq, non_finite);
-  if (threadIdx.x == 0) table.control->grad_sq = grad_sq;
+  if (threadIdx.x == 0) {
+    table.control->grad_sq = grad_sq;
+    if (non_finite_address != 0) *reinterpret_cast<float*>(non_finite_address) = non_finite ? 1.0f : 0.0f;
+  }
 }
 
 __global__ void __launch_bounds__(kThreads) prepare_kernel(PrepareTable table, CudaStep step) {
   const StepOptions options = options_of(step);
-  const bool skip = found_inf(step);
   double grad_sq = 0;
   bool non_finite = false;
   const bool measured = options.clip == Clip::global_norm || options.clip == Clip::norm;
-  if (measured) sum_rows(table, grad_sq, non_finite);
+  if (measured || options.finds_inf) sum_rows(table, grad_sq, non_finite);
+  const bool skip = found_inf(step) || (options.finds_inf && non_finite);
   const double global_norm = step.global_norm_known ? step.global_norm : sqrt(grad_sq);
   const int thread = static_cast<int>(threadIdx.x);
   if (blockIdx.x == 0 && thread == 0) {
     table.control->skip = skip ? 1 : 0;
     if (measured && step.grad_norm != 0)
       *reinterpret_cast<float*>(step.grad_norm) = static_cast<float>(global_norm);
-    if (measured && step.non_finite != 0)
-      *reinterpret_cast<float*>(step.non_finite) = non_finite ? 1.0f : 0.0f;
+    if (step.non_finite != 0) *reinterpret_cast<float*>(step.non_finite) = non_finite ? 1.0f : 0.0f;
   }
   const int r = static_cast<int>(blockIdx.x) * kPreparedRows + thread;
   if (skip || thread >= kPreparedRows || r >= table.row_count || !table.rows[r].active) return;

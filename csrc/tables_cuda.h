@@ -71,7 +71,7 @@ struct DirectionRow {
 
 struct Control {
   double grad_sq;  // over the rows that take part in clipping
-  int32_t skip;    // found_inf says so
+  int32_t skip;    // found_inf says so, or an element that is not finite
 };
 
 // The rows of one rule and one compute type: one launch of apply.
@@ -129,7 +129,7 @@ LargePatchKernel large_patch_kernel();
 
 __global__ void reduce_kernel(ReduceTable table, CudaStep step);
 __global__ void total_kernel(const Pieces* pieces, const Row* rows, Sums* sums);
-__global__ void grad_sq_kernel(PrepareTable table);
+__global__ void grad_sq_kernel(PrepareTable table, uint64_t non_finite_address);
 __global__ void prepare_kernel(PrepareTable table, CudaStep step);
 
 // Whether the sums of tiles are the whole row's. If other processes have parts of it, they are added up to

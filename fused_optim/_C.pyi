@@ -27,7 +27,9 @@ class Plan:
         clip: tuple[int, float, float, float],
         scalars: Sequence[tuple[int, int, int, int, int, int, int]] = (),
         exchange: Callable[[Any], float] | None = None,
+        finds_inf: bool = False,
     ) -> float: ...
+    def non_finite(self) -> bool: ...
     def run(
         self,
         grad_scale: float,

@@ -5,6 +5,7 @@ from .adamwdl import AdamWDL, layerwise_lr_decay
 from .clip import ClipGradByGlobalNorm, ClipGradByNorm, ClipGradByValue
 from .config import __version__, show_config
 from .description import describe
+from .grad_scaler import GradScaler
 from .lamb import LAMB
 from .larc import LARC
 from .lars import LARS
@@ -28,6 +29,7 @@ __all__ = [
     "ClipGradByNorm",
     "ClipGradByValue",
     "FusedOptimizer",
+    "GradScaler",
     "Lion",
     "Norms",
     "NovoGrad",

@@ -36,7 +36,7 @@ VARIANTS: dict[str | None, dict[str, Any]] = {
     "apex": {"eta": 0.02, "eps": 1e-8, "min_update": 0.0, "zero_norm": "skip", "weight_decay_in_ratio": True},
 }
 ZERO_NORMS = {"one": ONE, "skip": SKIP, "floor": FLOOR}
-AMP_ATTRIBUTES = ("grad_scale", "found_inf")  # which GradScaler sets for one step
+AMP_ATTRIBUTES = ("grad_scale", "found_inf", "finds_inf")  # which GradScaler sets for one step
 
 
 class LARC(torch.optim.Optimizer):
@@ -158,6 +158,10 @@ class LARC(torch.optim.Optimizer):
     @property
     def _step_supports_amp_scaling(self) -> bool:
         # Another optimizer's kernels would take the scale out of the gradient after the factor has been computed.
+        return isinstance(self.optimizer, FusedOptimizer)
+
+    @property
+    def _step_finds_inf(self) -> bool:
         return isinstance(self.optimizer, FusedOptimizer)
 
     def state_dict(self) -> dict[str, Any]:

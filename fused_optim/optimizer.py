@@ -88,6 +88,9 @@ class FusedOptimizer(torch.optim.Optimizer):
     grad_scale: Tensor | None
     found_inf: Tensor | None
     _step_supports_amp_scaling = True
+    # This library's GradScaler sets it likewise: found_inf is then not read but written, by the step.
+    finds_inf: bool = False
+    _step_finds_inf = True
 
     # torch's __getstate__ drops instance attributes: each has its default here.
     _forced_backend: str | None = None
@@ -113,6 +116,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     _agreed: str = ""  # what the processes have found to be the same everywhere
     _norm_tensors: dict[torch.device, Tensor]  # where the kernels write the global norm
     _scalars: list[Tensor]
+    _found: Sequence[Tensor] = ()  # where the kernels of each CUDA device write found_inf
     _replayed: tuple[Any, ...] = ()  # what the replays of captured steps read and write: never freed before us
     _reported: frozenset[str] = frozenset()
     _loading: dict[str, Any] | None = None
@@ -318,7 +322,8 @@ class FusedOptimizer(torch.optim.Optimizer):
                     self._drop_plan()  # and with it the gradients that it holds
                     return
             grad_scale = 1.0 if scale is None or not waits else 1.0 / float(scale)
-            scalars = self._device_scalars(scale, found_inf) if self._cuda_devices else ()
+            finds_inf = self.finds_inf and found_inf is not None
+            scalars = self._device_scalars(scale, found_inf, finds_inf) if self._cuda_devices else ()
             clip = NO_CLIP if self._grad_clip is None else self._grad_clip.options
             by_global_norm = clip.kind == GLOBAL_NORM
             threads = torch.get_num_threads()
@@ -332,12 +337,18 @@ class FusedOptimizer(torch.optim.Optimizer):
             global_norm: float | None = 0.0 if waits else None
             if by_global_norm and not waits:
                 self._grad_norm = self._norm_tensors[self._cuda_devices[0]]
-            if (waits and by_global_norm) or (shards and self._reduces):
-                total = plan.reduce(grad_scale, threads, clip, scalars, exchange)
+            if (waits and (by_global_norm or finds_inf)) or (shards and self._reduces):
+                total = plan.reduce(grad_scale, threads, clip, scalars, exchange, finds_inf)
                 if waits and by_global_norm:
                     squares = [total, *witness.squares()]
                     total = math.fsum(squares) if all(map(math.isfinite, squares)) else sum(squares)
                     self._grad_norm = global_norm = math.sqrt(total)
+                if waits and finds_inf and self._has_inf(plan, witness):
+                    assert found_inf is not None
+                    found_inf.fill_(1.0)
+                    self._coalesced.clear()
+                    self._drop_plan()  # and with it the gradients that it holds
+                    return
             witness.step(global_norm or 0.0, shards.values())
             if captured:
                 kept = plan, dict(self._norm_tensors), dict(self._measured), self._scalars
@@ -352,19 +363,32 @@ class FusedOptimizer(torch.optim.Optimizer):
             self._coalesced.clear()
             # Writing through addresses leaves the version counters alone; a stale graph must still raise.
             torch._C._increment_version(plan.touched())
+            if finds_inf and not waits and found_inf is not self._found[0]:
+                assert found_inf is not None
+                found_inf.copy_(self._found[0], non_blocking=True)
 
-    def _device_scalars(self, scale: Tensor | None, found_inf: Tensor | None) -> list[DeviceScalars]:
-        """For each CUDA device where the kernels read the loss scale and found_inf and write norms."""
+    def _has_inf(self, plan: Plan, witness: WitnessSteps) -> bool:
+        """Whether the reduce phase, or a gradient that the witness steps, has met an element that is not finite."""
+        return plan.non_finite() or any(found.item() != 0 for found in self._found) or witness.non_finite()
+
+    def _device_scalars(self, scale: Tensor | None, found_inf: Tensor | None, finds_inf: bool) -> list[DeviceScalars]:
+        """For each CUDA device where the kernels read the loss scale and found_inf and write norms, or found_inf."""
         scalars = []
         self._scalars = []  # alive until the next step: the kernels read them later
+        self._found = []
         for device in self._cuda_devices:
             scale_address, found_inf_address = (self._address_on(device, value) for value in (scale, found_inf))
+            written = 0
+            if finds_inf and found_inf is not None:
+                self._found.append(found_inf.to(device))  # itself, where it is there
+                self._scalars.append(self._found[-1])
+                written, found_inf_address = self._found[-1].data_ptr(), 0
             if device not in self._norm_tensors:
                 self._norm_tensors[device] = torch.zeros((), dtype=torch.float32, device=device)
             norm = self._norm_tensors[device].data_ptr()
             exchanged = self._exchanged[device].data_ptr() if device in self._shards else 0
             measured = self._measured_on(device)
-            scalars.append((device.index or 0, scale_address, found_inf_address, norm, 0, measured, exchanged))
+            scalars.append((device.index or 0, scale_address, found_inf_address, norm, written, measured, exchanged))
         return scalars
 
     def _add_up(self, norms: Any, witness: WitnessSteps, *, total: bool) -> float:

@@ -68,7 +68,10 @@ class Plan(Protocol):
         clip: ClipOptions,
         scalars: Sequence[DeviceScalars] = (),
         exchange: Exchange | None = None,
+        finds_inf: bool = False,
     ) -> float: ...
+
+    def non_finite(self) -> bool: ...
 
     def run(
         self,
@@ -120,11 +123,15 @@ class EagerPlan:
         clip: ClipOptions,
         scalars: Sequence[DeviceScalars] = (),
         exchange: Exchange | None = None,
+        finds_inf: bool = False,
     ) -> float:
         return self._exchange(exchange)
 
     def _exchange(self, exchange: Exchange | None) -> float:
         return 0.0 if exchange is None else exchange(bytearray(8 * NORMS * sum(map(len, self._params))))
+
+    def non_finite(self) -> bool:
+        return False
 
     def run(
         self,

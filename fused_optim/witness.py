@@ -38,6 +38,12 @@ class WitnessSteps:
         rows = self._optimizer._rows
         return [norms.sums()[0] for index, norms in self._norms.items() if rows[index].clipped]
 
+    def non_finite(self) -> bool:
+        """Whether some gradient has an element that is infinite or NaN."""
+        return any(
+            not torch.isfinite(local(self._grad_of(self._optimizer._rows[index]))).all() for index in self._steps
+        )
+
     def exchange(self, table: Tensor, shards: Shards) -> float:
         """Put the norms of the rows among ``shards`` into the table that is added up, and take them from it."""
         places = [(index, shards.positions[index]) for index in self._steps if index in shards.positions]
@@ -102,15 +108,21 @@ class WitnessSteps:
     def _tensors(self, row: Row, columns: tuple[str, ...]) -> Iterator[tuple[Tensor, Tensor, dict[str, Tensor]]]:
         """What the step reads and writes: of a DTensor this process's part, of a sparse gradient the listed rows."""
         optimizer = self._optimizer
-        param, grad, state = row.param, row.param.grad, optimizer.state[row.param]
-        assert grad is not None
+        param, grad, state = row.param, self._grad_of(row), optimizer.state[row.param]
         coalesced = optimizer._coalesced.get(param)
         if coalesced is not None:
             with listed_rows(param, coalesced, state, columns) as (listed, its_state):
-                yield listed, coalesced._values(), its_state
+                yield listed, grad, its_state
         elif is_sharded(param) and not optimizer.param_groups[row.group].get("differentiable", False):
             parts = {name: local(value) if isinstance(value, Tensor) else value for name, value in state.items()}
             yield local(param).detach(), local(grad), parts
             torch._C._increment_version([param])  # what was written is the part
         else:
             yield param, grad, state
+
+    def _grad_of(self, row: Row) -> Tensor:
+        """Its gradient; of a sparse one the rows that it lists."""
+        coalesced = self._optimizer._coalesced.get(row.param)
+        grad = row.param.grad if coalesced is None else coalesced._values()
+        assert grad is not None
+        return grad

@@ -22,7 +22,7 @@ from norm_rules import RULES, assert_near, each_rule, eighths, inner, params_of,
 from torch import Tensor
 from torch.nn import Parameter
 
-from fused_optim import AdamW, ClipGradByGlobalNorm, extension
+from fused_optim import AdamW, ClipGradByGlobalNorm, GradScaler, extension
 
 pytestmark = pytest.mark.gpu
 
@@ -201,6 +201,31 @@ def test_grad_scaler() -> None:
                 for key, value in mine.items():
                     assert_same_bits(value, old[key], key)
     assert optimizer.state[params[0]]["step"].item() == 2
+
+
+def test_our_grad_scaler_waits_for_nothing(all_native: None) -> None:
+    params, twins = new_params(device="cuda"), new_params(device="cuda")
+    optimizers = [AdamW(group, backend="cuda", grad_clip=ClipGradByGlobalNorm(1.0)) for group in (params, twins)]
+    scalers = [GradScaler("cuda", init_scale=1024.0), torch.amp.GradScaler("cuda", init_scale=1024.0)]
+    for scaler in scalers:
+        scaler.scale(torch.zeros((), device="cuda"))
+    for step, bad in enumerate((False, True, False)):
+        for group in (params, twins):
+            set_grads(group, step, scale=1024.0)
+            if bad:
+                group[-1].grad.flatten()[0] = float("inf")
+        torch.cuda.synchronize()
+        if step:
+            torch.cuda.set_sync_debug_mode("error")
+        try:
+            for scaler, optimizer in zip(scalers, optimizers, strict=True):
+                scaler.step(optimizer)
+                scaler.update()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert_same_results(*optimizers)
+    assert [scaler.get_scale() for scaler in scalers] == [512.0, 512.0]
+    assert optimizers[0].state[params[0]]["step"].item() == 2
 
 
 def test_a_stream_of_ones_own() -> None:

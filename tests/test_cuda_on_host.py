@@ -45,6 +45,7 @@ from fused_optim import (
     ClipGradByGlobalNorm,
     ClipGradByNorm,
     ClipGradByValue,
+    GradScaler,
 )
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -584,6 +585,97 @@ def test_loss_scale_and_found_inf_are_read_on_the_device(on_host: OnHost) -> Non
                 for key in mine:
                     assert_same_bits(mine[key], old[key], key)
     assert_same_results(ours, twin)
+
+
+def scaled(optimizers: Any, scalers: Any, step: int, bad: float | None) -> None:
+    for optimizer, amp in zip(optimizers, scalers, strict=True):
+        params = params_of(optimizer)
+        set_grads(params, step, scale=amp.get_scale())
+        if bad is not None:
+            max(params, key=torch.numel).grad.view(-1)[-1] = bad
+        grads = [(param.grad._version, param.grad.clone()) for param in params]
+        amp.step(optimizer)
+        for param, (version, copy) in zip(params, grads, strict=True):
+            assert param.grad._version == version or type(amp) is not GradScaler
+            assert_same_bits(param.grad, copy)
+        amp.update()
+
+
+@pytest.mark.parametrize(
+    ("rule", "options"),
+    [
+        ("momentum", {}),
+        ("momentum", {"grad_clip": ClipGradByGlobalNorm(0.5)}),
+        ("nesterov", {"grad_clip": ClipGradByNorm(0.5)}),
+        ("lion", {"grad_clip": ClipGradByValue(0.25)}),
+        ("novograd paper", {}),
+        ("larc", {}),
+        ("lars kozistr", {}),
+        ("lamb", {}),
+    ],
+    ids=str,
+)
+def test_grad_scaler_looks_for_infinities_on_the_device(rule: str, options: Any, on_host: OnHost) -> None:
+    """With torch's results; where one is found nothing moves."""
+    optimizers = [pair_of(rule, NORM_SHAPES, torch.float32, **options)[0] for _ in range(2)]
+    scalers = (GradScaler("cpu", 64.0), torch.amp.GradScaler("cpu", 64.0))
+    for amp in scalers:
+        amp.scale(torch.zeros(()))
+    for step, bad in enumerate((None, float("inf"), float("nan"), None)):
+        before = snapshot(inner(optimizers[0]))
+        scaled(optimizers, scalers, step, bad)
+        if bad is not None:
+            for mine, old in zip(snapshot(inner(optimizers[0])), before, strict=True):
+                for key, value in mine.items():
+                    assert_same_bits(value, old[key], key)
+        assert_same_results(*map(inner, optimizers))
+        assert scalers[0].get_scale() == scalers[1].get_scale()
+    assert scalers[0].get_scale() == 16.0
+
+
+def test_grad_scaler_takes_the_pass_of_the_clip(on_host: OnHost) -> None:
+    """The launches of a clipped step, and what they load and store, are all that there is."""
+    traffic = []
+    for amp in (GradScaler("cpu", 64.0), None):
+        params = new_params(torch.float32, NORM_SHAPES)
+        optimizer = AdamW(params, backend="cuda", grad_clip=ClipGradByGlobalNorm(0.5))
+        train(optimizer, params, 1)
+        if amp is not None:
+            amp.scale(torch.zeros(()))
+        on_host.launches()
+        optimizer.step() if amp is None else amp.step(optimizer)
+        traffic.append(on_host.launches())
+    assert traffic[0] == traffic[1]
+
+
+def test_a_finite_element_with_an_infinite_square_is_no_infinity(on_host: OnHost) -> None:
+    param = Parameter(torch.zeros(CHUNK + 3))
+    param.grad = torch.full_like(param, 3e19)
+    scaler = GradScaler("cpu", 64.0)
+    scaler.scale(torch.zeros(()))
+    optimizer = AdamW([param], backend="cuda", grad_clip=ClipGradByGlobalNorm(1.0))
+    scaler.step(optimizer)
+    scaler.update()
+    assert scaler.get_scale() == 64.0
+    assert param.detach().abs().min() > 0
+
+
+@pytest.mark.parametrize("bad", [None, 0, 1])
+def test_infinities_on_two_backends_stop_both(bad: int | None, on_host: OnHost) -> None:
+    """A row that the witness steps, beside one on the device: their answers meet on the host."""
+    params = [Parameter(torch.ones(5)), Parameter(torch.ones(3, dtype=torch.complex64))]
+    for param in params:
+        param.grad = torch.ones_like(param)
+    if bad is not None:
+        params[bad].grad[1] = float("inf")
+    scaler = GradScaler("cpu", 64.0)
+    scaler.scale(torch.zeros(()))
+    optimizer = AdamW(params, backend="cuda")
+    scaler.step(optimizer)
+    scaler.update()
+    assert scaler.get_scale() == (64.0 if bad is None else 32.0)
+    for param in params:
+        assert bool((param == 1).all()) == (bad is not None)
 
 
 def test_tensor_hyperparameters_are_read_where_they_are(on_host: OnHost) -> None:

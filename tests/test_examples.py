@@ -183,3 +183,47 @@ def test_novograd_example_names_a_backend_that_is_missing(tmp_path: Path) -> Non
     result = run_example(NOVOGRAD, "--device=cpu", "--backend=cuda", folder=tmp_path)
     assert result.returncode == 2
     assert result.stderr.startswith("train_novograd_larc.py: backend='cuda'")
+
+
+# Frameworks -----------------------------------------------------------------------------------------------------
+
+FRAMEWORKS = {
+    "train_ddp": ((), ["DistributedDataParallel", "ZeroRedundancyOptimizer, with a resume"]),
+    "train_accelerate": (
+        ("accelerate",),
+        ["fused_optim beside torch", "resumed beside uninterrupted", "GradScaler and grad_clip beside torch"],
+    ),
+    "train_hf_trainer": (
+        ("accelerate", "transformers"),
+        ["fused_optim beside torch", "resumed beside uninterrupted", "resumed from torch's checkpoint"],
+    ),
+    "train_lightning": (
+        ("pytorch_lightning",),
+        [
+            "32 bits, gradient_clip_val",
+            "32 bits, resumed beside uninterrupted",
+            "16 bits, grad_clip of the optimizer",
+            "16 bits, gradient_clip_val, the scaler unscales",
+            "16 bits, gradient_clip_val with neither",
+        ],
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "claims"),
+    [
+        pytest.param(name, claims, marks=pytest.mark.requires(modules=modules), id=name)
+        for name, (modules, claims) in FRAMEWORKS.items()
+    ],
+)
+def test_a_framework_trains_as_with_torchs_optimizer(
+    name: str, claims: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each example holds its runs to each other, and ends within the time that run_example allows it."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    done = run_example(EXAMPLES / f"{name}.py", folder=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.findall(r"^ok     (.*?):", done.stdout, re.MULTILINE) == claims
+    assert "MISSED" not in done.stdout
+    assert list(tmp_path.iterdir()) == []

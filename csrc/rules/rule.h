@@ -62,8 +62,9 @@ enum Need : unsigned {
   kNeedsGradSq = 1,
   kNeedsParamSq = 2,
   kNeedsGradMax = 4,
-  kNeedsDecayedSq = 8,    // of grad + weight_decay * param
-  kNeedsDirectionSq = 16  // measured by the first of two passes
+  kNeedsDecayedSq = 8,     // of grad + weight_decay * param
+  kNeedsDirectionSq = 16,  // measured by the first of two passes
+  kNeedsFinite = 32        // whether all elements of the gradient are
 };
 
 // Limits that the tables are laid out for; static_asserts hold the rules to them.
