@@ -420,7 +420,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         """Where a kernel on a device finds a number, as float32; 0: there is none."""
         if value is None:
             return 0
-        value = value.detach().to(device=device, dtype=torch.float32, non_blocking=True)
+        whole: Tensor = value.full_tensor() if is_sharded(value) else value  # type: ignore[attr-defined]
+        value = whole.detach().to(device=device, dtype=torch.float32, non_blocking=True)
         self._scalars.append(value)
         return value.data_ptr()
 
@@ -571,8 +572,13 @@ class FusedOptimizer(torch.optim.Optimizer):
                 overwritten = known not in (-1, row.param._version)
             lay = settle_grad(row.param)
             if lay is not None:
-                reason = f"its gradient lay as {lay}, and was redistributed to where the parameter is"
-                self._report(row.name, reason, kind="placement")
+                self._log_once(
+                    "placement",
+                    "%s: the gradient of %s lay as %s, and was redistributed to where the parameter is",
+                    type(self).__name__,
+                    row.name,
+                    lay,
+                )
             states.repair_state(row, self.state, groups[row.group], self, taken, overwritten)
         left = self._refresh()
         for index, kind in left:
@@ -586,10 +592,12 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def _report(self, what: str, reason: str, kind: str | None = None) -> None:
         """One log line for each kind of fallback of this optimizer."""
-        kind = kind or reason
+        self._log_once(kind or reason, "%s: the eager path serves %s: %s", type(self).__name__, what, reason)
+
+    def _log_once(self, kind: str, message: str, *arguments: str) -> None:
         if kind not in self._reported:
             self._reported = self._reported | {kind}
-            backends.logger.warning("%s: the eager path serves %s: %s", type(self).__name__, what, reason)
+            backends.logger.warning(message, *arguments)
 
     # Checkpoints ------------------------------------------------------------------------------------------------
 

@@ -20,7 +20,7 @@ from cuda_on_host.build import OnHost, compile_module
 from ranks import WORLD, Ranks
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.nn import Parameter
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -240,6 +240,71 @@ def test_fully_sharded_parameters_step_in_backward(ranks: Ranks) -> None:
     ranks.run(step_in_backward)
 
 
+def scaled_gradients(ours: bool, backend: str) -> None:
+    """An infinity in one rank's shard stops the step of all."""
+    kind = fused_optim.GradScaler if ours else torch.amp.GradScaler
+    model = fully_sharded()
+    with cuda_phases(shim()) if backend == "cuda" else nullcontext():
+        optimizer = AdamW(model.parameters(), backend=backend, grad_clip=ClipGradByGlobalNorm(1.0))
+        scaler = kind("cpu", init_scale=64.0)
+        for step in range(4):
+            optimizer.zero_grad()
+            scaler.scale(model(numbers((2, 7), step)).square().mean()).backward()
+            if step == 1 and dist.get_rank() == 1:
+                next(model.parameters()).grad._local_tensor.view(-1)[0] = float("inf")
+            before = [full(param).clone() for param in model.parameters()]
+            scaler.step(optimizer)
+            scaler.update()
+            moved = [not torch.equal(full(param), old) for param, old in zip(model.parameters(), before)]
+            assert all(moved) if step != 1 else not any(moved)
+            assert scaler.get_scale() == (64.0 if step == 0 else 32.0)
+    assert {float(state["step"]) for state in optimizer.state.values()} == {3.0}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("ours", [False, True])
+def test_an_infinity_in_one_shard_stops_every_rank(ours: bool, backend: str, ranks: Ranks) -> None:
+    ranks.run(scaled_gradients, ours, backend)
+
+
+def larc_of_torch() -> None:
+    alone, model = network(), fully_sharded()
+    twin = LARC(torch.optim.SGD(alone.parameters(), lr=0.1, momentum=0.9), eta=0.02)
+    ours = LARC(torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), eta=0.02)
+    for step in range(3):
+        for optimizer, network_of, share in ((twin, alone, False), (ours, model, True)):
+            optimizer.zero_grad()
+            backward(network_of, step, share=share)
+            optimizer.step()
+    for expected, found in zip(alone.parameters(), model.parameters()):
+        torch.testing.assert_close(full(found), expected.detach(), rtol=1e-6, atol=1e-6)
+
+
+def test_larc_around_torchs_sgd_has_the_norms_of_the_whole(ranks: Ranks) -> None:
+    ranks.run(larc_of_torch)
+
+
+def offloaded() -> None:
+    alone, model = network(), network()
+    for layer in model:
+        if isinstance(layer, nn.Linear):
+            fully_shard(layer, mesh=meshes()[(WORLD,)], offload_policy=CPUOffloadPolicy(pin_memory=False))
+    fully_shard(model, mesh=meshes()[(WORLD,)], offload_policy=CPUOffloadPolicy(pin_memory=False))
+    twin, ours = AdamW(alone.parameters(), lr=1e-2), AdamW(model.parameters(), lr=1e-2)
+    assert ours.backend == "cpu"
+    for step in range(3):
+        for optimizer, network_of, share in ((twin, alone, False), (ours, model, True)):
+            optimizer.zero_grad()
+            backward(network_of, step, share=share)
+            optimizer.step()
+    for expected, found in zip(alone.parameters(), model.parameters()):
+        torch.testing.assert_close(full(found), expected.detach(), rtol=1e-6, atol=1e-6)
+
+
+def test_offloaded_shards_are_stepped_on_the_cpu(ranks: Ranks) -> None:
+    ranks.run(offloaded)
+
+
 # Cost ------------------------------------------------------------------------------------------------------------
 
 
@@ -303,7 +368,7 @@ def partial_gradients(backend: str) -> None:
             assert param.grad.placements == (placement,)
             assert torch.equal(part, whole.grad / WORLD)
         torch.testing.assert_close(full(param), whole.detach(), rtol=1e-6, atol=1e-6)
-    assert len([line for line in collector.lines if "its gradient lay as (Partial(sum),)" in line]) == 2
+    assert len([line for line in collector.lines if "lay as (Partial(sum),)" in line]) == 2
     logging.getLogger("fused_optim").removeHandler(collector)
 
 
