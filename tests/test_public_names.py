@@ -113,6 +113,14 @@ def test_signature_of_a_function(name: str) -> None:
     assert str(signature.replace(parameters=parameters)).rpartition(" -> ")[0] == f"({FUNCTIONS[name]})"
 
 
+def test_signature_of_grad_scaler() -> None:
+    ours = inspect.signature(fused_optim.GradScaler).parameters
+    theirs = inspect.signature(torch.amp.GradScaler).parameters
+    assert [(p.name, p.kind, p.default) for p in ours.values()] == [
+        (p.name, p.kind, p.default) for p in theirs.values()
+    ]
+
+
 CLIPS: dict[str, dict[str, Any]] = {
     "ClipGradByGlobalNorm": {"clip_norm": inspect.Parameter.empty, "need_clip": None},
     "ClipGradByNorm": {"clip_norm": inspect.Parameter.empty, "need_clip": None},
