@@ -1,0 +1,200 @@
+"""The figures of a report."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+from .results import Result, by_title, measured
+
+Row = dict[str, Any]
+OURS, THEIRS = "#c0392b", "#7f8c8d"
+COLOURS = ("#2c6fbb", "#e08e0b", "#2e8b57", "#7d3c98", "#16a085", "#8d6e63", "#d81b60", "#546e7a", "#9e9d24", "#00838f")
+MOST_BARS = 60
+
+
+class NoFigure(Exception):
+    """A result has nothing that a figure could show."""
+
+
+def new_axes(height: float) -> tuple[Any, Any]:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(9, height), layout="constrained")
+    axes.grid(alpha=0.25)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def colour_of(names: list[str]) -> dict[str, str]:
+    peers = [name for name in names if not name.startswith("fused_optim")]
+    return {name: COLOURS[index % len(COLOURS)] for index, name in enumerate(peers)}
+
+
+def ratio_bars(result: Result) -> Any:
+    """How many times as long as ours each peer takes."""
+    bars: list[tuple[str, float, list[float]]] = [
+        (f"{case['case']}\n{case['peer']}", case["ratio"], case["ratio_quartiles"]) for case in result["cases"]
+    ]
+    several = len(by_title(result)) > 1
+    for title, rows in by_title(result).items():
+        for row in rows:
+            if row["status"] == "measured" and "ours_times_as_fast" in row:
+                name = f"{title}: {row['contender']}" if several else row["contender"]
+                bars.append((name, row["ours_times_as_fast"], row["ours_times_as_fast_quartiles"]))
+    if not bars:
+        raise NoFigure
+    bars = bars[:MOST_BARS][::-1]
+    figure, axes = new_axes(1.2 + (0.42 if result["cases"] else 0.26) * len(bars))
+    values = [value for _, value, _ in bars]
+    errors = [[max(0.0, v - q[0]) for _, v, q in bars], [max(0.0, q[1] - v) for _, v, q in bars]]
+    colours = [OURS if value >= 1 else THEIRS for value in values]
+    axes.barh(range(len(bars)), [value - 1 for value in values], left=1, color=colours, height=0.7)
+    axes.errorbar(values, range(len(bars)), xerr=errors, fmt="none", ecolor="#222222", elinewidth=1, capsize=2)
+    axes.set_yticks(range(len(bars)), [name for name, _, _ in bars], fontsize=8)
+    axes.set_ylim(-0.6, len(bars) - 0.4)
+    axes.set_xscale("log")
+    low, high = min(0.8, *(q[0] for _, _, q in bars)), max(2.0, *(q[1] for _, _, q in bars))
+    axes.set_xlim(low / 1.1, high * 1.6)
+    axes.set_xticks(ticks_between(low, high))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.minorticks_off()
+    for place, (_, value, quartile) in enumerate(bars):
+        axes.text(max(value, quartile[1]) * 1.05, place, f"{value:.2f}", va="center", fontsize=8)
+    axes.axvline(1, color="#222222", linewidth=1)
+    axes.set_xlabel("times as long as fused_optim's step (logarithmic; whiskers: quartiles)")
+    axes.set_title("How many times as fast fused_optim is", loc="left")
+    return figure
+
+
+def ticks_between(low: float, high: float) -> list[float]:
+    steps = [mantissa * 10.0**power for power in range(-3, 6) for mantissa in (1, 2, 5)]
+    return [step for step in steps if low / 1.1 <= step <= high * 1.6]
+
+
+def roofline(result: Result) -> Any:
+    """Step time against the bytes that a step must move, and the pace of a copy."""
+    rows = [row for row in measured(result) if row.get("bytes_moved")]
+    if not rows:
+        raise NoFigure
+    figure, axes = new_axes(5.5)
+    names = list(dict.fromkeys(row["contender"] for row in rows))
+    colours = colour_of(names)
+    for name in names:
+        points = [(row["bytes_moved"] / 1e6, row["step_us"]) for row in rows if row["contender"] == name]
+        ours = name not in colours
+        axes.scatter(
+            *zip(*points),
+            label=name,
+            color=OURS if ours else colours[name],
+            marker="D" if ours else "o",
+            s=42 if ours else 26,
+            facecolors=None if name != "fused_optim/eager" else "none",
+            zorder=4 if ours else 3,
+        )
+    paces = [row["copy_bytes_per_second"] for row in rows if "copy_bytes_per_second" in row]
+    sizes = sorted({row["bytes_moved"] for row in rows})
+    if paces:
+        pace = max(paces)
+        span = [sizes[0] / 2, sizes[-1] * 2]
+        axes.plot(
+            [size / 1e6 for size in span],
+            [size / pace * 1e6 for size in span],
+            color="#222222",
+            linewidth=1.2,
+            label=f"copy in the same run: {pace / 1e9:,.0f} GB/s",
+        )
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xlabel("bytes that a step must move [MB]")
+    axes.set_ylabel("time of a step [µs]")
+    axes.set_title("Roofline: the nearer to the line, the more of the memory's pace is used", loc="left")
+    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+    return figure
+
+
+def lines(
+    result: Result, prefix: str, x: str, y: str, xlabel: str, ylabel: str, title: str, divide: float = 1.0
+) -> Any:
+    """A line a contender over the models whose names begin with the prefix; the first optimizer and dtype of each."""
+    rows = [row for row in measured(result) if row["model"].startswith(prefix) and row.get(y) is not None]
+    kinds = list(dict.fromkeys((row["optimizer"], row["dtype"]) for row in rows))
+    rows = [row for row in rows if kinds and (row["optimizer"], row["dtype"]) == kinds[0]]
+    if len({row[x] for row in rows}) < 2:
+        raise NoFigure
+    figure, axes = new_axes(4.8)
+    names = list(dict.fromkeys(row["contender"] for row in rows))
+    colours = colour_of(names)
+    for name in names:
+        points = sorted((row[x] / divide, row[y]) for row in rows if row["contender"] == name)
+        ours = name not in colours
+        axes.plot(
+            *zip(*points),
+            label=name,
+            color=OURS if ours else colours[name],
+            linestyle="--" if name == "fused_optim/eager" else "-",
+            marker="D" if ours else "o",
+            markersize=5 if ours else 4,
+            linewidth=2 if ours else 1.2,
+        )
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xlabel(xlabel)
+    axes.set_ylabel(ylabel)
+    axes.set_title(f"{title} ({kinds[0][0]}, {kinds[0][1]})", loc="left")
+    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+    return figure
+
+
+def host_against_groups(result: Result) -> Any:
+    return lines(
+        result,
+        "groups-",
+        "groups",
+        "host_us",
+        "param groups, 1,000 tensors in all",
+        "host time of a step [µs]",
+        "What param groups cost the host",
+    )
+
+
+def scaling(result: Result) -> Any:
+    return lines(
+        result,
+        "dense-",
+        "parameters",
+        "step_us",
+        "parameters [millions]",
+        "time of a step [µs]",
+        "Scaling with the number of parameters",
+        divide=1e6,
+    )
+
+
+FIGURES = {
+    "ratios": ratio_bars,
+    "roofline": roofline,
+    "groups": host_against_groups,
+    "scaling": scaling,
+}
+
+
+def draw_all(result: Result, form: str = "svg") -> dict[str, bytes]:
+    """Each figure that the result has something for, as the bytes of an image."""
+    from matplotlib import pyplot
+
+    drawn = {}
+    for name, draw in FIGURES.items():
+        try:
+            figure = draw(result)
+        except NoFigure:
+            continue
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format=form, dpi=110, metadata={"Date": None} if form == "svg" else None)
+        pyplot.close(figure)
+        drawn[name] = buffer.getvalue()
+    return drawn
