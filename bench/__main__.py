@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -92,6 +93,7 @@ def count(text: str) -> int:
 
 
 def main() -> int:
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch.profiler tells of its starts otherwise
     whole = parser()
     arguments = whole.parse_args()
     try:

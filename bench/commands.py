@@ -161,7 +161,7 @@ def profile(arguments: argparse.Namespace) -> int:
     found = profile_model(
         model, RECIPES[optimizer], DTYPES[dtype], device, arguments.backend, peers, arguments.tokens, arguments.trace
     )
-    new_console().print(found.text())
+    print(found.text())
     return 0
 
 

@@ -216,7 +216,7 @@ def measure_half(
     paces: list[float],
     tick: Callable[[str], None],
 ) -> None:
-    """Half of the rounds, of optimizers made in the order of the entries; the reference is one of them, if it still is."""
+    """Half of the rounds, of optimizers made in the order of the entries, of which the reference is one."""
     runners: list[tuple[Entry, Runner]] = []
     for entry in entries:
         tick(f"{entry.contender.name}: warming up")

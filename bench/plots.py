@@ -10,6 +10,7 @@ from .results import Result, by_title, measured
 Row = dict[str, Any]
 OURS, THEIRS = "#c0392b", "#7f8c8d"
 COLOURS = ("#2c6fbb", "#e08e0b", "#2e8b57", "#7d3c98", "#16a085", "#8d6e63", "#d81b60", "#546e7a", "#9e9d24", "#00838f")
+MARKERS = ("o", "s", "^", "v")
 MOST_BARS = 60
 
 
@@ -30,9 +31,19 @@ def new_axes(height: float) -> tuple[Any, Any]:
     return figure, axes
 
 
-def colour_of(names: list[str]) -> dict[str, str]:
-    peers = [name for name in names if not name.startswith("fused_optim")]
-    return {name: COLOURS[index % len(COLOURS)] for index, name in enumerate(peers)}
+def style_of(names: list[str]) -> dict[str, dict[str, Any]]:
+    """Colour and marker of each contender: ours red diamonds, the witness hollow."""
+    styles: dict[str, dict[str, Any]] = {}
+    for name in names:
+        if name.startswith("fused_optim"):
+            hollow = {"markerfacecolor": "none", "linestyle": "--"} if name.endswith("/eager") else {}
+            styles[name] = {"color": OURS, "marker": "D", "markersize": 6, "linewidth": 2, "zorder": 4, **hollow}
+        else:
+            place = sum(not known.startswith("fused_optim") for known in styles)
+            marker = MARKERS[place // len(COLOURS) % len(MARKERS)]
+            colour = COLOURS[place % len(COLOURS)]
+            styles[name] = {"color": colour, "marker": marker, "markersize": 5, "linewidth": 1.2, "zorder": 3}
+    return styles
 
 
 def ratio_bars(result: Result) -> Any:
@@ -83,24 +94,14 @@ def roofline(result: Result) -> Any:
         raise NoFigure
     figure, axes = new_axes(5.5)
     names = list(dict.fromkeys(row["contender"] for row in rows))
-    colours = colour_of(names)
-    for name in names:
+    for name, style in style_of(names).items():
         points = [(row["bytes_moved"] / 1e6, row["step_us"]) for row in rows if row["contender"] == name]
-        ours = name not in colours
-        axes.scatter(
-            *zip(*points),
-            label=name,
-            color=OURS if ours else colours[name],
-            marker="D" if ours else "o",
-            s=42 if ours else 26,
-            facecolors=None if name != "fused_optim/eager" else "none",
-            zorder=4 if ours else 3,
-        )
+        axes.plot(*zip(*points), label=name, **{**style, "linestyle": ""})
     paces = [row["copy_bytes_per_second"] for row in rows if "copy_bytes_per_second" in row]
     sizes = sorted({row["bytes_moved"] for row in rows})
     if paces:
         pace = max(paces)
-        span = [sizes[0] / 2, sizes[-1] * 2]
+        span = [sizes[0] / 3, sizes[-1] * 3]  # a decade at least
         axes.plot(
             [size / 1e6 for size in span],
             [size / pace * 1e6 for size in span],
@@ -110,6 +111,8 @@ def roofline(result: Result) -> Any:
         )
     axes.set_xscale("log")
     axes.set_yscale("log")
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter("")
     axes.set_xlabel("bytes that a step must move [MB]")
     axes.set_ylabel("time of a step [µs]")
     axes.set_title("Roofline: the nearer to the line, the more of the memory's pace is used", loc="left")
@@ -128,19 +131,9 @@ def lines(
         raise NoFigure
     figure, axes = new_axes(4.8)
     names = list(dict.fromkeys(row["contender"] for row in rows))
-    colours = colour_of(names)
-    for name in names:
+    for name, style in style_of(names).items():
         points = sorted((row[x] / divide, row[y]) for row in rows if row["contender"] == name)
-        ours = name not in colours
-        axes.plot(
-            *zip(*points),
-            label=name,
-            color=OURS if ours else colours[name],
-            linestyle="--" if name == "fused_optim/eager" else "-",
-            marker="D" if ours else "o",
-            markersize=5 if ours else 4,
-            linewidth=2 if ours else 1.2,
-        )
+        axes.plot(*zip(*points), label=name, **style)
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_xlabel(xlabel)

@@ -16,8 +16,8 @@ PEERS = (
         },
         needs("pytorch_optimizer", "pip install --no-deps pytorch_optimizer"),
         notes={
-            "LARS": "biases and norms are stepped by plain SGD, and the first momentum is dampened",
-            "LAMB": "no bias correction; the norm of the parameter is at most 10",
+            "LARS": "tensors of one dimension are stepped by plain SGD",
+            "LAMB": "the norm of the parameter counts as 10 at most",
         },
     ),
 )
