@@ -93,7 +93,10 @@ def step(arguments: argparse.Namespace) -> int:
         if arguments.json is not None:
             results.save(arguments.json, result)
 
-    keep()  # a place that cannot be written is found out now
+    try:
+        keep()  # a place that cannot be written is found out now
+    except OSError as error:
+        raise ValueError(f"--json {arguments.json} cannot be written: {error.strerror}") from error
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the peers' own
         try:

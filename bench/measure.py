@@ -94,6 +94,11 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
+def blocks_of(seconds: float) -> int:
+    """How many steps of so many seconds make a block: the figure is the step's own cost, not that of a single call."""
+    return max(1, min(LONGEST_BLOCK, round(BLOCK_SECONDS / max(seconds, 1e-9))))
+
+
 class Runner:
     """A contender made and warm, in as many copies as its inputs rotate through."""
 
@@ -107,8 +112,7 @@ class Runner:
             for _ in range(WARM_UP):
                 stepper.step()
         self.synchronize()
-        once = self.block(1).wall
-        self.repeats = max(1, min(LONGEST_BLOCK, round(BLOCK_SECONDS / max(once, 1e-9))))
+        self.repeats = blocks_of(self.block(1).wall)
 
     def synchronize(self) -> None:
         if self.device.type == "cuda":
@@ -149,13 +153,13 @@ class Copy:
         self.target = torch.ones_like(self.source)
         self.runner = Runner.__new__(Runner)
         self.runner.device, self.runner.turn, self.runner.steppers = device, 0, [self]
-        self.runner.block(WARM_UP)
+        self.repeats = blocks_of(self.runner.block(WARM_UP).wall)
 
     def step(self) -> None:
         self.target.copy_(self.source)
 
     def bytes_per_second(self) -> float:
-        times = self.runner.block(1)
+        times = self.runner.block(self.repeats)
         return self.bytes / (times.wall if times.device is None else times.device)
 
 

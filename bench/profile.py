@@ -94,10 +94,10 @@ class StepProfile:
     @property
     def bound(self) -> str:
         """What the time of the optimizer follows: the host, the memory, or neither alone."""
+        if self.host is not None and self.host / self.optimizer >= BOUND:
+            return f"host-bound: {min(1.0, self.host / self.optimizer):.0%} of its time is the host's"
         if self.copy / self.optimizer >= BOUND:
             return f"bandwidth-bound: it moves its bytes at {self.copy / self.optimizer:.0%} of a copy's pace"
-        if self.host is not None and self.host / self.optimizer >= BOUND:
-            return f"host-bound: {self.host / self.optimizer:.0%} of its time is the host's"
         share = "" if self.host is None else f", {self.host / self.optimizer:.0%} of its time is the host's"
         return (
             f"bound by neither alone: it moves its bytes at {self.copy / self.optimizer:.0%} of a copy's pace{share}; "

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from .cases import Case, elements_of
+from .measure import quartiles
 
 
 def seconds_of(step: Callable[[], Any], repeats: int) -> float:
@@ -74,6 +75,7 @@ def time_case(case: Case, rounds: int) -> dict[str, Any]:
         "peer": case.peer,
         "backend": backend,
         "ours_us": statistics.median(mine for mine, _, _ in measured) * 1e6,
+        "ours_quartiles_us": [us * 1e6 for us in quartiles([mine for mine, _, _ in measured])],
         "peer_us": statistics.median(theirs for _, theirs, _ in measured) * 1e6,
         "ratio": statistics.geometric_mean(middles),
         "ratio_quartiles": [low, high],
