@@ -42,7 +42,7 @@ def progress_of(console: Console, total: int) -> Iterator[tuple[Progress, Any]]:
 
 def device_of(name: str | None) -> torch.device:
     if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError as error:
@@ -51,6 +51,9 @@ def device_of(name: str | None) -> torch.device:
         raise ValueError(f"--device {name}: torch finds no CUDA device here; try --device cpu")
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"--device {name}: the harness measures on cpu and cuda")
+    if device.type == "cuda":
+        device = torch.device("cuda", device.index or 0)
+        torch.cuda.set_device(device)  # events and graphs are the current device's
     return device
 
 
@@ -88,6 +91,8 @@ def step(arguments: argparse.Namespace) -> int:
     protocol = {"rounds": arguments.rounds, "rotate": arguments.rotate, "load_average": load_average()}
     result = results.new_result(machine(device), {**protocol, "command": " ".join(sys.argv[1:])})
     console = new_console()
+    if (load := protocol["load_average"]) is not None and load > 0.5:
+        console.print(f"{load} processes wanted a core in the last minute: other work beside makes figures noisy")
 
     def keep() -> None:
         if arguments.json is not None:

@@ -114,7 +114,9 @@ def _profiled_on_cuda(stepper: Stepper, device: torch.device) -> tuple[int, int,
     kernels = [
         event
         for event in recorded.events() or ()
-        if event.device_type == torch.autograd.DeviceType.CUDA and not event.name.startswith(("Memcpy", "Memset"))
+        if event.device_type == torch.autograd.DeviceType.CUDA
+        and not event.name.startswith(("Memcpy", "Memset"))
+        and not getattr(event, "is_user_annotation", False)  # a range of the host, drawn on the device's line
     ]
     # Our own counter knows launches that a profiler without CUPTI does not see.
     return temporary, max(own, len(kernels)), sum(event.time_range.elapsed_us() for event in kernels)

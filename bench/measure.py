@@ -330,7 +330,7 @@ def row_of(setting: Setting, entry: Entry, copies: int, reference: Entry) -> dic
         row["device_quartiles_us"] = [value * 1e6 for value in quartiles(devices)]
     if "host_us" in row:
         row["host_us_per_tensor"] = row["host_us"] / max(1, setting.model.tensors)
-    if contender.name != reference.contender.name:
+    if reference.contender.ours and contender.name != reference.contender.name:
         row |= ratios("wall", entry, "ours_times_as_fast")
         if devices:
             row |= ratios("device", entry, "ours_times_as_fast_on_device")
