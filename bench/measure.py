@@ -283,7 +283,7 @@ def describe(entry: Entry, setting: Setting) -> None:
 
 
 def twin_seconds(contender: Contender, setting: Setting) -> float:
-    """The host's share on a CPU: a step of the same tensors and groups with one element each."""
+    """The host's share on a CPU: a step of the same tensors and groups with two elements each."""
     runner = Runner(contender, setting._replace(model=setting.model.twin()), 1)
     return statistics.median(runner.block(runner.repeats).wall for _ in range(5))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from typing import Any
 
-from .results import Result, by_title, measured
+from .results import Result, measured
 
 Row = dict[str, Any]
 OURS, THEIRS = "#c0392b", "#7f8c8d"
@@ -51,14 +51,14 @@ def ratio_bars(result: Result) -> Any:
     bars: list[tuple[str, float, list[float]]] = [
         (f"{case['case']}\n{case['peer']}", case["ratio"], case["ratio_quartiles"]) for case in result["cases"]
     ]
-    several = len(by_title(result)) > 1
-    for title, rows in by_title(result).items():
-        for row in rows:
-            if row["status"] == "measured" and "ours_times_as_fast" in row:
-                name = f"{title}: {row['contender']}" if several else row["contender"]
-                bars.append((name, row["ours_times_as_fast"], row["ours_times_as_fast_quartiles"]))
+    shown = [row for row in measured(result) if "ours_times_as_fast" in row]
+    differ = [key for key in ("optimizer", "model", "dtype") if len({row[key] for row in shown}) > 1]
+    for row in shown:
+        name = ", ".join([*(row[key] for key in differ), row["contender"]])
+        bars.append((name, row["ours_times_as_fast"], row["ours_times_as_fast_quartiles"]))
     if not bars:
         raise NoFigure
+    left_out = max(0, len(bars) - MOST_BARS)
     bars = bars[:MOST_BARS][::-1]
     figure, axes = new_axes(1.2 + (0.42 if result["cases"] else 0.26) * len(bars))
     values = [value for _, value, _ in bars]
@@ -75,10 +75,11 @@ def ratio_bars(result: Result) -> Any:
     axes.xaxis.set_major_formatter("{x:g}")
     axes.minorticks_off()
     for place, (_, value, quartile) in enumerate(bars):
-        axes.text(max(value, quartile[1]) * 1.05, place, f"{value:.2f}", va="center", fontsize=8)
+        axes.text(max(1, value, quartile[1]) * 1.05, place, f"{value:.2f}", va="center", fontsize=8)
     axes.axvline(1, color="#222222", linewidth=1)
     axes.set_xlabel("times as long as fused_optim's step (logarithmic; whiskers: quartiles)")
-    axes.set_title("How many times as fast fused_optim is", loc="left")
+    more = f" (the first {MOST_BARS} of {MOST_BARS + left_out})" if left_out else ""
+    axes.set_title(f"How many times as fast fused_optim is{more}", loc="left")
     return figure
 
 

@@ -114,7 +114,7 @@ class StepProfile:
             f"{self.copy * 1e3:,.2f} ms",
         ]
         if self.host is not None:
-            how = "on a twin with one element a tensor" if self.device == "cpu" else "until the call returns"
+            how = "on a twin with two elements a tensor" if self.device == "cpu" else "until the call returns"
             lines.append(f"  the host's share is {self.host * 1e3:,.3f} ms ({how})")
         lines.append(f"  it is {self.bound}")
         lines += [f"    {name}: {seconds * 1e3:,.3f} ms" for name, seconds in self.phases.items()]

@@ -44,12 +44,19 @@ class Model:
         return Model(self.name, (Group(1.0, 1.0, tensors),), self.source)
 
     def twin(self) -> Model:
-        """The same groups and numbers of dimensions, with one element a tensor: what is left is the host's work."""
+        """The same groups and numbers of dimensions, with two elements a tensor: what is left is the host's work.
+
+        Not one element: such tensors are checked more closely, and 1,000 of them took the host 230 µs more.
+        """
         groups = (
-            Group(group.lr_scale, group.weight_decay_scale, {name: (1,) * len(s) for name, s in group.tensors.items()})
+            Group(group.lr_scale, group.weight_decay_scale, {name: small(s) for name, s in group.tensors.items()})
             for group in self.groups
         )
         return Model(self.name, tuple(groups), self.source)
+
+
+def small(shape: Shape) -> Shape:
+    return (1,) * (len(shape) - 1) + (2,) if shape else ()
 
 
 def grouped(name: str, source: str, tensors: dict[str, tuple[Shape, float, float]]) -> Model:

@@ -126,7 +126,7 @@ def test_models_have_the_published_size(name: str, parameters: int, tensors: int
     assert model.name == name
     assert model.merged().numel == parameters
     assert len(model.merged().groups) == 1
-    assert model.twin().numel == tensors
+    assert model.twin().numel == 2 * tensors
 
 
 def test_rf_detr_has_28_pairs_of_learning_rate_and_decay() -> None:
