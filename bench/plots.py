@@ -98,17 +98,18 @@ def roofline(result: Result) -> Any:
     for name, style in style_of(names).items():
         points = [(row["bytes_moved"] / 1e6, row["step_us"]) for row in rows if row["contender"] == name]
         axes.plot(*zip(*points), label=name, **{**style, "linestyle": ""})
-    paces = [row["copy_bytes_per_second"] for row in rows if "copy_bytes_per_second" in row]
-    sizes = sorted({row["bytes_moved"] for row in rows})
+    paces = {row["bytes_moved"]: row["copy_bytes_per_second"] for row in rows if "copy_bytes_per_second" in row}
     if paces:
-        pace = max(paces)
-        span = [sizes[0] / 3, sizes[-1] * 3]  # a decade at least
+        curve = sorted(paces.items())
+        (first, first_pace), (last, last_pace) = curve[0], curve[-1]
+        curve = [(first / 3, first_pace), *curve, (last * 3, last_pace)]  # a decade at least
+        low, high = min(paces.values()) / 1e9, max(paces.values()) / 1e9
         axes.plot(
-            [size / 1e6 for size in span],
-            [size / pace * 1e6 for size in span],
+            [size / 1e6 for size, _ in curve],
+            [size / pace * 1e6 for size, pace in curve],
             color="#222222",
             linewidth=1.2,
-            label=f"copy in the same run: {pace / 1e9:,.0f} GB/s",
+            label=f"copy: {low:,.0f}–{high:,.0f} GB/s" if len(paces) > 1 else f"copy: {high:,.0f} GB/s",
         )
     axes.set_xscale("log")
     axes.set_yscale("log")
@@ -137,6 +138,7 @@ def lines(
         axes.plot(*zip(*points), label=name, **style)
     axes.set_xscale("log")
     axes.set_yscale("log")
+    axes.xaxis.set_major_formatter("{x:g}")
     axes.set_xlabel(xlabel)
     axes.set_ylabel(ylabel)
     axes.set_title(f"{title} ({kinds[0][0]}, {kinds[0][1]})", loc="left")

@@ -12,9 +12,9 @@ from .results import Result, by_title, is_noisy
 
 CAPTIONS = {
     "ratios": "A bar to the right of 1: the peer takes that many times as long as fused_optim in the same round.",
-    "roofline": "The line is a copy that reads and writes the same number of bytes. On a CPU a copy also reads what it "
+    "roofline": "The line: a copy that moves as many bytes, between the same steps. On a CPU a copy also reads what it "
     "overwrites, which a step has read anyway: a step can then lie below the line.",
-    "groups": "Host time: on a CPU that of a step with two elements a tensor, on a GPU the time until the call returns.",
+    "groups": "Host time: on a CPU of a step with two elements a tensor, on a GPU the time until the call returns.",
     "scaling": "40 equal matrices in one group.",
 }
 STYLE = """
