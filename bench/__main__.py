@@ -9,7 +9,12 @@ from pathlib import Path
 
 from fused_optim import backends
 
-from . import commands
+try:
+    from . import commands
+except ModuleNotFoundError as error:
+    if (error.name or "").split(".")[0] != "rich":
+        raise
+    sys.exit("fused_optim.bench prints with rich, and draws with matplotlib: pip install rich matplotlib")
 from .models import MODELS
 from .optimizers import RECIPES
 from .peers import PEERS

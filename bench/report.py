@@ -40,7 +40,7 @@ def check_output(path: Path) -> None:
     try:
         import matplotlib  # noqa: F401
     except ImportError:
-        raise ValueError("a report needs matplotlib: pip install 'fused_optim[bench]'") from None
+        raise ValueError("a report needs matplotlib: pip install matplotlib") from None
 
 
 def write_report(result: Result, path: Path) -> None:

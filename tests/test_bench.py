@@ -594,6 +594,13 @@ def test_profile_refuses_what_it_cannot(
     assert complaint in capsys.readouterr().err
 
 
+def test_without_rich_the_remedy_is_said() -> None:
+    code = "import runpy, sys; sys.modules['rich'] = None; runpy.run_module('fused_optim.bench', run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].endswith("pip install rich matplotlib")
+
+
 def test_the_commit_is_that_of_the_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)  # whatever folder the harness is used in
     head = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
