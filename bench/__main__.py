@@ -1,57 +1,112 @@
-"""`python -m fused_optim.bench`, or `python -m bench` in a checkout: how fast a step is beside others'."""
+"""Time and profile optimizers side by side; `python -m bench` in a checkout is the same program."""
 
 from __future__ import annotations
 
 import argparse
-import difflib
-import json
+import os
 import sys
 from pathlib import Path
 
-from rich.console import Console
-from rich.progress import track
-from rich.table import Table
+from fused_optim import backends
 
-from .cases import CASES
-from .peers import Missing
-from .step import machine, time_case
+try:
+    from . import commands
+except ModuleNotFoundError as error:
+    if (error.name or "").split(".")[0] != "rich":
+        raise
+    sys.exit("fused_optim.bench prints with rich, and draws with matplotlib: pip install rich matplotlib")
+from .models import MODELS
+from .optimizers import RECIPES
+from .peers import PEERS
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m fused_optim.bench", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
-    step = commands.add_parser("step", help="time optimizer steps")
-    step.add_argument("--case", action="append", help="a case by name; default: all", metavar="NAME")
-    step.add_argument("--rounds", type=int, default=41, help="pairs of measurements a case (default: %(default)s)")
-    step.add_argument("--json", type=Path, help="write the result to this file")
-    arguments = parser.parse_args()
+def parser() -> argparse.ArgumentParser:
+    whole = argparse.ArgumentParser(prog="python -m fused_optim.bench", description=__doc__)
+    verbs = whole.add_subparsers(dest="command", required=True)
 
-    for name in arguments.case or ():
-        if name not in CASES:
-            near = difflib.get_close_matches(name, CASES, cutoff=0.3)
-            parser.error(f"no case is named {name!r}; near: {', '.join(near) or ', '.join(CASES)}")
+    step = verbs.add_parser(
+        "step",
+        help="time optimizer steps",
+        description="Times optimizer steps, ours and the peers' in turn. Without an option: the named cases, which the "
+        "README shows. With --model, --shapes or another option of the grid: optimizers x models x dtypes, each with "
+        "all backends and all peers that are installed.",
+    )
+    step.set_defaults(run=commands.step)
+    step.add_argument("--case", action="append", metavar="NAME", help="a named case; may be repeated")
+    add_grid(step)
+    step.add_argument("--rounds", type=count, help="measurements of each contender (default: 41; 11 in the grid)")
+    step.add_argument("--rotate", action="store_true", help="step copies in turn that do not fit into the cache")
+    step.add_argument("--json", type=Path, metavar="FILE", help="write the result to this file, after every case")
+    step.add_argument("--report", type=Path, metavar="FILE", help="write a report with plots: .html or .md")
 
-    console = Console(width=None if sys.stdout.isatty() else 140)  # a pipe has no width of its own
-    result = {"machine": machine(), "cases": []}
-    table = Table(title=f"Optimizer steps side by side, {result['machine']['threads']} threads")
-    for heading in ("case", "beside", "ours [µs]", "peer [µs]", "times as fast", "quartiles"):
-        table.add_column(heading, justify="left" if heading in ("case", "beside") else "right")
-    for name in track(arguments.case or CASES, description="timing", console=console, transient=True):
-        try:
-            figures = time_case(CASES[name], arguments.rounds)
-        except Missing as reason:
-            console.print(f"{name}: left out: {reason}")
-            continue
-        result["cases"].append(figures)
-        low, high = figures["ratio_quartiles"]
-        microseconds = (figures["ours_us"], figures["peer_us"])
-        ratio = f"{figures['ratio']:.2f}"
-        table.add_row(name, figures["peer"], *(f"{us:,.0f}" for us in microseconds), ratio, f"{low:.2f}–{high:.2f}")
-    console.print(table)
-    if arguments.json is not None:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(result, indent=2) + "\n")
+    profile = verbs.add_parser(
+        "profile",
+        help="the timeline of a training step",
+        description="Profiles one training step with torch.profiler, says how much of it is the optimizer and what "
+        "bounds that, and writes a Chrome trace. Forward and backward are stood in for by the matrix products of each "
+        "parameter: 6 operations a parameter and token.",
+    )
+    profile.set_defaults(run=commands.profile)
+    profile.add_argument("--model", default="resnet-50", metavar="NAME", help="default: %(default)s")
+    profile.add_argument("--shapes", type=Path, metavar="FILE", help="instead of --model: a file of write_shapes")
+    profile.add_argument("--optimizer", default="AdamW", metavar="NAME", help="default: %(default)s")
+    profile.add_argument("--peer", metavar="NAME", help="profile this peer instead of ours")
+    profile.add_argument("--backend", choices=backends.BACKENDS, help="of ours; default: the best there is")
+    profile.add_argument("--dtype", default="float32", metavar="NAME", help="default: %(default)s")
+    profile.add_argument("--device", metavar="DEVICE", help="default: cuda where there is one, else cpu")
+    profile.add_argument("--tokens", type=count, default=256, help="of the batch (default: %(default)s)")
+    profile.add_argument("--trace", type=Path, default=Path("trace.json"), help="default: %(default)s")
+
+    report = verbs.add_parser("report", help="a report with plots from a result file")
+    report.set_defaults(run=commands.report)
+    report.add_argument("result", type=Path, metavar="RESULT.json")
+    report.add_argument("output", type=Path, metavar="REPORT", help="an .html or .md file")
+
+    compare = verbs.add_parser(
+        "compare",
+        help="two result files: ratios and regressions",
+        description="Prints how much slower B is than A, case by case. Exit status 1 if something of ours is slower "
+        "than --threshold allows and beyond the quartiles of both, 2 if the files cannot be compared.",
+    )
+    compare.set_defaults(run=commands.compare)
+    compare.add_argument("before", type=Path, metavar="A.json")
+    compare.add_argument("after", type=Path, metavar="B.json")
+    compare.add_argument("--threshold", type=float, default=0.1, help="what is not yet a regression (default: 0.1)")
+
+    shapes = verbs.add_parser("shapes", help="list the models, or print one as a shapes file")
+    shapes.set_defaults(run=commands.shapes)
+    shapes.add_argument("model", nargs="?", metavar="MODEL or FILE", help="print this one")
+    return whole
+
+
+def add_grid(step: argparse.ArgumentParser) -> None:
+    grid = step.add_argument_group("the grid (each may be repeated)")
+    grid.add_argument("--optimizer", action="append", metavar="NAME", help=f"{', '.join(RECIPES)}, or all")
+    grid.add_argument("--model", action="append", metavar="NAME", help=", ".join(MODELS))
+    grid.add_argument("--shapes", action="append", type=Path, metavar="FILE", help="a file of write_shapes")
+    grid.add_argument("--dtype", action="append", metavar="NAME", help="float32, bfloat16, float16, float64")
+    grid.add_argument("--backend", action="append", metavar="NAME", help=", ".join(backends.BACKENDS))
+    grid.add_argument("--peer", action="append", metavar="NAME", help=f"{', '.join(PEERS)}, or none")
+    grid.add_argument("--device", metavar="DEVICE", help="default: cuda where there is one, else cpu")
+
+
+def count(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a number of 1 or more")
+    return number
+
+
+def main() -> int:
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch.profiler tells of its starts otherwise
+    whole = parser()
+    arguments = whole.parse_args()
+    try:
+        return arguments.run(arguments)
+    except ValueError as error:  # bad input, said in full by whoever found it
+        print(f"{whole.prog} {arguments.command}: {error}", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

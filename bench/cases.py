@@ -12,7 +12,7 @@ from torch.nn import Parameter
 
 import fused_optim
 
-from . import peers
+from .peers.timm import timm
 
 Groups = list[dict[str, Any]]
 
@@ -146,21 +146,21 @@ CASES = {
             "NovoGrad, 200 x 64K float32",
             "timm NvNovoGrad",
             lambda: fused_optim.NovoGrad(speech_model(), 1e-3, weight_decay=1e-3),
-            lambda: peers.timm("nvnovograd", "NvNovoGrad")(speech_model(), lr=1e-3, weight_decay=1e-3),
+            lambda: timm("nvnovograd", "NvNovoGrad")(speech_model(), lr=1e-3, weight_decay=1e-3),
             bytes_per_element=20,
         ),
         Case(
             "LARC(SGD), 200 x 64K float32",
             "timm Lars(trust_clip=True)",
             lambda: fused_optim.LARC(fused_optim.SGD(speech_model(), **MOMENTUM), eta=0.001, variant="apex"),
-            lambda: peers.timm("lars", "Lars")(speech_model(), trust_clip=True, **MOMENTUM),
+            lambda: timm("lars", "Lars")(speech_model(), trust_clip=True, **MOMENTUM),
             bytes_per_element=20,
         ),
         Case(
             "LAMB, 200 x 64K float32",
             "timm Lamb",
             lambda: fused_optim.LAMB(speech_model(), **LAMB),
-            lambda: peers.timm("lamb", "Lamb")(speech_model(), **LAMB),
+            lambda: timm("lamb", "Lamb")(speech_model(), **LAMB),
             bytes_per_element=32,
         ),
     )

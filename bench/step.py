@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import gc
-import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
-from datetime import datetime, timezone
 from typing import Any
 
 import torch
 
-import fused_optim
-
 from .cases import Case, elements_of
+from .measure import quartiles
 
 
 def seconds_of(step: Callable[[], Any], repeats: int) -> float:
@@ -79,6 +75,7 @@ def time_case(case: Case, rounds: int) -> dict[str, Any]:
         "peer": case.peer,
         "backend": backend,
         "ours_us": statistics.median(mine for mine, _, _ in measured) * 1e6,
+        "ours_quartiles_us": [us * 1e6 for us in quartiles([mine for mine, _, _ in measured])],
         "peer_us": statistics.median(theirs for _, theirs, _ in measured) * 1e6,
         "ratio": statistics.geometric_mean(middles),
         "ratio_quartiles": [low, high],
@@ -88,23 +85,3 @@ def time_case(case: Case, rounds: int) -> dict[str, Any]:
         shares = [case.bytes_per_element / 8 * copied / mine for mine, _, copied in measured]
         figures["share_of_copy"] = statistics.median(shares)
     return figures
-
-
-def machine() -> dict[str, Any]:
-    """What a reader must know to place the figures."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    cpu = "unknown"
-    try:
-        with open("/proc/cpuinfo") as info:
-            cpu = next((line.split(":")[1].strip() for line in info if line.startswith("model name")), cpu)
-    except OSError:
-        pass
-    return {
-        "date": datetime.now(timezone.utc).date().isoformat(),
-        "commit": commit.stdout.strip() or "unknown",
-        "cpu": cpu,
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "fused_optim": fused_optim.__version__,
-    }

@@ -1,0 +1,288 @@
+"""The timeline of one training step: how much of it is the optimizer, and what bounds that."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, record_function
+from torch.profiler import profile as profiled
+
+from fused_optim import FusedOptimizer, backends
+
+from .contenders import contenders_for, ours
+from .footprint import bytes_of_step, optimizer_of, state_bytes
+from .material import Material, make_material
+from .measure import Copy
+from .optimizers import Recipe, Stepper
+from .shapes import Model
+
+OPTIMIZER = "optimizer step"
+MODEL = "forward and backward"
+PHASES = {
+    "refresh": "fused_optim: refresh (addresses and hyperparameters)",
+    "reduce": "fused_optim: reduce (norms)",
+    "run": "fused_optim: run (reduce, prepare, apply)",
+}
+WARM_UP, TIMED = 3, 5  # steps
+BOUND = 0.6  # the share of a step from which on something is called its bound
+
+
+class NamedPhases:
+    """A plan whose phases stand in the timeline under their names."""
+
+    def __init__(self, plan: Any) -> None:
+        self._plan = plan
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self._plan, name)
+        if name not in PHASES:
+            return found
+
+        def named(*arguments: Any) -> Any:
+            with record_function(PHASES[name]):
+                return found(*arguments)
+
+        return named
+
+
+@contextmanager
+def named_phases(optimizer: Any) -> Iterator[None]:
+    """Within, the phases of one of our optimizers are ranges of torch.profiler; any other is left alone."""
+    if not isinstance(optimizer, FusedOptimizer) or optimizer._plan is None:
+        yield
+        return
+    plan, witness = optimizer._plan, optimizer._step_witness
+    optimizer._plan = NamedPhases(plan)  # type: ignore[assignment]
+
+    def named_witness(*arguments: Any) -> Any:
+        with record_function("fused_optim: witness (torch operations)"):
+            return witness(*arguments)
+
+    optimizer._step_witness = named_witness  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del optimizer._step_witness
+        if isinstance(optimizer._plan, NamedPhases):
+            optimizer._plan = plan
+
+
+@dataclass(frozen=True)
+class StepProfile:
+    """Times in seconds; ``host`` is the calling thread's in the optimizer, ``copy`` a copy of the same bytes."""
+
+    title: str
+    step: float
+    optimizer: float
+    host: float | None
+    moved: int
+    copy: float
+    phases: dict[str, float]
+    trace: Path
+    stand_in: bool
+    device: str
+
+    @property
+    def bound(self) -> str:
+        """What the time of the optimizer follows: the host, the memory, or neither alone."""
+        if self.host is not None and self.host / self.optimizer >= BOUND:
+            return f"host-bound: {min(1.0, self.host / self.optimizer):.0%} of its time is the host's"
+        if self.copy / self.optimizer >= BOUND:
+            return f"bandwidth-bound: it moves its bytes at {self.copy / self.optimizer:.0%} of a copy's pace"
+        share = "" if self.host is None else f", {self.host / self.optimizer:.0%} of its time is the host's"
+        return (
+            f"bound by neither alone: it moves its bytes at {self.copy / self.optimizer:.0%} of a copy's pace{share}; "
+            "what remains is arithmetic, temporaries or many small operations"
+        )
+
+    def text(self) -> str:
+        whole = "forward and backward (a stand-in: matrix products)" if self.stand_in else "forward and backward"
+        lines = [
+            f"{self.title}",
+            f"  a step takes {self.step * 1e3:,.2f} ms: {whole} {(self.step - self.optimizer) * 1e3:,.2f} ms, "
+            f"optimizer {self.optimizer * 1e3:,.2f} ms ({self.optimizer / self.step:.1%})",
+            f"  the optimizer moves {self.moved / 1e6:,.1f} MB at least; a copy of as many bytes takes "
+            f"{self.copy * 1e3:,.2f} ms",
+        ]
+        if self.host is not None:
+            how = "on a twin with two elements a tensor" if self.device == "cpu" else "until the call returns"
+            lines.append(f"  the host's share is {self.host * 1e3:,.3f} ms ({how})")
+        lines.append(f"  it is {self.bound}")
+        lines += [f"    {name}: {seconds * 1e3:,.3f} ms" for name, seconds in self.phases.items()]
+        lines.append(f"  timeline: {self.trace} (open it in chrome://tracing or https://ui.perfetto.dev)")
+        return "\n".join(lines)
+
+
+def profile_step(
+    forward_backward: Callable[[], Any],
+    optimizer: Any,
+    trace: str | Path = "trace.json",
+    *,
+    title: str = "training step",
+    host: float | None = None,
+    stand_in: bool = False,
+) -> StepProfile:
+    """Profile training steps of your own and write the timeline of one.
+
+    Args:
+        forward_backward: computes the gradients of a batch, ``optimizer.zero_grad()`` included; called nine times.
+        optimizer: any optimizer; the phases of one of this library are named in the timeline.
+        trace: where to write the Chrome trace.
+        title: the first line of the text.
+        host: seconds of the host in ``optimizer.step()``, where they are known; on CUDA they are measured.
+        stand_in: whether ``forward_backward`` is not the real one.
+
+    Returns:
+        The times; ``text()`` says them in words.
+
+    Raises:
+        ValueError: the optimizer has no parameter with a gradient after ``forward_backward()``.
+
+    Example:
+        >>> from fused_optim.bench import profile_step
+        >>> print(profile_step(forward_backward, optimizer).text())  # doctest: +SKIP
+    """
+    inner = optimizer_of(optimizer)
+    for _ in range(WARM_UP):
+        forward_backward()
+        optimizer.step()
+    params = [param for group in inner.param_groups for param in group["params"] if param.grad is not None]
+    if not params:
+        raise ValueError("optimizer: no parameter has a gradient after forward_backward()")
+    device = params[0].device
+
+    def synchronize() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    steps, optimizer_steps, host_steps = [], [], []
+    for _ in range(TIMED):
+        synchronize()
+        start = time.perf_counter()
+        forward_backward()
+        synchronize()
+        middle = time.perf_counter()
+        optimizer.step()
+        returned = time.perf_counter()
+        synchronize()
+        end = time.perf_counter()
+        steps.append(end - start)
+        optimizer_steps.append(end - middle)
+        host_steps.append(returned - middle)
+    if device.type == "cuda":
+        host = statistics.median(host_steps)
+    moved = bytes_of_step(Material(Model("", ()), [params]), state_bytes(optimizer))
+    copy = Copy(moved, device)
+    copied = moved / max(copy.bytes_per_second() for _ in range(TIMED))  # the limit is the best that it does
+    del copy
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
+    with named_phases(inner), profiled(activities=activities) as recorded:
+        with record_function(MODEL):
+            forward_backward()
+        with record_function(OPTIMIZER):
+            optimizer.step()
+        synchronize()
+    trace = Path(trace)
+    trace.parent.mkdir(parents=True, exist_ok=True)
+    recorded.export_chrome_trace(str(trace))
+    phases: dict[str, float] = {}
+    for event in recorded.events() or ():
+        if event.name.startswith("fused_optim: "):
+            phases[event.name] = phases.get(event.name, 0.0) + event.time_range.elapsed_us() / 1e6
+    return StepProfile(
+        title=title,
+        step=statistics.median(steps),
+        optimizer=statistics.median(optimizer_steps),
+        host=host,
+        moved=moved,
+        copy=copied,
+        phases=phases,
+        trace=trace,
+        stand_in=stand_in,
+        device=device.type,
+    )
+
+
+def stand_in(material: Material, tokens: int) -> Callable[[], None]:
+    """Forward and backward of each matrix by itself: three products, 6 operations a parameter and token.
+
+    A parameter of one dimension is added to by a sum. The gradients are written in place, as with
+    ``zero_grad(set_to_none=False)``.
+    """
+    work: list[tuple[Tensor, Tensor, Tensor]] = []
+    for param in material.flat:
+        if param.dim() > 1 and param.numel():
+            outputs = param.shape[0]
+            inputs = torch.randn(tokens, param.numel() // outputs, dtype=param.dtype, device=param.device)
+            work.append((param, inputs, torch.randn(tokens, outputs, dtype=param.dtype, device=param.device)))
+
+    def forward_backward() -> None:
+        with torch.no_grad():
+            for param, inputs, output_grad in work:
+                matrix = param.view(param.shape[0], -1)
+                outputs = inputs @ matrix.T
+                outputs.mul_(output_grad)
+                output_grad @ matrix
+                scale = 1e-2 / math.sqrt(tokens)
+                torch.mul(output_grad.T @ inputs, scale, out=param.grad.view_as(matrix))  # type: ignore[union-attr]
+
+    return forward_backward
+
+
+def profile_model(
+    model: Model,
+    recipe: Recipe,
+    dtype: torch.dtype,
+    device: torch.device,
+    backend: str | None,
+    peers: Sequence[str],
+    tokens: int,
+    trace: Path,
+) -> StepProfile:
+    """Profile one of our optimizers, or a peer, on the shapes of a model.
+
+    Raises:
+        ValueError: the backend or the peer cannot be used here; the text says why.
+    """
+    if peers:
+        found, absent = contenders_for(recipe, device, (), peers)
+        chosen = [contender for contender in found if not contender.ours]
+        if not chosen:
+            raise ValueError("; ".join(f"--peer {name}: {reason}" for name, reason in absent if name in peers))
+        contender = chosen[0]
+    else:
+        backend = backend or backends.choose(device)[0]
+        reason = backends.why_missing(backend, device.index)
+        if reason is not None:
+            raise ValueError(f"--backend {backend} cannot be used: {reason}")
+        if not backends.takes(backend, device):
+            raise ValueError(f"--backend {backend} takes no tensor on {device}")
+        contender = ours(recipe, backend)
+
+    def made(shapes: Model) -> tuple[Material, Stepper]:
+        material = make_material(contender.model(shapes), dtype, device)
+        return material, contender.make(material)
+
+    host = None
+    if device.type == "cpu" and not contender.compiles:
+        _, twin = made(model.twin())
+        for _ in range(WARM_UP):
+            twin.step()
+        samples = []
+        for _ in range(20):
+            start = time.perf_counter()
+            twin.step()
+            samples.append(time.perf_counter() - start)
+        host = statistics.median(samples)
+    material, stepper = made(model)
+    title = f"{contender.name} {recipe.name}, {model.name} ({model.numel / 1e6:,.1f} M), {dtype}, {device.type}"
+    return profile_step(stand_in(material, tokens), stepper, trace, title=title, host=host, stand_in=True)
