@@ -57,6 +57,17 @@ def parser() -> argparse.ArgumentParser:
     profile.add_argument("--tokens", type=count, default=256, help="of the batch (default: %(default)s)")
     profile.add_argument("--trace", type=Path, default=Path("trace.json"), help="default: %(default)s")
 
+    sharded = verbs.add_parser(
+        "sharded",
+        help="time the steps of DTensor parameters",
+        description="Times the steps of 465 small DTensor parameters in processes of this machine, beside torch's "
+        "fused AdamW and clip_grad_norm_.",
+    )
+    sharded.set_defaults(run=commands.sharded)
+    sharded.add_argument("--processes", type=count, default=2, help="default: %(default)s")
+    sharded.add_argument("--rounds", type=count, default=41, help="default: %(default)s")
+    sharded.add_argument("--json", type=Path, metavar="FILE", help="write the result to this file")
+
     report = verbs.add_parser("report", help="a report with plots from a result file")
     report.set_defaults(run=commands.report)
     report.add_argument("result", type=Path, metavar="RESULT.json")

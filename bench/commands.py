@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import warnings
 from collections.abc import Iterator
@@ -170,6 +171,18 @@ def profile(arguments: argparse.Namespace) -> int:
         model, RECIPES[optimizer], DTYPES[dtype], device, arguments.backend, peers, arguments.tokens, arguments.trace
     )
     print(found.text())
+    return 0
+
+
+def sharded(arguments: argparse.Namespace) -> int:
+    from .sharded import sharded_table, time_sharded
+
+    figures = time_sharded(arguments.processes, arguments.rounds)
+    new_console().print(sharded_table(figures))
+    if arguments.json is not None:
+        about = {"machine": machine(), "load_average": load_average(), "command": " ".join(sys.argv[1:])}
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
+        arguments.json.write_text(json.dumps({**about, "sharded": figures}, indent=2) + "\n")
     return 0
 
 

@@ -606,3 +606,12 @@ def test_the_commit_is_that_of_the_checkout(tmp_path: Path, monkeypatch: pytest.
     head = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
     known = commit()
     assert known == "unknown" if head.returncode else head.stdout.startswith(known.removesuffix("-dirty"))
+
+
+def test_sharded_parameters_are_timed_in_processes(tmp_path: Path) -> None:
+    output = tmp_path / "sharded.json"
+    command = [sys.executable, "-m", "bench", "sharded", "--processes", "1", "--rounds", "1", "--json", str(output)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert [row["case"] for row in json.loads(output.read_text())["sharded"]] == ["AdamW", "AdamW, global-norm clip"]
+    assert "host time of a step" in done.stdout
