@@ -17,6 +17,7 @@ from torch.profiler import ProfilerActivity, record_function
 from torch.profiler import profile as profiled
 
 from fused_optim import FusedOptimizer, backends
+from fused_optim.witness import WitnessSteps
 
 from .contenders import contenders_for, ours
 from .footprint import bytes_of_step, optimizer_of, state_bytes
@@ -60,18 +61,18 @@ def named_phases(optimizer: Any) -> Iterator[None]:
     if not isinstance(optimizer, FusedOptimizer) or optimizer._plan is None:
         yield
         return
-    plan, witness = optimizer._plan, optimizer._step_witness
+    plan, advance = optimizer._plan, WitnessSteps._advance
     optimizer._plan = NamedPhases(plan)  # type: ignore[assignment]
 
-    def named_witness(*arguments: Any) -> Any:
+    def named_advance(*arguments: Any) -> Any:
         with record_function("fused_optim: witness (torch operations)"):
-            return witness(*arguments)
+            return advance(*arguments)
 
-    optimizer._step_witness = named_witness  # type: ignore[method-assign]
+    WitnessSteps._advance = named_advance  # type: ignore[method-assign]
     try:
         yield
     finally:
-        del optimizer._step_witness
+        WitnessSteps._advance = advance  # type: ignore[method-assign]
         if isinstance(optimizer._plan, NamedPhases):
             optimizer._plan = plan
 

@@ -45,6 +45,7 @@ class Ranks:
     def __init__(self) -> None:
         self._processes: list[Any] = []
         self._connections: list[Connection] = []
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
 
     def run(self, function: Callable[..., Any], *arguments: Any, seconds: float = 60) -> list[Any]:
         """What a module's function returns on each rank.
@@ -77,7 +78,8 @@ class Ranks:
 
     def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
-        store = str(Path(tempfile.mkdtemp(prefix="ranks-")) / "store")
+        self._folder = tempfile.TemporaryDirectory(prefix="ranks-")
+        store = str(Path(self._folder.name) / "store")
         for rank in range(WORLD):
             here, there = context.Pipe()
             process = context.Process(target=_serve, args=(there, rank, store), daemon=True)
@@ -93,3 +95,6 @@ class Ranks:
         for connection in self._connections:
             connection.close()
         self._processes, self._connections = [], []
+        if self._folder is not None:
+            self._folder.cleanup()
+            self._folder = None
