@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import warnings
 from collections.abc import Iterator
@@ -79,6 +78,10 @@ def grid_of(arguments: argparse.Namespace) -> Grid | None:
     )
 
 
+def protocol_of(rounds: int | None) -> dict[str, Any]:
+    return {"rounds": rounds, "load_average": load_average(), "command": " ".join(sys.argv[1:])}
+
+
 def step(arguments: argparse.Namespace) -> int:
     if arguments.report is not None:
         from .report import check_output
@@ -89,8 +92,8 @@ def step(arguments: argparse.Namespace) -> int:
     if grid is None and not names:
         names = list(CASES)
     device = None if grid is None else grid.device
-    protocol = {"rounds": arguments.rounds, "rotate": arguments.rotate, "load_average": load_average()}
-    result = results.new_result(machine(device), {**protocol, "command": " ".join(sys.argv[1:])})
+    protocol = {**protocol_of(arguments.rounds), "rotate": arguments.rotate}
+    result = results.new_result(machine(device), protocol)
     console = new_console()
     if (load := protocol["load_average"]) is not None and load > 0.5:
         console.print(f"{load} processes wanted a core in the last minute: other work beside makes figures noisy")
@@ -175,14 +178,13 @@ def profile(arguments: argparse.Namespace) -> int:
 
 
 def sharded(arguments: argparse.Namespace) -> int:
-    from .sharded import sharded_table, time_sharded
+    from .sharded import time_sharded
 
-    figures = time_sharded(arguments.processes, arguments.rounds)
-    new_console().print(sharded_table(figures))
+    result = results.new_result(machine(), protocol_of(arguments.rounds))
+    result["cases"] = time_sharded(arguments.processes, arguments.rounds)
+    new_console().print(tables.case_table(result["cases"], 1))
     if arguments.json is not None:
-        about = {"machine": machine(), "load_average": load_average(), "command": " ".join(sys.argv[1:])}
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps({**about, "sharded": figures}, indent=2) + "\n")
+        results.save(arguments.json, result)
     return 0
 
 

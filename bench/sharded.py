@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from rich.table import Table
 from torch.nn import Parameter
 
 import fused_optim
@@ -33,8 +32,8 @@ def _params(mesh: Any) -> list[Parameter]:
     return params
 
 
-def _pairs(mesh: Any) -> dict[str, tuple[Callable[[], Any], Callable[[], Any]]]:
-    """By name: our step, and torch's way to do the same."""
+def _pairs(mesh: Any) -> list[tuple[str, str, Callable[[], Any], Callable[[], Any]]]:
+    """A name, our step, the name and the step of torch's way to do the same."""
     clipped = _params(mesh)
     torchs = torch.optim.AdamW(clipped, fused=True)
 
@@ -42,13 +41,18 @@ def _pairs(mesh: Any) -> dict[str, tuple[Callable[[], Any], Callable[[], Any]]]:
         torch.nn.utils.clip_grad_norm_(clipped, 1.0)
         torchs.step()
 
-    return {
-        "AdamW": (fused_optim.AdamW(_params(mesh)).step, torch.optim.AdamW(_params(mesh), fused=True).step),
-        "AdamW, global-norm clip": (
-            fused_optim.AdamW(_params(mesh), grad_clip=fused_optim.ClipGradByGlobalNorm(1.0)).step,
+    clip = fused_optim.ClipGradByGlobalNorm(1.0)
+    plain = torch.optim.AdamW(_params(mesh), fused=True)
+    peer = "torch.optim.AdamW(fused=True)"
+    return [
+        ("AdamW", peer, fused_optim.AdamW(_params(mesh)).step, plain.step),
+        (
+            "AdamW, global-norm clip",
+            f"clip_grad_norm_ + {peer}",
+            fused_optim.AdamW(_params(mesh), grad_clip=clip).step,
             clip_and_step,
         ),
-    }
+    ]
 
 
 def _seconds(step: Callable[[], Any], steps: int) -> float:
@@ -66,20 +70,21 @@ def _measure(rank: int, processes: int, rounds: int, folder: str) -> None:
     store = f"file://{folder}/store"
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=processes)
     figures = []
-    for name, (ours, theirs) in _pairs(init_device_mesh("cpu", (processes,))).items():
+    for name, peer, ours, theirs in _pairs(init_device_mesh("cpu", (processes,))):
         for step in (ours, theirs):
             _seconds(step, 2)
         measured = [(_seconds(ours, STEPS), _seconds(theirs, 1)) for _ in range(rounds)]
         ratios = [other / mine for mine, other in measured]
         figures.append(
             {
-                "case": name,
-                "tensors": TENSORS,
-                "processes": processes,
+                "case": f"{name}, {TENSORS} DTensors in {processes} processes",
+                "peer": peer,
+                "backend": "cpu",
                 "ours_us": statistics.median(mine for mine, _ in measured) * 1e6,
                 "peer_us": statistics.median(other for _, other in measured) * 1e6,
                 "ratio": statistics.median(ratios),
                 "ratio_quartiles": quartiles(ratios),
+                "rounds": rounds,
             }
         )
     if rank == 0:
@@ -94,14 +99,3 @@ def time_sharded(processes: int, rounds: int) -> list[dict[str, Any]]:
         torch.multiprocessing.spawn(_measure, (processes, rounds, folder), nprocs=processes)  # type: ignore[attr-defined]
         figures: list[dict[str, Any]] = torch.load(Path(folder) / "figures")
         return figures
-
-
-def sharded_table(figures: list[dict[str, Any]]) -> Table:
-    table = Table(title=f"{TENSORS} DTensor parameters, host time of a step")
-    for heading in ("case", "processes", "ours [µs]", "torch, fused [µs]", "times as fast", "quartiles"):
-        table.add_column(heading, justify="left" if heading == "case" else "right")
-    for row in figures:
-        low, high = row["ratio_quartiles"]
-        times = (f"{row[key]:,.0f}" for key in ("ours_us", "peer_us"))
-        table.add_row(row["case"], str(row["processes"]), *times, f"{row['ratio']:.1f}", f"{low:.1f}–{high:.1f}")
-    return table

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from types import MappingProxyType
 from typing import Any, ClassVar
 
@@ -329,11 +330,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             threads = torch.get_num_threads()
             shards = self._shards
             witness = WitnessSteps(self, witnessed, grad_scale)
-
-            def add_up(norms: Any) -> float:
-                return self._add_up(norms, witness, total=waits and by_global_norm)
-
-            exchange = add_up if shards else None
+            exchange = partial(self._add_up, witness, waits and by_global_norm) if shards else None
             global_norm: float | None = 0.0 if waits else None
             if by_global_norm and not waits:
                 self._grad_norm = self._norm_tensors[self._cuda_devices[0]]
@@ -391,8 +388,11 @@ class FusedOptimizer(torch.optim.Optimizer):
             scalars.append((device.index or 0, scale_address, found_inf_address, norm, written, measured, exchanged))
         return scalars
 
-    def _add_up(self, norms: Any, witness: WitnessSteps, *, total: bool) -> float:
-        """Add up over processes the norms on the host, or those on a CUDA device by its index; see `plan.Exchange`."""
+    def _add_up(self, witness: WitnessSteps, total: bool, norms: Any) -> float:
+        """Add up over processes the norms on the host, or those on a CUDA device by its index; see `plan.Exchange`.
+
+        ``total``: whether the host wants the device's sum of squares, for which it waits.
+        """
         if not isinstance(norms, int):
             if None not in self._shards:
                 return 0.0
