@@ -70,11 +70,6 @@ void narrow(const float* __restrict in, float16* out, int64_t n) {
 }
 #endif
 
-template <class T>
-bool is_of_type(DType dtype) {
-  return dtype == (sizeof(T) == 4 ? DType::float32 : DType::float64);
-}
-
 // The tile of a column as T: the memory itself, or a widened copy in scratch.
 template <class T>
 T* load_tile(const Row& row, int index, int64_t begin, int64_t n, T* scratch) {
@@ -243,26 +238,18 @@ void apply(const Row& row, const ScalarsRecord& bytes, int64_t begin, int64_t en
 // Lanes that a sum of squares runs in: a fixed number, so that every instruction set adds in the same order.
 constexpr int kLanes = 64;
 
-// The largest run of a column in the compute type that is summed at a time: the lanes meet once in it.
-constexpr int64_t kSummed = 4096;
-
-template <class T, class Sum, bool kClamps>
+template <class T, class Sum>
 Sum sum_of_squares(const T* __restrict values, const GradTransform<T>& grad, int64_t n) {
   Sum lanes[kLanes] = {};
-  const T scale = grad.scale;
-  const auto transformed = [&](T value) {
-    if constexpr (kClamps) return static_cast<Sum>(transform(grad, value));
-    return static_cast<Sum>(scale * value);
-  };
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes) {
     for (int k = 0; k < kLanes; ++k) {
-      const Sum value = transformed(values[i + k]);
+      const Sum value = static_cast<Sum>(transform(grad, values[i + k]));
       lanes[k] += value * value;
     }
   }
   for (int k = 0; i + k < n; ++k) {
-    const Sum value = transformed(values[i + k]);
+    const Sum value = static_cast<Sum>(transform(grad, values[i + k]));
     lanes[k] += value * value;
   }
   for (int width = kLanes / 2; width > 0; width /= 2) {
@@ -274,14 +261,11 @@ Sum sum_of_squares(const T* __restrict values, const GradTransform<T>& grad, int
 // In float where that neither overflows nor loses a square to underflow, otherwise again in double.
 template <class T>
 double sum_tile(const T* values, const GradTransform<T>& grad, int64_t n) {
-  const bool clamps = grad.min != static_cast<T>(-HUGE_VAL) || grad.max != static_cast<T>(HUGE_VAL);
   if constexpr (sizeof(T) == 4) {
-    const float sum = clamps ? sum_of_squares<float, float, true>(values, grad, n)
-                             : sum_of_squares<float, float, false>(values, grad, n);
+    const float sum = sum_of_squares<float, float>(values, grad, n);
     if (sum > 1e-20f && sum < 1e30f) return static_cast<double>(sum);
   }
-  return clamps ? sum_of_squares<T, double, true>(values, grad, n)
-                : sum_of_squares<T, double, false>(values, grad, n);
+  return sum_of_squares<T, double>(values, grad, n);
 }
 
 template <class T>
@@ -337,15 +321,9 @@ Norms reduce(const Row& row, const GradTransform<double>& grad, unsigned needs, 
                                  static_cast<T>(grad.max), static_cast<T>(grad.weight_decay)};
   alignas(64) T scratch[3][kScratch];
   const bool reads_param = (needs & (kNeedsParamSq | kNeedsDecayedSq)) != 0;
-  // Columns that lie in the compute type are summed where they lie, in longer runs.
-  const bool in_place =
-      is_of_type<T>(row.dtype[kGrad]) && (needs & kNeedsDecayedSq) == 0 &&
-      (!reads_param || (row.dtype[kMaster] == DType::none ? is_of_type<T>(row.dtype[kParam])
-                                                          : is_of_type<T>(row.dtype[kMaster])));
-  const int64_t tile = in_place ? kSummed : kTile;
   Norms norms{};
-  for (int64_t i = begin; i < end; i += tile) {
-    const int64_t n = end - i < tile ? end - i : tile;
+  for (int64_t i = begin; i < end; i += kTile) {
+    const int64_t n = end - i < kTile ? end - i : kTile;
     const T* values = load_tile<T>(row, kGrad, i, n, scratch[0]);
     // From the elements: a sum of squares may overflow where they are finite, and clamped ones say nothing.
     if ((needs & kNeedsFinite) != 0 && !is_finite_tile(values, n)) non_finite = true;
