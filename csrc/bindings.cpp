@@ -72,15 +72,16 @@ const CpuKernels* requested_kernels() {
   return kernels;
 }
 
-std::unique_ptr<Plan> make_plan(const py::list& rules, const py::list& rows, const py::dict& defaults,
-                                const py::tuple& structural, const py::object& exchange_api,
+std::unique_ptr<Plan> make_plan(const py::list& rules, const py::list& rows, const py::list& launched,
+                                const py::dict& defaults, const py::tuple& structural, const py::object& exchange_api,
                                 const py::object& kind_of, const py::object& same_placement,
                                 const py::object& describe, const py::object& current_stream,
                                 const py::object& trust_ratio) {
   auto plan = std::make_unique<Plan>();
   if (!plan->open(exchange_api.ptr(), kind_of.ptr(), same_placement.ptr(), describe.ptr(),
                   current_stream.ptr(), requested_kernels()) ||
-      !plan->build(rules.ptr(), rows.ptr(), defaults.ptr(), structural.ptr(), trust_ratio.ptr())) {
+      !plan->build(rules.ptr(), rows.ptr(), launched.ptr(), defaults.ptr(), structural.ptr(),
+                   trust_ratio.ptr())) {
     throw py::error_already_set();
   }
   return plan;
@@ -107,6 +108,27 @@ std::vector<DeviceScalars> scalars_of(const ScalarsTuples& tuples) {
   return scalars;
 }
 
+// For each rule what Python knows of it too: its states, and where its hyperparameters stand in a group.
+py::dict rules() {
+  py::dict result;
+  for (const RuleNames& rule : rule_names()) {
+    py::list states, hyper;
+    for (size_t i = 0; i < rule.state_names.size(); ++i) {
+      states.append(py::make_tuple(py::handle(rule.state_names[i]), bool(rule.per_tensor[i])));
+    }
+    for (const RuleNames::Hyper& entry : rule.hyper) {
+      py::list choices;
+      for (const char* const* word = entry.field.choices; word != nullptr && *word != nullptr; ++word) {
+        choices.append(*word);
+      }
+      hyper.append(
+          py::make_tuple(entry.field.key, entry.field.index, py::tuple(choices), entry.field.optional));
+    }
+    result[rule.name.c_str()] = py::make_tuple(py::tuple(states), py::tuple(hyper));
+  }
+  return result;
+}
+
 py::dict build_info() {
   py::dict info;
   info["version"] = FO_VERSION;
@@ -123,8 +145,8 @@ py::dict build_info() {
 PYBIND11_MODULE(_C, module) {
   using namespace fused_optim;
   py::class_<Plan>(module, "Plan", py::custom_type_setup(make_collectable))
-      .def(py::init(&make_plan), py::kw_only(), py::arg("rules"), py::arg("rows"), py::arg("defaults"),
-           py::arg("structural"), py::arg("exchange_api"), py::arg("kind_of"), py::arg("same_placement"),
+      .def(py::init(&make_plan), py::kw_only(), py::arg("rules"), py::arg("rows"), py::arg("launched") = py::list(),
+           py::arg("defaults"), py::arg("structural"), py::arg("exchange_api"), py::arg("kind_of"), py::arg("same_placement"),
            py::arg("describe"), py::arg("current_stream") = py::none(), py::arg("trust_ratio") = py::none())
       .def("refresh",
            [](Plan& plan, const py::object& param_groups, const py::object& state) {
@@ -155,12 +177,19 @@ PYBIND11_MODULE(_C, module) {
           },
           py::arg("grad_scale"), py::arg("threads"), py::arg("clip"), py::arg("global_norm"),
           py::arg("scalars") = ScalarsTuples(), py::arg("exchange") = py::none())
+      .def(
+          "write_table",
+          [](const Plan& plan, size_t device, const py::buffer& words) {
+            plan.write_table(device, static_cast<int64_t*>(words.request(true).ptr));
+          },
+          py::arg("device"), py::arg("words"))
       .def("captured", &Plan::captured)
       .def("norms", [](const Plan& plan) { return owned(plan.norms()); })
       .def("versions", [](const Plan& plan) { return owned(plan.versions()); })
       .def("agree", &Plan::agree, py::arg("row"), py::arg("version"))
       .def("touched", [](Plan& plan) { return owned(plan.touched()); });
   module.def("build_info", &build_info);
+  module.def("rules", &rules);
   module.def("cpu_capability", [] { return requested_kernels()->capability; });
   module.def("has_openmp", &has_openmp);
   module.def("why_no_cuda", &why_no_cuda);

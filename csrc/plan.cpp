@@ -1,5 +1,7 @@
 #include "plan.h"
 
+#include "launch_table.h"
+
 #include <algorithm>
 #include <cstring>
 #include <stdexcept>
@@ -106,8 +108,8 @@ bool Plan::open(PyObject* exchange_api, PyObject* kind_of, PyObject* same_placem
   return reader_.open(exchange_api, kind_of, same_placement, describe, current_stream);
 }
 
-bool Plan::build(PyObject* rules, PyObject* rows, PyObject* defaults, PyObject* structural,
-                 PyObject* trust_ratio) {
+bool Plan::build(PyObject* rules, PyObject* rows, PyObject* launched, PyObject* defaults,
+                 PyObject* structural, PyObject* trust_ratio) {
   for (Py_ssize_t g = 0; g < PyList_GET_SIZE(rules); ++g) {
     const char* name = PyUnicode_AsUTF8(PyList_GET_ITEM(rules, g));
     if (name == nullptr) return false;
@@ -144,14 +146,30 @@ bool Plan::build(PyObject* rules, PyObject* rows, PyObject* defaults, PyObject* 
   norms_.resize(rows_.size());
   records_.resize(rows_.size());
   measured_.resize(rows_.size());
+  if (!find_launched(launched)) return false;
   find_devices();
+  return true;
+}
+
+bool Plan::find_launched(PyObject* launched) {
+  for (Py_ssize_t d = 0; d < PyList_GET_SIZE(launched); ++d) {
+    PyObject* indices = PyList_GET_ITEM(launched, d);
+    launched_.emplace_back();
+    for (Py_ssize_t i = 0; i < PyList_GET_SIZE(indices); ++i) {
+      const size_t row = PyLong_AsSize_t(PyList_GET_ITEM(indices, i));
+      if (PyErr_Occurred()) return false;
+      launched_.back().push_back(row);
+      hosts_.at(row).launched = true;
+    }
+  }
   return true;
 }
 
 void Plan::find_devices() {
   for (size_t r = 0; r < rows_.size(); ++r) {
-    if (!hosts_[r].native || hosts_[r].device.device_type != dlpack::kCUDA) continue;
-    const int index = hosts_[r].device.device_id;
+    const HostRow& host = hosts_[r];
+    if (!host.native || host.launched || host.device.device_type != dlpack::kCUDA) continue;
+    const int index = host.device.device_id;
     size_t d = 0;
     while (d < devices_.size() && devices_[d].index != index) ++d;
     if (d == devices_.size()) devices_.push_back({index, {}, {}, nullptr, nullptr, false});
@@ -170,8 +188,11 @@ void Plan::find_devices() {
 
 // The rows that the CPU steps.
 const std::vector<Row>& Plan::host_rows() {
-  if (devices_.empty()) return rows_;
+  if (devices_.empty() && launched_.empty()) return rows_;
   host_rows_ = rows_;
+  for (const auto& rows : launched_) {
+    for (const size_t r : rows) host_rows_[r].active = false;
+  }
   for (const Device& device : devices_) {
     for (const size_t r : device.rows) host_rows_[r].active = false;
   }
@@ -203,6 +224,12 @@ CudaStep Plan::step_of(const Device& device, const StepOptions& options,
     step.options.finds_inf = of_device.non_finite != 0;
   }
   return step;
+}
+
+void Plan::write_table(size_t device, int64_t* words) const {
+  std::vector<Row> rows;
+  for (const size_t r : launched_.at(device)) rows.push_back(rows_[r]);
+  write_launch_table(rows, hypers_, hyper_tensors_, words);
 }
 
 bool Plan::captured() const {
@@ -327,14 +354,14 @@ bool Plan::choice(PyObject* value, const HyperField& field, double* out) {
 // Whether the rows' kernels can read this hyperparameter where it lies: one number on the device that all of
 // the group's rows are on.
 bool Plan::is_on_device_of_rows(const Group& group, const TensorView& view) const {
-  if (view.device.device_type != dlpack::kCUDA || view.address == 0 || !is_number(view.dtype)) return false;
+  if (view.device.device_type == dlpack::kCPU || view.address == 0 || !is_number(view.dtype)) return false;
   for (int i = 0; i < view.ndim; ++i) {
     if (view.shape[i] != 1) return false;
   }
   for (size_t r = group.first_row; r < group.last_row; ++r) {
     const HostRow& host = hosts_[r];
-    if (host.native &&
-        (host.device.device_type != dlpack::kCUDA || host.device.device_id != view.device.device_id)) {
+    if (host.native && (host.device.device_type != view.device.device_type ||
+                        host.device.device_id != view.device.device_id)) {
       return false;
     }
   }
@@ -395,7 +422,7 @@ bool Plan::parse_group(PyObject* group, size_t index, bool* stale) {
     bool good = item != nullptr;
     if (field.choices != nullptr) {
       good = good && choice(item, field, &hyper[i]);
-    } else if (good && !devices_.empty() && !PyFloat_CheckExact(item) && !PyLong_Check(item) &&
+    } else if (good && !(devices_.empty() && launched_.empty()) && !PyFloat_CheckExact(item) && !PyLong_Check(item) &&
                reader_.read(item, view) && is_on_device_of_rows(known, view)) {
       hyper[i] = 0;
       tensors.address[i] = view.address;
@@ -820,7 +847,7 @@ PyObject* Plan::norms() const {
   PyObject* list = PyList_New(0);
   for (size_t r = 0; list != nullptr && r < rows_.size(); ++r) {
     const bool measured = hypers_[static_cast<size_t>(rows_[r].group)].needs != 0;
-    const bool here = hosts_[r].device.device_type == dlpack::kCPU;
+    const bool here = hosts_[r].device.device_type == dlpack::kCPU && !hosts_[r].launched;
     const bool on_device = std::any_of(devices_.begin(), devices_.end(), [&](const Device& device) {
       return !here && device.index == hosts_[r].device.device_id && device.measures;
     });

@@ -38,12 +38,13 @@ class Plan {
   bool open(PyObject* exchange_api, PyObject* kind_of, PyObject* same_placement, PyObject* describe,
             PyObject* current_stream, const CpuKernels* kernels);
 
-  // rules: the rule's name of each group. rows: (group index, param, lr scale, weight decay scale, native,
+  // rules: the rule's name of each group. launched: for each device whose kernels others launch, the indices of
+  // its rows; they are read here, and neither reduced nor stepped. rows: (group index, param, lr scale, weight decay scale, native,
   // clipped, trusted, key of the master's state or None, the param's version when its master was last in step
   // with it or -1) of each parameter, in the order of the groups. defaults: hyperparameters that a group may
   // lack. structural: group keys for which a change between true and false calls for a new plan. trust_ratio:
   // called with a group whose items have changed, returns None or the fields of its TrustRatio.
-  bool build(PyObject* rules, PyObject* rows, PyObject* defaults, PyObject* structural,
+  bool build(PyObject* rules, PyObject* rows, PyObject* launched, PyObject* defaults, PyObject* structural,
              PyObject* trust_ratio);
 
   // Reads everything again and changes nothing. None: the groups no longer are those of the plan, build a new
@@ -63,6 +64,9 @@ class Plan {
   // Whether the last reduce(), with options.finds_inf, met a gradient element on the host that is not finite;
   // a CUDA device writes its answer where DeviceScalars says.
   bool non_finite() const { return non_finite_; }
+
+  // What the kernels of a device whose rows are `launched` read, as refresh found it: see launch_table.h.
+  void write_table(size_t device, int64_t* words) const;
 
   // The step of all rows that refresh accepted; global_norm: of all gradients, those that others step
   // included. Without it, rows on a CUDA device are clipped by the norm of that device's gradients, and
@@ -99,6 +103,7 @@ class Plan {
     PyObject* master_key = nullptr;  // state key of the master weight, if the row has one; immortal
     int64_t version = -1;            // of the parameter when its master last agreed with it
     bool native = false;
+    bool launched = false;  // others step it
     bool sharded = false;  // its tensors are DTensors
     bool overlapping = false;
     int32_t ndim = 0;
@@ -136,6 +141,7 @@ class Plan {
 
   bool parse_group(PyObject* group, size_t index, bool* stale);
   bool is_on_device_of_rows(const Group& group, const TensorView& view) const;
+  bool find_launched(PyObject* launched);
   void find_devices();
   const std::vector<Row>& host_rows();
   bool collect(Device& device) const;
@@ -166,6 +172,7 @@ class Plan {
   std::vector<GroupHyper> hypers_;
   std::vector<HyperTensors> hyper_tensors_;  // those that are read on the rows' device
   std::vector<Device> devices_;              // the CUDA devices that rows are on
+  std::vector<std::vector<size_t>> launched_;  // the rows of each device whose kernels others launch
   std::vector<Row> host_rows_;               // rows_ without theirs, if there are any
   std::vector<Norms> norms_;
   std::vector<ScalarsRecord> records_;

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import re
 from collections.abc import Iterable
 
 import torch
@@ -13,6 +14,7 @@ from . import extension
 
 logger = logging.getLogger("fused_optim")
 
+OLDEST_TRITON = (3, 4)
 BACKENDS = ("cuda", "triton", "cpu", "eager")
 AUTOMATIC = {"cpu": ("cpu", "eager"), "cuda": ("cuda", "triton", "eager")}
 
@@ -24,7 +26,7 @@ def why_missing(backend: str, device: int | None = None) -> str | None:
     if backend == "cuda":
         return extension.missing or _why_no_cuda(device or 0)
     if backend == "triton":
-        return "this version of fused_optim has no Triton kernels"
+        return _why_no_triton()
     return None
 
 
@@ -38,9 +40,39 @@ def _why_no_cuda(device: int) -> str | None:
     return extension._C.why_no_cuda(device) or None
 
 
+def interprets_triton() -> bool:
+    """Whether triton runs kernels in Python, on CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@functools.cache
+def _why_no_triton() -> str | None:
+    try:
+        import triton
+    except ImportError as error:
+        return f"triton cannot be imported: {error}"
+    found = tuple(int(part) for part in re.findall(r"\d+", triton.__version__)[:2])
+    if found < OLDEST_TRITON:
+        oldest = ".".join(map(str, OLDEST_TRITON))
+        return f"triton {triton.__version__} is too old: install triton>={oldest}"
+    if interprets_triton():
+        from .kernels import phases
+
+        return None if phases.INTERPRETED else "TRITON_INTERPRET was set after the kernels had been imported"
+    if not torch.cuda.is_available():
+        return "no CUDA or ROCm device is there, and TRITON_INTERPRET=1 is not set"
+    try:
+        triton.runtime.driver.active.get_current_target()
+    except Exception as error:  # a missing C compiler, an unusable driver: triton raises what it likes
+        return f"triton has no driver that it can use: {error}"
+    return None
+
+
 def takes(backend: str, device: torch.device) -> bool:
     """Whether a backend works on tensors of a device at all."""
-    return backend == "eager" or (backend == "triton" and device.type == "cuda") or backend == device.type
+    if backend == "triton":
+        return device.type == ("cpu" if interprets_triton() else "cuda")
+    return backend in ("eager", device.type)
 
 
 def requested(backend: str | None) -> str | None:

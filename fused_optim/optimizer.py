@@ -27,12 +27,17 @@ from .arithmetic import Number
 from .clip import GLOBAL_NORM, NO_CLIP, NORM, GradClip
 from .eager import MeasuredNorms
 from .norms import Norms, collect_norms
-from .plan import GRAD_SQ, NORMS, DeviceScalars, Plan, Row, make_plan, why_not_native, why_refused
+from .plan import DEVICE_BACKENDS, GRAD_SQ, NORMS, DeviceScalars, Plan, Row, make_plan, why_not_native, why_refused
 from .scales import Exclude, Scale, ScaleColumn, column_of, excluded
 from .sharding import Shards, agree, check_placement, settle_grad
 from .tensors import is_sharded
 from .trust_ratio import TrustRatio
 from .witness import WitnessSteps
+
+
+def is_on_device(row: Row) -> bool:
+    """Whether kernels step a row without anything waiting for them."""
+    return row.native and row.backend in DEVICE_BACKENDS
 
 
 class FusedOptimizer(torch.optim.Optimizer):
@@ -108,7 +113,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     _witness_norms: dict[int, MeasuredNorms]  # by row, of the last step
     _coalesced: dict[Tensor, Tensor]  # sparse gradients of this step, by parameter
     _measured: dict[torch.device, Tensor]  # where the kernels write the norms of their rows
-    _cuda_devices: tuple[torch.device, ...] = ()  # that rows of the plan are on
+    _kernel_devices: tuple[torch.device, ...] = ()  # that rows of the plan are on
     _devices_alone: bool = False  # one of them has all rows
     _measures: bool = False  # the rule or a trust ratio asks for norms
     _reduces: bool = False  # norms are needed before the first pass
@@ -311,7 +316,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         # A torch function mode, as torch.set_default_device sets one, would make reading `.grad` 20 times slower.
         with torch._C.DisableTorchFunction():
             attention = self._refresh()
-            captured = bool(self._cuda_devices) and self._plan is not None and self._plan.captured()
+            captured = bool(self._kernel_devices) and self._plan is not None and self._plan.captured()
             if captured:
                 self._check_capture(attention)
             witnessed = self._attend(attention) if attention else []
@@ -324,7 +329,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                     return
             grad_scale = 1.0 if scale is None or not waits else 1.0 / float(scale)
             finds_inf = self.finds_inf and found_inf is not None
-            scalars = self._device_scalars(scale, found_inf, finds_inf) if self._cuda_devices else ()
+            scalars = self._device_scalars(scale, found_inf, finds_inf) if self._kernel_devices else ()
             clip = NO_CLIP if self._grad_clip is None else self._grad_clip.options
             by_global_norm = clip.kind == GLOBAL_NORM
             threads = torch.get_num_threads()
@@ -333,7 +338,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             exchange = partial(self._add_up, witness, waits and by_global_norm) if shards else None
             global_norm: float | None = 0.0 if waits else None
             if by_global_norm and not waits:
-                self._grad_norm = self._norm_tensors[self._cuda_devices[0]]
+                self._grad_norm = self._norm_tensors[self._kernel_devices[0]]
             if (waits and (by_global_norm or finds_inf)) or (shards and self._reduces):
                 total = plan.reduce(grad_scale, threads, clip, scalars, exchange, finds_inf)
                 if waits and by_global_norm:
@@ -373,7 +378,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         scalars = []
         self._scalars = []  # alive until the next step: the kernels read them later
         self._found = []
-        for device in self._cuda_devices:
+        for device in self._kernel_devices:
             scale_address, found_inf_address = (self._address_on(device, value) for value in (scale, found_inf))
             written = 0
             if finds_inf and found_inf is not None:
@@ -397,7 +402,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             if None not in self._shards:
                 return 0.0
             return witness.exchange(torch.frombuffer(norms, dtype=torch.float64).view(-1, NORMS), self._shards[None])
-        device = next(device for device in self._cuda_devices if (device.index or 0) == norms)
+        device = next(device for device in self._kernel_devices if (device.index or 0) == norms)
         table = self._exchanged[device]
         witness.exchange(table, self._shards[device])
         clipped = [row.clipped for row in self._rows_on(device)]
@@ -414,7 +419,7 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def _rows_on(self, device: torch.device) -> list[Row]:
         """Those that a CUDA device's kernels step, in the order of their tables there."""
-        return [row for row in self._rows if row.native and row.backend == "cuda" and row.param.device == device]
+        return [row for row in self._rows if is_on_device(row) and row.param.device == device]
 
     def _address_on(self, device: torch.device, value: Tensor | None) -> int:
         """Where a kernel on a device finds a number, as float32; 0: there is none."""
@@ -473,7 +478,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             for position, param in enumerate(group["params"]):
                 backend, passed_over = backends.choose(param.device, self._forced_backend)
                 if passed_over is not None:
-                    self._report(f"parameters on {param.device}", passed_over)
+                    self._report(f"parameters on {param.device}", passed_over, served_by=backend)
                 place = states.name_of(group, index, position)
                 if is_sharded(param):
                     check_placement(param, place)
@@ -501,10 +506,8 @@ class FusedOptimizer(torch.optim.Optimizer):
                     )
                 )
         self._rows = rows
-        self._cuda_devices = tuple(
-            dict.fromkeys(row.param.device for row in rows if row.native and row.backend == "cuda")
-        )
-        self._devices_alone = len(self._cuda_devices) == 1 and all(row.backend == "cuda" and row.native for row in rows)
+        self._kernel_devices = tuple(dict.fromkeys(row.param.device for row in rows if is_on_device(row)))
+        self._devices_alone = len(self._kernel_devices) == 1 and all(map(is_on_device, rows))
         rules = [self.rule(group) for group in groups]
         trusts = any(self.trust_ratio(group) is not None for group in groups)
         self._measures = trusts or self.has_direction or any(self.norms(group) for group in groups)
@@ -512,7 +515,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._reduces = clip.kind in (GLOBAL_NORM, NORM) or trusts or any(self.norms(group) for group in groups)
         self._shards = self._shards_of(groups, rules) if self._reduces or self._measures else {}
         trust_ratio = self.trust_ratio if trusts else None
-        self._plan = make_plan(rows, rules, self.defaults, self.structural_keys, trust_ratio)
+        self._plan = make_plan(rows, rules, groups, self.defaults, self.structural_keys, trust_ratio)
 
     def _shards_of(self, groups: Sequence[dict[str, Any]], rules: Sequence[str]) -> dict[torch.device | None, Shards]:
         """What is exchanged between processes; a collective where there is something."""
@@ -520,14 +523,14 @@ class FusedOptimizer(torch.optim.Optimizer):
             return {}
         self._agreed = agree(self._rows, rules, self._agreed)
         takes_maximum = any("grad_max" in self.norms(group) for group in groups)
-        on_device = [row.native and row.backend == "cuda" for row in self._rows]
+        on_device = list(map(is_on_device, self._rows))
         on_host = {index: index for index in range(len(self._rows)) if not on_device[index]}
         total_only = not self._measures  # only a global norm or the norm of each gradient is left
         total_only = total_only and self._grad_clip is not None and self._grad_clip.options.kind == GLOBAL_NORM
         shards: dict[torch.device | None, Shards] = {
             None: Shards(self._rows, on_host, torch.device("cpu"), total_only=total_only, takes_maximum=takes_maximum)
         }
-        for device in self._cuda_devices:
+        for device in self._kernel_devices:
             indices = [i for i, row in enumerate(self._rows) if on_device[i] and row.param.device == device]
             positions = {index: position for position, index in enumerate(indices)}
             shards[device] = Shards(self._rows, positions, device, total_only=False, takes_maximum=takes_maximum)
@@ -590,9 +593,10 @@ class FusedOptimizer(torch.optim.Optimizer):
                 self._coalesced[row.param] = grad.detach().coalesce()
         return [index for index, _ in left]
 
-    def _report(self, what: str, reason: str, kind: str | None = None) -> None:
+    def _report(self, what: str, reason: str, kind: str | None = None, served_by: str = "eager") -> None:
         """One log line for each kind of fallback of this optimizer."""
-        self._log_once(kind or reason, "%s: the eager path serves %s: %s", type(self).__name__, what, reason)
+        path = "eager path" if served_by == "eager" else f"{served_by} backend"
+        self._log_once(kind or reason, "%s: the %s serves %s: %s", type(self).__name__, path, what, reason)
 
     def _log_once(self, kind: str, message: str, *arguments: str) -> None:
         if kind not in self._reported:

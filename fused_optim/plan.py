@@ -13,7 +13,9 @@ from .clip import ClipOptions
 from .tensors import is_dense, is_plain, is_sharded, kind_of, local, same_placement
 
 NATIVE_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-NATIVE_BACKENDS = ("cpu", "cuda")
+# Those that work on tensors of a device without waiting for it: they read and write numbers where they are.
+DEVICE_BACKENDS = ("cuda", "triton")
+NATIVE_BACKENDS = ("cpu", *DEVICE_BACKENDS)
 _DLPACK_CODES = {
     torch.bfloat16: (4, 16),
     torch.float16: (2, 16),
@@ -55,7 +57,8 @@ GRAD_SQ, GRAD_MAX = 0, 1  # the second, a maximum
 
 
 class Plan(Protocol):
-    """What `fused_optim._C.Plan` and `EagerPlan` both do; see ``csrc/plan.h``."""
+    """What every plan does; see ``csrc/plan.h``. `fused_optim._C.Plan` is the compiled one, `PythonPlan` reads in
+    Python, `LaunchedPlan` launches Triton's kernels for the rows that one of them has read."""
 
     def refresh(
         self, param_groups: list[dict[str, Any]], state: dict[Tensor, Any]
@@ -91,72 +94,6 @@ class Plan(Protocol):
     def agree(self, row: int, version: int) -> None: ...
 
     def norms(self) -> list[tuple[int, float, float, float]]: ...
-
-
-class EagerPlan:
-    """The plan without the compiled extension: every row with a gradient goes to the witness."""
-
-    def __init__(self, rows: Sequence[Row], group_count: int) -> None:
-        self._params: list[list[Tensor]] = [[] for _ in range(group_count)]
-        for row in rows:
-            self._params[row.group].append(row.param)
-
-    def refresh(self, param_groups: list[dict[str, Any]], state: dict[Tensor, Any]) -> list[tuple[int, str]] | None:
-        if len(param_groups) != len(self._params):
-            return None
-        attention: list[tuple[int, str]] = []
-        index = 0
-        for group, known in zip(param_groups, self._params):
-            params = group["params"]
-            if len(params) != len(known) or any(a is not b for a, b in zip(params, known)):
-                return None
-            for param in params:
-                if param.grad is not None:
-                    attention.append((index, "param"))
-                index += 1
-        return attention
-
-    def reduce(
-        self,
-        grad_scale: float,
-        threads: int,
-        clip: ClipOptions,
-        scalars: Sequence[DeviceScalars] = (),
-        exchange: Exchange | None = None,
-        finds_inf: bool = False,
-    ) -> float:
-        return self._exchange(exchange)
-
-    def _exchange(self, exchange: Exchange | None) -> float:
-        return 0.0 if exchange is None else exchange(bytearray(8 * NORMS * sum(map(len, self._params))))
-
-    def non_finite(self) -> bool:
-        return False
-
-    def run(
-        self,
-        grad_scale: float,
-        threads: int,
-        clip: ClipOptions,
-        global_norm: float | None,
-        scalars: Sequence[DeviceScalars] = (),
-        exchange: Exchange | None = None,
-    ) -> None:
-        self._exchange(exchange)
-
-    def captured(self) -> bool:
-        return False
-
-    def touched(self) -> list[Tensor]:
-        return []
-
-    def versions(self) -> list[int]:
-        return [-1 for params in self._params for _ in params]
-
-    def agree(self, row: int, version: int) -> None: ...
-
-    def norms(self) -> list[tuple[int, float, float, float]]:
-        return []
 
 
 def describe_tensor(
@@ -228,22 +165,72 @@ def why_refused(row: Row, kind: str) -> str:
 def make_plan(
     rows: list[Row],
     rules: list[str],
+    groups: Sequence[dict[str, Any]],
     defaults: dict[str, Any],
     structural_keys: tuple[str, ...],
     trust_ratio: Callable[[dict[str, Any]], tuple[float, ...] | None] | None,
 ) -> Plan:
-    """The compiled plan, or the eager one where no row is native."""
-    if extension._C is None or not any(row.native for row in rows):
-        return EagerPlan(rows, len(rules))
-    return extension._C.Plan(
-        rules=rules,
-        rows=[tuple(row[:9]) for row in rows],
-        defaults=defaults,
-        structural=structural_keys,
-        exchange_api=getattr(torch.Tensor, "__dlpack_c_exchange_api__", None),
-        kind_of=kind_of,
-        same_placement=same_placement,
-        describe=describe_tensor,
-        current_stream=current_stream,
-        trust_ratio=trust_ratio,
+    """The compiled plan, or the one in Python; around it the launcher where rows are Triton's."""
+    from .launched import LaunchedPlan, LaunchedRows
+    from .reader import PythonPlan
+
+    devices: dict[torch.device, list[int]] = {}
+    for index, row in enumerate(rows):
+        if row.native and row.backend == "triton":
+            devices.setdefault(row.param.device, []).append(index)
+    launched = list(devices.values())
+    reader: Any
+    if extension._C is not None and any(row.native for row in rows):
+        reader = extension._C.Plan(
+            rules=rules,
+            rows=[tuple(row[:9]) for row in rows],
+            launched=launched,
+            defaults=defaults,
+            structural=structural_keys,
+            exchange_api=getattr(torch.Tensor, "__dlpack_c_exchange_api__", None),
+            kind_of=kind_of,
+            same_placement=same_placement,
+            describe=describe_tensor,
+            current_stream=current_stream,
+            trust_ratio=trust_ratio,
+        )
+    elif not launched:
+        reader = PythonPlan(rows, len(groups))
+    else:
+        from .kernels import phases
+        from .kernels.trust_ratio import needs_of
+
+        known = phases.rules()
+        reader = PythonPlan(
+            rows,
+            len(groups),
+            launched,
+            {row.group: known[rules[row.group]] for row in rows if row.native and row.backend == "triton"},
+            needs_of,
+            defaults,
+            structural_keys,
+            trust_ratio,
+        )
+    if not launched:
+        return reader
+    from .kernels import phases
+
+    capturable = any(group.get("capturable", False) for group in groups)
+    return LaunchedPlan(
+        reader,
+        [
+            LaunchedRows(
+                device,
+                indices,
+                phases.Phases(
+                    device,
+                    [rules[rows[index].group] for index in indices],
+                    [local(rows[index].param).numel() for index in indices],
+                    len(groups),
+                    capturable,
+                ),
+            )
+            for device, indices in devices.items()
+        ],
+        phases.Step,
     )

@@ -195,8 +195,10 @@ CASES = (
     ),
 )
 
-# The fused backends and the device that each is tested on; all are held to the witness, "eager".
-BACKENDS = {"cpu": "cpu"}
+# The fused backends and the device that each is tested on; all are held to the witness, "eager". Triton's kernels run
+# in its interpreter there, which takes its time: test_triton.py has a selection for every day.
+BACKENDS = {"cpu": "cpu", "triton": "cpu"}
+BACKEND_MARKS: dict[str, tuple[pytest.MarkDecorator, ...]] = {"triton": (pytest.mark.interpreted, pytest.mark.slow)}
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -204,10 +206,12 @@ each_variant = pytest.mark.parametrize(
     ("case", "variant"),
     [pytest.param(case, variant, id=f"{case.name}-{variant}") for case in CASES for variant in case.variants],
 )
-each_backend = pytest.mark.parametrize("backend", BACKENDS)
+each_backend = pytest.mark.parametrize("backend", [pytest.param(b, marks=BACKEND_MARKS.get(b, ())) for b in BACKENDS])
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 # The witness is a backend too: what holds for every implementation holds for it.
-each_implementation = pytest.mark.parametrize("backend", [*BACKENDS, "eager"])
+each_implementation = pytest.mark.parametrize(
+    "backend", [pytest.param(b, marks=BACKEND_MARKS.get(b, ())) for b in (*BACKENDS, "eager")]
+)
 
 
 # Parameters and gradients ---------------------------------------------------------------------------------------

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import os
 import shutil
 from collections.abc import Iterator
 
 import hypothesis
 import pytest
 import torch
+import triton_interpreter
 from ranks import Ranks
 
 # The same examples in every run: a failure in CI is one that anyone can repeat. To search for new ones:
@@ -19,10 +21,20 @@ hypothesis.settings.register_profile("explore", deadline=None, max_examples=2000
 hypothesis.settings.load_profile("repeatable")
 
 
+def pytest_configure() -> None:
+    if not torch.cuda.is_available():  # triton decides it when the kernels are imported, for the whole process
+        os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+        if item.get_closest_marker("interpreted"):
+            if importlib.util.find_spec("triton") is None:
+                item.add_marker(pytest.mark.skip(reason="needs triton installed"))
+            if os.environ.get("TRITON_INTERPRET") != "1":
+                item.add_marker(pytest.mark.skip(reason="needs TRITON_INTERPRET=1: the kernels are compiled here"))
         programs = {program for mark in item.iter_markers("requires") for program in mark.args}
         if missing := sorted(program for program in programs if shutil.which(program) is None):
             item.add_marker(pytest.mark.skip(reason=f"needs {', '.join(missing)} on PATH"))
@@ -41,6 +53,12 @@ def ranks() -> Iterator[Ranks]:
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def fast_interpreter(request: pytest.FixtureRequest) -> None:
+    if request.node.get_closest_marker("interpreted"):
+        triton_interpreter.patch_once()
 
 
 class Collector(logging.Handler):

@@ -171,7 +171,7 @@ def test_metadata_says_what_users_need() -> None:
     needed = [need for need in metadata.requires("fused_optim") or [] if "extra ==" not in need]
     torch, triton = sorted(needed)
     assert torch == "torch>=2.8"
-    assert triton.startswith("triton>=3.2")
+    assert triton.startswith("triton>=3.4")
     assert 'sys_platform == "linux"' in triton
 
 

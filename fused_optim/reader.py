@@ -1,0 +1,534 @@
+"""The plan in Python: reads what a step needs, without the compiled extension.
+
+It reads again at each step what the compiled plan reads, and says the same of it (``csrc/plan.cpp``), but steps no row
+itself. Where nothing has changed but addresses, torch compares the layouts of all tensors in one call.
+"""
+
+from __future__ import annotations
+
+import struct
+from array import array
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import chain
+from operator import is_, itemgetter
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .clip import ClipOptions
+from .plan import NORMS, DeviceScalars, Exchange, Row, describe_tensor
+from .states import is_number
+from .tensors import is_plain, is_sharded, local, same_placement
+
+TensorGuards: Any
+try:  # torch's own; without it every tensor is looked at by itself
+    from torch._C._dynamo import guards
+
+    TensorGuards = guards.TensorGuards
+except (ImportError, AttributeError):
+    TensorGuards = None
+
+# Numbers of dtypes as `DType` in csrc/row.h has them.
+DTYPES = {torch.float32: 1, torch.float64: 2, torch.bfloat16: 3, torch.float16: 4, torch.int16: 5}
+FLOAT32, FLOAT64, BFLOAT16, REMAINDER = (DTYPES[d] for d in (torch.float32, torch.float64, torch.bfloat16, torch.int16))
+SIZES = {1: 4, 2: 8, 3: 2, 4: 2, 5: 2}
+PARAM, GRAD, MASTER, FIRST_STATE = range(4)
+COLUMNS = FIRST_STATE + 4
+MAX_HYPER = 15
+TRUST_FIELDS = 8
+GROUP_FIELDS = 2 + TRUST_FIELDS + 3 * MAX_HYPER
+
+
+class Memory(NamedTuple):
+    """Where a tensor lies and how."""
+
+    address: int
+    device: torch.device
+    dtype: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+
+def memory_of(tensor: Any) -> Memory | None:
+    """None for what is no tensor in plain memory, or of a dtype that no rule computes with."""
+    if not (isinstance(tensor, Tensor) and is_plain(type(tensor)) and tensor.dtype in DTYPES):
+        return None
+    facts = describe_tensor(tensor)
+    return facts and Memory(facts[0], tensor.device, DTYPES[tensor.dtype], facts[5], facts[6])
+
+
+class RowReader:
+    """What one launched row is expected to be, and how its tensors are read one by one."""
+
+    def __init__(self, row: Row, rule: Any) -> None:
+        self.row = row
+        self.param = row.param
+        self.type = type(row.param)
+        self.version = row.version
+        self.names = [*(name for name, _ in rule.states), *([row.master] if row.master is not None else ())]
+        self.per_tensor = [*(per_tensor for _, per_tensor in rule.states), False]
+        self.states = itemgetter(*self.names) if len(self.names) > 1 else self._one_state
+        memory = memory_of(local(row.param))
+        assert memory is not None
+        self.memory = memory
+        self.numel = local(row.param).numel()
+        self.sharded = is_sharded(row.param)
+        self.tensor_columns = {FIRST_STATE + i for i, per_tensor in enumerate(self.per_tensor) if per_tensor}
+        self.columns = [*(FIRST_STATE + i for i in range(len(rule.states))), *([MASTER] if row.master else ())]
+
+    def _one_state(self, states: Mapping[str, Any]) -> tuple[Any, ...]:
+        return tuple(states[name] for name in self.names)
+
+    def is_same(self) -> bool:
+        """Whether the parameter still is what the plan was built for; its address may be another."""
+        memory = memory_of(local(self.param))
+        return type(self.param) is self.type and memory is not None and memory[1:] == self.memory[1:]
+
+    def read(self, states: Mapping[str, Any] | None, out: list[Memory | None]) -> str | None:
+        """Why the row cannot be stepped as it is; None: it can, and `out` has the memory of each column."""
+        param, grad = self._memory(self.param), self._memory(self.param.grad)
+        if param is None or (param.address == 0 and self.numel):
+            return "param"
+        if grad is None or grad[3:] != param[3:] or grad.device != param.device or (grad.address == 0 and self.numel):
+            return "grad"
+        if grad.dtype == REMAINDER or (grad.dtype == FLOAT64 and param.dtype != FLOAT64):
+            return "grad"
+        out[PARAM], out[GRAD] = param, grad
+        if not self.names:
+            return None
+        if not isinstance(states, Mapping):
+            return "state"
+        for name, per_tensor, column in zip(self.names, self.per_tensor, self.columns):
+            value = states.get(name)
+            memory = memory_of(value) if per_tensor else self._memory(value)
+            if memory is None or not self._takes(memory, per_tensor, column):
+                return "state"
+            out[column] = memory
+        return self.check_version()
+
+    def _takes(self, memory: Memory, per_tensor: bool, column: int) -> bool:
+        """Whether a state is what the kernels read in this column."""
+        if memory.device != self.memory.device or (memory.address == 0 and (per_tensor or self.numel)):
+            return False
+        if per_tensor:
+            return memory.shape == () and memory.dtype in (FLOAT32, FLOAT64)
+        strides = [s for s, n in zip(memory.strides, memory.shape) if n != 1]
+        expected = [s for s, n in zip(self.memory.strides, self.memory.shape) if n != 1]
+        if memory.shape != self.memory.shape or strides != expected:
+            return False
+        param, found = self.memory.dtype, memory.dtype
+        if column == MASTER:
+            return found == FLOAT32 or (found == REMAINDER and param == BFLOAT16)
+        # 16-bit parameters may have wider states; others have their own dtype.
+        return found not in (FLOAT64, REMAINDER) if SIZES[param] == 2 else found == param
+
+    def _memory(self, tensor: Any) -> Memory | None:
+        if not self.sharded:
+            return memory_of(tensor)
+        if not is_sharded(tensor) or not same_placement(tensor._spec, self.param._spec):  # type: ignore[attr-defined]
+            return None
+        return memory_of(local(tensor))
+
+    def check_version(self) -> str | None:
+        """A parameter that somebody else has written since the last step no longer agrees with its master."""
+        if self.row.master is None:
+            return None
+        version, self.version = self.version, self.param._version  # reported once: the caller rebuilds the master
+        return "master" if version not in (-1, self.version) else None
+
+
+class GroupReader:
+    """The hyperparameters of one group as the kernels take them."""
+
+    def __init__(self, index: int, rule: Any, device: torch.device, needs_of: Callable[..., int]) -> None:
+        self._index, self._rule, self._device, self._needs_of = index, rule, device, needs_of
+        self._known: dict[str, Any] | None = None  # kept alive, so that identity counts
+        self._structural: tuple[bool, ...] | None = None
+        self.words: list[int] = []
+
+    def refresh(
+        self,
+        group: dict[str, Any],
+        defaults: dict[str, Any],
+        structural: Sequence[str],
+        trust_ratio: Callable[[dict[str, Any]], tuple[float, ...] | None] | None,
+    ) -> bool | None:
+        """Whether anything has changed; None: the group calls for a new plan.
+
+        Raises:
+            KeyError, TypeError, ValueError: a hyperparameter is missing or is none; the text names group and key.
+        """
+        known = self._known
+        if known is not None and _same_items(known, group):
+            return False
+        truths = tuple(bool(group.get(key)) for key in structural)
+        if self._structural not in (None, truths):
+            return None
+        self._structural = truths
+        numbers, addresses, dtypes, constant = {}, [], [], True
+        fields = self._rule.hyper_type._fields
+        for name, field in zip(fields, self._rule.hyper):
+            if field.key not in group and field.key not in defaults:
+                if not field.optional:
+                    raise KeyError(
+                        f"param_groups[{self._index}] has no {field.key!r} and the optimizer no default for it"
+                    )
+                value: Any = None
+            else:
+                value = group.get(field.key, defaults.get(field.key))
+                constant = constant and is_constant(value)
+            numbers[name], address, dtype = self._number(field, value)
+            addresses.append(address)
+            dtypes.append(dtype)
+        constant = constant and is_constant(group.get("maximize", False))
+        trust = None if trust_ratio is None else trust_ratio(group)
+        rule_needs = self._rule.needs(numbers)
+        words = [_bits(float(bool(group.get("maximize", False)))), rule_needs | self._needs_of(trust, rule_needs)]
+        words += [*map(_bits, map(float, trust)), _bits(1.0)] if trust is not None else [0] * TRUST_FIELDS
+        for part in (map(_bits, numbers.values()), addresses, dtypes):
+            part = list(part)
+            words += [*part, *[0] * (MAX_HYPER - len(part))]
+        changed = words != self.words
+        self.words = words
+        self._known = dict(group) if constant else None
+        return changed
+
+    def _number(self, field: Any, value: Any) -> tuple[float, int, int]:
+        """A hyperparameter's number, or where its tensor on the device is and its dtype."""
+        place = f"param_groups[{self._index}][{field.key!r}]"
+        if field.choices:
+            if value is None and field.optional:
+                return 0.0, 0, 0
+            if value not in field.choices:
+                raise ValueError(f"{place} is {value!r}, which is none of its choices")
+            return float(field.choices.index(value)), 0, 0
+        if value is None and field.optional:
+            return 0.0, 0, 0
+        item = value
+        if field.index >= 0 and isinstance(value, Sequence) and field.index < len(value):
+            item = value[field.index]
+        elif field.index >= 0:
+            item = None
+        if not is_number(item):
+            raise TypeError(f"{place} must hold numbers or one-element Tensors, got {value!r}")
+        memory = memory_of(item)
+        if memory is not None and memory.device.type != "cpu" and memory.device == self._device:
+            return 0.0, memory.address, memory.dtype
+        return float(item), 0, 0
+
+
+def _same_items(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether two dicts hold the same objects in the same order."""
+    return len(one) == len(other) and all(map(is_, one, other)) and all(map(is_, one.values(), other.values()))
+
+
+def is_constant(value: Any) -> bool:
+    """Whether an object cannot change while it is the same."""
+    return (
+        value is None
+        or type(value) in (float, int, str, bool)
+        or (type(value) is tuple and all(map(is_constant, value)))
+    )
+
+
+def _bits(number: float) -> int:
+    return struct.unpack("<q", struct.pack("<d", number))[0]
+
+
+class PythonPlan:
+    """Reads rows and groups; steps nothing.
+
+    Args:
+        rows: all rows of the optimizer.
+        group_count: how many groups there are.
+        launched: for each device whose kernels others launch the indices of its rows.
+        rules: of each group that has launched rows, its rule as in kernels/rule.py.
+        needs_of: the norms of a trust ratio; kernels/trust_ratio.py.
+        defaults, structural, trust_ratio: as the compiled plan's.
+    """
+
+    def __init__(
+        self,
+        rows: Sequence[Row],
+        group_count: int,
+        launched: Sequence[Sequence[int]] = (),
+        rules: Mapping[int, Any] | None = None,
+        needs_of: Callable[..., int] | None = None,
+        defaults: dict[str, Any] | None = None,
+        structural: Sequence[str] = (),
+        trust_ratio: Callable[[dict[str, Any]], tuple[float, ...] | None] | None = None,
+    ) -> None:
+        self._rows = rows
+        self._params: list[list[Tensor]] = [[] for _ in range(group_count)]
+        for row in rows:
+            self._params[row.group].append(row.param)
+        self._launched = [list(indices) for indices in launched]
+        self._defaults, self._structural, self._trust_ratio = defaults or {}, structural, trust_ratio
+        self._readers: dict[int, RowReader] = {}
+        self._groups: dict[int, GroupReader] = {}
+        for indices in self._launched:
+            for index in indices:
+                row = rows[index]
+                rule = (rules or {})[row.group]
+                self._readers[index] = RowReader(row, rule)
+                if row.group not in self._groups and needs_of is not None:
+                    self._groups[row.group] = GroupReader(row.group, rule, local(row.param).device, needs_of)
+        self._others = [index for index in range(len(rows)) if index not in self._readers]
+        self._grads: list[Any] = []  # held from refresh to the end of run
+        # Of each column, by row: address and dtype; 0 where there is none.
+        self._addresses = [[0] * len(rows) for _ in range(COLUMNS)]
+        self._dtypes = [[0] * len(rows) for _ in range(COLUMNS)]
+        self._active = [False] * len(rows)
+        self._written: list[int] = []  # addresses that the step writes
+        self._touched: list[Tensor] = []
+        self._unwritten = set(range(len(self._launched)))  # devices whose table lacks more than gradients
+        self._fast: FastPath | None = None
+
+    def refresh(self, param_groups: list[dict[str, Any]], state: dict[Tensor, Any]) -> list[tuple[int, str]] | None:
+        self._grads = []
+        if len(param_groups) != len(self._params):
+            return None
+        for group, known in zip(param_groups, self._params):
+            params = group.get("params") if isinstance(group, dict) else None
+            if not isinstance(params, (list, tuple)) or len(params) != len(known) or not all(map(is_, params, known)):
+                return None
+        for index, reader in self._groups.items():
+            changed = reader.refresh(param_groups[index], self._defaults, self._structural, self._trust_ratio)
+            if changed is None:
+                return None
+            if changed:
+                self._unwritten.update(range(len(self._launched)))
+        attention = [(index, "param") for index in self._others if self._rows[index].param.grad is not None]
+        if self._fast is not None and self._fast.read(state, self):
+            return attention
+        self._fast = None
+        found = self._read_rows(state)
+        if found is None:
+            return None
+        if not found and self._readers:
+            self._fast = FastPath.of(self, state)
+        return sorted([*attention, *found])
+
+    def _read_rows(self, state: dict[Tensor, Any]) -> list[tuple[int, str]] | None:
+        """Each row by itself; None: a parameter is no longer what the plan was built for."""
+        attention = {}
+        written = []  # first and last address, row
+        for index, reader in self._readers.items():
+            self._active[index] = False
+            if reader.param.grad is None:
+                continue
+            if not reader.is_same():
+                return None
+            columns: list[Memory | None] = [None] * COLUMNS
+            reason = reader.read(state.get(reader.param), columns)
+            if reason is not None:
+                attention[index] = reason
+                continue
+            self._active[index] = True
+            self._grads.append(reader.param.grad)
+            for column, memory in enumerate(columns):
+                self._addresses[column][index] = 0 if memory is None else memory.address
+                self._dtypes[column][index] = 0 if memory is None else memory.dtype
+                if memory is None or column == GRAD or memory.address == 0:
+                    continue
+                numel = 1 if column in reader.tensor_columns else reader.numel
+                if numel:
+                    written.append((memory.address, memory.address + numel * SIZES[memory.dtype], index))
+        for index in overlapping(written):
+            self._active[index] = False
+            attention[index] = "overlap"
+        self._touched = [reader.param for index, reader in self._readers.items() if self._active[index]]
+        self._unwritten.update(range(len(self._launched)))
+        return list(attention.items())
+
+    def write_table(self, device: int, words: memoryview) -> None:
+        """The words of groups and rows that a device's kernels read; csrc/launch_table.h has their order."""
+        indices = self._launched[device]
+        group_count, count = len(self._params), len(indices)
+        rows = words[GROUP_FIELDS * group_count :]
+
+        def put(field: int, values: Iterable[int]) -> None:
+            rows[field * count : (field + 1) * count] = array("q", values)
+
+        active = [self._active[index] for index in indices]
+        whole = count == len(self._rows) and all(active)
+        grads = self._addresses[GRAD]
+        put(0, grads if whole else [grads[index] if self._active[index] else 0 for index in indices])
+        if device not in self._unwritten:
+            return
+        self._unwritten.discard(device)
+        for index, reader in self._groups.items():
+            words[index : GROUP_FIELDS * group_count : group_count] = array("q", reader.words)
+        put(1, map(int, active))
+        for field, column in enumerate((PARAM, *range(MASTER, COLUMNS)), 2):
+            addresses = self._addresses[column]
+            put(field, [addresses[index] if self._active[index] else 0 for index in indices])
+        readers = [self._readers[index] for index in indices]
+        first = 1 + COLUMNS
+        put(first, [reader.numel for reader in readers])
+        put(first + 1, [_bits(reader.row.lr_scale) for reader in readers])
+        put(first + 2, [_bits(reader.row.weight_decay_scale) for reader in readers])
+        put(first + 3, [reader.row.group for reader in readers])
+        put(first + 4, [int(reader.row.clipped) for reader in readers])
+        put(first + 5, [int(reader.row.trusted) for reader in readers])
+        dtypes = [[of_column[index] for of_column in self._dtypes] for index in indices]
+        put(first + 6, [sum(dtype << (8 * column) for column, dtype in enumerate(of_row)) for of_row in dtypes])
+
+    def reduce(
+        self,
+        grad_scale: float,
+        threads: int,
+        clip: ClipOptions,
+        scalars: Sequence[DeviceScalars] = (),
+        exchange: Exchange | None = None,
+        finds_inf: bool = False,
+    ) -> float:
+        return self._exchange(exchange)
+
+    def _exchange(self, exchange: Exchange | None) -> float:
+        return 0.0 if exchange is None else exchange(bytearray(8 * NORMS * len(self._rows)))
+
+    def non_finite(self) -> bool:
+        return False
+
+    def run(
+        self,
+        grad_scale: float,
+        threads: int,
+        clip: ClipOptions,
+        global_norm: float | None,
+        scalars: Sequence[DeviceScalars] = (),
+        exchange: Exchange | None = None,
+    ) -> None:
+        self._exchange(exchange)
+        for index, reader in self._readers.items():
+            if self._active[index] and reader.row.master is not None:
+                reader.version += 1  # the caller counts this step's write
+        self._grads = []
+
+    def captured(self) -> bool:
+        return False
+
+    def touched(self) -> list[Tensor]:
+        return self._touched
+
+    def versions(self) -> list[int]:
+        readers = self._readers
+        return [
+            readers[index].version if index in readers and row.master is not None else -1
+            for index, row in enumerate(self._rows)
+        ]
+
+    def agree(self, row: int, version: int) -> None:
+        if row in self._readers:
+            self._readers[row].version = version
+
+    def norms(self) -> list[tuple[int, float, float, float]]:
+        return []
+
+
+class Kind(NamedTuple):
+    """Active rows whose states have the same names."""
+
+    rows: list[int]
+    states: Callable[[Mapping[str, Any]], tuple[Any, ...]]
+    columns: list[int]
+
+
+class FastPath:
+    """All rows at once, while nothing has changed but addresses.
+
+    torch compares type, dtype, device, shape, strides and pending negations of all tensors with those that were read
+    one by one; whatever differs calls for that again.
+    """
+
+    def __init__(self, plan: PythonPlan, state: dict[Tensor, Any]) -> None:
+        readers = plan._readers
+        self._params = [reader.param for reader in readers.values()]
+        self._pattern = [plan._active[index] for index in readers]
+        self._rows = [index for index in readers if plan._active[index]]
+        self._keys = list(state)
+        places = {id(key): place for place, key in enumerate(self._keys)}
+        self._places = {index: places.get(id(readers[index].param), -1) for index in self._rows}
+        by_names: dict[tuple[str, ...], list[int]] = {}
+        for index in self._rows:
+            by_names.setdefault(tuple(readers[index].names), []).append(index)
+        self._kinds = [
+            Kind(rows, readers[rows[0]].states, readers[rows[0]].columns) for names, rows in by_names.items() if names
+        ]
+        self._masters = [readers[index] for index in self._rows if readers[index].row.master is not None]
+        self._active_params = [readers[index].param for index in self._rows]
+        self._whole = len(self._rows) == len(plan._rows)
+        tensors = self._tensors(state, [param.grad for param in self._active_params])
+        assert tensors is not None
+        self._guards = TensorGuards(
+            *tensors,
+            dynamic_dims_sizes=[list(tensor.shape) for tensor in tensors],
+            dynamic_dims_strides=[list(tensor.stride()) for tensor in tensors],
+        )
+        addresses = [tensor.data_ptr() for tensor in tensors]
+        self._nowhere = addresses.count(0)
+        self._written = self._written_of(addresses)
+
+    @classmethod
+    def of(cls, plan: PythonPlan, state: dict[Tensor, Any]) -> FastPath | None:
+        """None where torch cannot compare, or a row is sharded."""
+        if TensorGuards is None or any(reader.sharded for reader in plan._readers.values()) or not any(plan._active):
+            return None
+        return cls(plan, state)
+
+    def _tensors(self, state: dict[Tensor, Any], grads: list[Any]) -> list[Any] | None:
+        """Params, gradients, and the states kind by kind; None if a state is somewhere else."""
+        if len(state) != len(self._keys) or not all(map(is_, state, self._keys)):
+            return None
+        values = list(state.values())
+        tensors = [*self._active_params, *grads]
+        places = self._places
+        for kind in self._kinds:
+            try:
+                tensors += chain.from_iterable([kind.states(values[places[index]]) for index in kind.rows])
+            except (KeyError, TypeError):
+                return None
+        return tensors
+
+    def _written_of(self, addresses: list[int]) -> list[int]:
+        count = len(self._rows)
+        return addresses[:count] + addresses[2 * count :]
+
+    def read(self, state: dict[Tensor, Any], plan: PythonPlan) -> bool:
+        """False: read the rows one by one."""
+        grads = [param.grad for param in self._params]
+        if [grad is not None for grad in grads] != self._pattern:
+            return False
+        active = grads if all(self._pattern) else [grad for grad in grads if grad is not None]
+        tensors = self._tensors(state, active)
+        if tensors is None or not self._guards.check(*tensors):
+            return False
+        addresses = [tensor.data_ptr() for tensor in tensors]
+        # An address of 0 is memory that was taken away, unless there are no elements.
+        if addresses.count(0) != self._nowhere or self._written_of(addresses) != self._written:
+            return False
+        if any(reader.version not in (-1, reader.param._version) for reader in self._masters):
+            return False
+        plan._grads = active
+        count = len(self._rows)
+        if self._whole:
+            plan._addresses[GRAD] = addresses[count : 2 * count]
+        else:
+            for index, address in zip(self._rows, addresses[count : 2 * count]):
+                plan._addresses[GRAD][index] = address
+        return True
+
+
+def overlapping(ranges: list[tuple[int, int, int]]) -> set[int]:
+    """The rows of which two write the same memory; each range: first address, last, row."""
+    ranges = sorted(ranges)
+    found: set[int] = set()
+    widest = 0  # the range that reaches furthest among those before
+    for place in range(1, len(ranges)):
+        if ranges[place][0] < ranges[widest][1]:
+            found |= {ranges[place][2], ranges[widest][2]}
+        if ranges[place][1] > ranges[widest][1]:
+            widest = place
+    return found

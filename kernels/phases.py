@@ -1,0 +1,524 @@
+"""The host side: the table's refresh, and the launches of a step.
+
+`Phases` is one device's: what csrc/phases_cuda.cu is for the `cuda` backend.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import itertools
+import pkgutil
+from array import array
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .apply import RECORD, TILE, accumulate_kernel, apply_kernel, move_kernel
+from .prepare import PREPARED, direction_kernel, grad_sq_kernel, prepare_kernel
+from .reduce import CHUNK_TILES, SUMS, copy_kernel, reduce_kernel, total_kernel
+from .rule import DIRECTION_SQ, FINITE, GRAD_SQ, MAX_HYPER, Rule
+from .table import (
+    COLUMNS,
+    FIRST_STATE,
+    FLOAT64,
+    GROUP,
+    HEADER,
+    HYPER_ADDRESS,
+    MASTER,
+    NEEDS,
+    NONE,
+    PARAM,
+    ROW,
+    ROW_ACTIVE,
+    ROW_GROUP,
+    STORAGES,
+    TRUST,
+    TRUST_WORDS,
+    bits,
+)
+from .transform import CLIP_BY_GLOBAL_NORM, CLIP_BY_NORM
+
+# Whether the kernels run in Python, on the CPU: triton decides it when they are defined.
+INTERPRETED = not isinstance(apply_kernel, triton.runtime.JITFunction)
+WARPS = 4
+PREPARE_WARPS = 2
+# Registers of a thread: three programs of 128 threads a multiprocessor. Left to itself, ptxas spills to fit in more.
+REGISTERS = 168
+COPIED = 1024  # numbers that a program copies
+# Tables that are kept ready for captures into CUDA graphs, during which none can be allocated.
+SPARES = 2
+
+
+@functools.cache
+def rules() -> dict[str, Rule]:
+    """All rules of this package by name: those that its modules list."""
+    package = importlib.import_module(__package__)
+    names = [found.name for found in pkgutil.iter_modules(package.__path__)]
+    modules = [importlib.import_module(f"{__package__}.{name}") for name in names]
+    return {rule.name: rule for module in modules for rule in getattr(module, "RULES", ())}
+
+
+@functools.cache
+def options() -> dict[str, Any]:
+    """What all kernels are compiled with; the interpreter takes nothing."""
+    if not isinstance(apply_kernel, triton.runtime.JITFunction):
+        return {}
+    target = triton.runtime.driver.active.get_current_target()
+    # Contraction is off, as in the other backends: the same bits from the same scalars.
+    return {"enable_fp_fusion": False, **({"maxnreg": REGISTERS} if target.backend == "cuda" else {})}
+
+
+class Step(NamedTuple):
+    """What a step needs to know beside its rows."""
+
+    grad_scale: float  # 1 / loss scale
+    clip: tuple[int, float, float, float]  # kind, norm, min, max
+    global_norm: float | None  # of all gradients, where the caller knows it
+    reduced: bool  # `reduce` has seen these gradients already
+    # Addresses of float32 numbers on the device: loss scale, found_inf, global norm, non-finite flag, norms of the
+    # rows; and of the norms that processes exchange. 0: there is none. See fused_optim/plan.py.
+    scalars: tuple[int, int, int, int, int, int]
+
+    @property
+    def finds_inf(self) -> bool:
+        return self.scalars[3] != 0
+
+    @property
+    def exchanged(self) -> int:
+        return self.scalars[5]
+
+    @property
+    def clips_by_norm(self) -> bool:
+        return self.clip[0] in (CLIP_BY_GLOBAL_NORM.value, CLIP_BY_NORM.value)
+
+
+class Bucket(NamedTuple):
+    """Rows of one rule and the same storages: one launch a phase."""
+
+    rule: Rule
+    groups: frozenset[int]
+    dtypes: tuple[int, ...]  # of param, grad, master, and the states that have a number an element
+    compute: tl.dtype
+    tiles: Tensor  # int32 [tiles, 2]: row, index of the tile in it
+    chunks: Tensor  # int32 [chunks, 3]: row, first tile, where its sums go
+    directions: Tensor  # int32 [rows, 3]: row, first tile, number of tiles; empty for a rule without a direction
+    tile_sums: Tensor  # float64 [tiles, 2]; likewise
+
+    @property
+    def constants(self) -> dict[str, Any]:
+        """What its element kernels are compiled for."""
+        return {
+            "COUNT": self.rule.scalar_count,
+            "FIRST": self.rule.tensor_state_count,
+            "DTYPES": self.dtypes,
+            "COMPUTE": self.compute,
+        }
+
+
+class Layout(NamedTuple):
+    """The rows' buckets and where their sums go; other storages make another."""
+
+    buckets: list[Bucket]
+    totals: Tensor  # int32 [rows, 3]: row, first of its chunks' sums, number of chunks
+    sums: Tensor  # float64 [rows and chunks, SUMS]
+
+
+class Table(NamedTuple):
+    """What a step reads and writes beside the tensors of the optimizer."""
+
+    words: Tensor  # int64
+    records: Tensor  # float64 [rows, RECORD]
+    control: Tensor  # int32 [1]: whether the step is skipped
+    grad_sq: Tensor  # float64 [1]
+
+
+class Replay(NamedTuple):
+    """What the replays of a captured step read: nothing else ever writes it."""
+
+    table: Table
+    staging: Tensor  # pinned words, which each replay copies into the table
+
+
+class Phases:
+    """reduce, prepare and apply for the rows of one device.
+
+    Args:
+        device: where they are; the CPU if triton interprets the kernels.
+        rule_names: the rule of each row.
+        numels: the number of elements of each row.
+        group_count: how many groups the optimizer has.
+        capturable: whether steps may be captured into CUDA graphs.
+    """
+
+    def __init__(
+        self, device: torch.device, rule_names: Sequence[str], numels: Sequence[int], group_count: int, capturable: bool
+    ) -> None:
+        self.device = device
+        self.launches = 0  # of kernels, so far
+        self.sent = 0  # words copied to the device, so far
+        self._rules = [rules()[name] for name in rule_names]
+        self._numels = list(numels)
+        self._group_count, self._row_count = group_count, len(rule_names)
+        self.groups_at = len(HEADER)
+        self.rows_at = self.groups_at + len(GROUP) * group_count
+        self._numbers = array("q", bytes(8 * (self.rows_at + len(ROW) * self._row_count)))
+        self.words = memoryview(self._numbers)  # what the table should hold
+        self._host = torch.frombuffer(self._numbers, dtype=torch.int64)
+        # Compared and sent section by section: those that change together stand side by side.
+        bounds = (0, self.groups_at, self.rows_at, self.rows_at + 2 * self._row_count, len(self._numbers))
+        self._sections = list(itertools.pairwise(bounds))
+        self._mirror = [b""] * len(self._sections)  # of what is on the device; empty: not known
+        self._storages = b""
+        self._layout = Layout([], torch.empty(0), torch.empty(0))
+        self._capturable = capturable
+        self._spares: list[Replay] = []
+        self._replays: list[tuple[Replay, Layout]] = []
+        self._stream = 0
+        with self._on_device():
+            self._live = self._new_table()
+            self._listed = {
+                name: (rules()[name], self._ints([row for row, other in enumerate(rule_names) if other == name]))
+                for name in dict.fromkeys(rule_names)
+            }
+
+    def is_active(self) -> bool:
+        """Whether any row is to be stepped."""
+        active = self._row_field(ROW_ACTIVE.value)
+        return bytes(active) != bytes(active.nbytes)
+
+    def measured_rows(self) -> list[int]:
+        """The active rows of groups that need norms."""
+        needs, groups = self._needs(), self._row_field(ROW_GROUP.value)
+        return [row for row, active in enumerate(self._row_field(ROW_ACTIVE.value)) if active and needs[groups[row]]]
+
+    def captured(self) -> bool:
+        """Whether torch's stream on this device is being captured into a graph."""
+        if INTERPRETED:
+            return False
+        with self._on_device():
+            return torch.cuda.is_current_stream_capturing()
+
+    def reduce(self, step: Step) -> float:
+        """The sum of squares over the gradients that take part in clipping; waits for the device.
+
+        Where the step exchanges norms it waits for nothing and returns 0: they are at its address.
+        """
+        with self._on_device():
+            self._refresh(step)
+            layout, table = self._layout, self._live
+            if step.exchanged:
+                layout.sums.zero_()
+            self._launch_reduce(step, layout, table)
+            if step.exchanged:
+                self._copy_sums(layout, step.exchanged, out=True)
+                return 0.0
+            self._launch(grad_sq_kernel, 1, table.words, self._group_count, self._row_count, layout.sums, table.grad_sq)
+            return table.grad_sq.item()
+
+    def run(self, step: Step, exchange: Callable[[], None] | None) -> None:
+        """The step of all active rows; waits for nothing.
+
+        ``exchange`` is called when the norms of directions are on their way to where processes exchange them.
+        """
+        with self._on_device():
+            if self.captured():
+                layout, table = self._layout, self._table_for_replays(step)
+            else:
+                self._refresh(step)
+                layout, table = self._layout, self._live
+            reduces = step.clips_by_norm or step.finds_inf or any(need & ~DIRECTION_SQ.value for need in self._needs())
+            if reduces and not step.reduced:
+                self._launch_reduce(step, layout, table)
+            if step.reduced and step.exchanged:
+                self._copy_sums(layout, step.exchanged, out=False)
+            self._launch_prepare(step, layout, table, reduces)
+            self._launch_update(step, layout, table, reduces, exchange)
+
+    # The table ----------------------------------------------------------------------------------------------------
+
+    def _on_device(self) -> AbstractContextManager[Any]:
+        if INTERPRETED:
+            return _quiet()
+        if torch.cuda.current_device() == self.device.index:
+            return nullcontext()
+        return torch.cuda.device(self.device)
+
+    def _ints(self, values: Sequence[int]) -> Tensor:
+        return torch.tensor(values, dtype=torch.int32).to(self.device)
+
+    def _new_table(self) -> Table:
+        return Table(
+            torch.zeros(len(self._numbers), dtype=torch.int64, device=self.device),
+            torch.zeros(self._row_count, RECORD.value, dtype=torch.float64, device=self.device),
+            torch.zeros(1, dtype=torch.int32, device=self.device),
+            torch.zeros(1, dtype=torch.float64, device=self.device),
+        )
+
+    def _needs(self) -> list[int]:
+        """The norms that each group needs."""
+        return self._group_field(NEEDS.value).tolist()
+
+    def _group_field(self, field: int, count: int = 1) -> memoryview:
+        begin = self.groups_at + field * self._group_count
+        return self.words[begin : begin + count * self._group_count]
+
+    def _row_field(self, field: int) -> memoryview:
+        begin = self.rows_at + field * self._row_count
+        return self.words[begin : begin + self._row_count]
+
+    def _write_header(self, step: Step) -> None:
+        numbers = (step.grad_scale, *step.clip[1:], step.global_norm or 0.0)
+        self._numbers[: self.groups_at] = array("q", (*map(bits, numbers), *step.scalars))
+
+    def _refresh(self, step: Step) -> None:
+        """Bring the live table up to date: one copy of the words between the first and the last that has changed."""
+        self._write_header(step)
+        self._follow_stream()
+        storages = bytes(self._row_field(STORAGES.value))
+        if storages != self._storages:
+            self._layout, self._storages = self._new_layout(), storages
+        if self._capturable:
+            while len(self._spares) < SPARES:
+                staging = torch.empty(len(self._numbers), dtype=torch.int64, pin_memory=not INTERPRETED)
+                self._spares.append(Replay(self._new_table(), staging))
+        found = [bytes(self.words[begin:end]) for begin, end in self._sections]
+        changed = [place for place, (new, old) in enumerate(zip(found, self._mirror)) if new != old]
+        if not changed:
+            return
+        begin, end = self._sections[changed[0]][0], self._sections[changed[-1]][1]
+        source = self._host[begin:end]
+        self._mirror = [b""] * len(self._sections)  # until the words are on their way
+        if not INTERPRETED:
+            # Pinned memory of torch's, which it gives to nobody before the copy is done.
+            source = torch.empty(end - begin, dtype=torch.int64, pin_memory=True).copy_(source)
+        self._live.words[begin:end].copy_(source, non_blocking=True)
+        self._mirror = found
+        self.sent += end - begin
+
+    def _follow_stream(self) -> None:
+        """Wait for the last step where this one is on another stream."""
+        if INTERPRETED:
+            return
+        stream = torch.cuda.current_stream()
+        if self._stream not in (0, stream.cuda_stream):
+            stream.wait_stream(torch.cuda.ExternalStream(self._stream, device=self.device))
+            for tensor in (*self._live, *self._layout[1:], *(t for b in self._layout.buckets for t in b[4:])):
+                tensor.record_stream(stream)
+        self._stream = stream.cuda_stream
+
+    def _table_for_replays(self, step: Step) -> Table:
+        """A table of this step for the replays of the graph that is being captured.
+
+        A later step would change the live one under them. Each replay copies its words from pinned memory.
+
+        Raises:
+            RuntimeError: nothing is ready for a capture; the text says what to do.
+        """
+        if not self._spares or bytes(self._row_field(STORAGES.value)) != self._storages:
+            self._capturable = True
+            raise RuntimeError(
+                "the triton backend is not ready for this capture into a CUDA graph; take one step with these "
+                "gradients and states outside of a capture first"
+            )
+        self._write_header(step)
+        replay = self._spares.pop()
+        replay.staging.copy_(self._host)
+        replay.table.words.copy_(replay.staging, non_blocking=True)
+        self._replays.append((replay, self._layout))
+        return replay.table
+
+    # Buckets ------------------------------------------------------------------------------------------------------
+
+    def _new_layout(self) -> Layout:
+        """The rows by rule and storages. A row that lacks something cannot be active, and is in no bucket."""
+        found: dict[tuple[str, tuple[int, ...]], list[int]] = {}
+        for row, (rule, word) in enumerate(zip(self._rules, self._row_field(STORAGES.value))):
+            columns = [word >> (8 * column) & 255 for column in range(COLUMNS)]
+            states = columns[FIRST_STATE.value + rule.tensor_state_count : FIRST_STATE.value + len(rule.states)]
+            dtypes = (*columns[: FIRST_STATE.value], *states)
+            present = (*dtypes[: MASTER.value], *states)
+            if (self._numels[row] or rule.has_direction) and NONE.value not in present:
+                found.setdefault((rule.name, dtypes), []).append(row)
+        groups = self._row_field(ROW_GROUP.value)
+        slots = self._row_count
+        totals: list[tuple[int, int, int]] = []
+        buckets = []
+        for (name, dtypes), rows in found.items():
+            rule = rules()[name]
+            tile_counts = [-(-self._numels[row] // TILE.value) for row in rows]
+            chunk_counts = [-(-count // CHUNK_TILES.value) for count in tile_counts]
+            outs = []
+            for row, count in zip(rows, chunk_counts):
+                outs.append(row if count <= 1 else slots)
+                if count > 1:
+                    totals.append((row, slots, count))
+                    slots += count
+            tiles, chunks = _repeated(rows, tile_counts), _repeated(rows, chunk_counts)
+            out = torch.tensor(outs, dtype=torch.int64).repeat_interleave(torch.tensor(chunk_counts))
+            chunks = torch.stack([chunks[:, 0], chunks[:, 1] * CHUNK_TILES.value, out + chunks[:, 1]], 1)
+            firsts = [sum(tile_counts[:place]) for place in range(len(rows))] if rule.has_direction else []
+            buckets.append(
+                Bucket(
+                    rule,
+                    frozenset(groups[row] for row in rows),
+                    dtypes,
+                    tl.float64 if dtypes[PARAM.value] == FLOAT64.value else tl.float32,
+                    tiles.to(device=self.device, dtype=torch.int32),
+                    chunks.to(device=self.device, dtype=torch.int32),
+                    self._ints([number for entry in zip(rows, firsts, tile_counts) for number in entry]).view(-1, 3),
+                    torch.zeros(len(tiles) if rule.has_direction else 0, 2, dtype=torch.float64, device=self.device),
+                )
+            )
+        sums = torch.zeros(slots, SUMS.value, dtype=torch.float64, device=self.device)
+        return Layout(buckets, self._ints([number for entry in totals for number in entry]).view(-1, 3), sums)
+
+    # Launches -----------------------------------------------------------------------------------------------------
+
+    def _launch(self, kernel: Any, programs: int, *arguments: Any, warps: int = WARPS, **constants: Any) -> None:
+        if programs == 0:
+            return
+        kernel[(programs,)](*arguments, **constants, num_warps=warps, **options())
+        self.launches += 1
+
+    def _has_tensors(self) -> bool:
+        """Whether some hyperparameter is a tensor that the kernels read where it is."""
+        addresses = self._group_field(HYPER_ADDRESS.value, MAX_HYPER)
+        return bytes(addresses) != bytes(addresses.nbytes)
+
+    def _launch_reduce(self, step: Step, layout: Layout, table: Table) -> None:
+        needs, tensors = self._needs(), self._has_tensors()
+        for bucket in layout.buckets:
+            norms = functools.reduce(int.__or__, (needs[group] for group in bucket.groups)) & ~DIRECTION_SQ.value
+            norms |= (GRAD_SQ.value if step.clips_by_norm else 0) | (FINITE.value if step.finds_inf else 0)
+            self._launch(
+                reduce_kernel,
+                len(bucket.chunks) if norms else 0,
+                *(table.words, self._group_count, self._row_count, bucket.chunks, layout.sums),
+                DTYPES=bucket.dtypes[: FIRST_STATE.value],
+                COMPUTE=bucket.compute,
+                NORMS=norms,
+                WEIGHT_DECAY=bucket.rule.weight_decay_index,
+                CLIP=step.clip[0],
+                FINDS_INF=step.finds_inf,
+                TENSORS=tensors,
+            )
+        self._launch(
+            total_kernel,
+            len(layout.totals),
+            *(table.words, self._group_count, self._row_count, layout.totals, layout.sums),
+        )
+
+    def _launch_prepare(self, step: Step, layout: Layout, table: Table, reduces: bool) -> None:
+        trust = self._group_field(TRUST.value, TRUST_WORDS.value)
+        constants = {
+            "CLIP": step.clip[0],
+            "FINDS_INF": step.finds_inf,
+            "ADDS_NORM": step.clips_by_norm and step.global_norm is None,
+            "MEASURES": reduces,
+            "TRUSTS": bytes(trust) != bytes(trust.nbytes),
+            "TENSORS": self._has_tensors(),
+        }
+        for rule, listed in self._listed.values():
+            self._launch(
+                prepare_kernel,
+                -(-len(listed) // PREPARED.value),
+                *(table.words, self._group_count, self._row_count, listed, len(listed)),
+                *(layout.sums, table.records, table.control),
+                PREPARE=rule.prepare,
+                HYPER_COUNT=len(rule.hyper),
+                WEIGHT_DECAY=rule.weight_decay_index,
+                STATE_COUNT=rule.tensor_state_count,
+                SCALAR_COUNT=rule.scalar_count,
+                warps=PREPARE_WARPS,
+                **constants,
+            )
+
+    def _launch_update(
+        self, step: Step, layout: Layout, table: Table, reduces: bool, exchange: Callable[[], None] | None
+    ) -> None:
+        """Each pass begins with what the one before it has touched last."""
+        shared = (table.words, self._group_count, self._row_count)
+        directed = [bucket for bucket in layout.buckets if bucket.rule.has_direction]
+        for bucket in directed:
+            self._launch(
+                accumulate_kernel,
+                len(bucket.tiles),
+                *(*shared, bucket.tiles, table.records, table.control, bucket.tile_sums),
+                ACCUMULATE=bucket.rule.accumulate,
+                DIRECTION=bucket.rule.direction,
+                BACKWARDS=reduces,
+                **bucket.constants,
+            )
+        if directed and step.exchanged:
+            layout.sums.zero_()
+            self._launch_directions(directed, layout, table, adds_up=True, prepares=False)
+            self._copy_sums(layout, step.exchanged, out=True)
+            if exchange is not None:
+                exchange()
+            self._copy_sums(layout, step.exchanged, out=False)
+            self._launch_directions(directed, layout, table, adds_up=False, prepares=True)
+        else:
+            self._launch_directions(directed, layout, table, adds_up=True, prepares=True)
+        for bucket in layout.buckets:
+            arguments = (*shared, bucket.tiles, table.records, table.control)
+            if bucket.rule.has_direction:
+                self._launch(
+                    move_kernel,
+                    len(bucket.tiles),
+                    *arguments,
+                    DIRECTION=bucket.rule.direction,
+                    STEP_SIZE=bucket.rule.step_size_index,
+                    BACKWARDS=not reduces,
+                    **bucket.constants,
+                )
+            else:
+                self._launch(
+                    apply_kernel,
+                    len(bucket.tiles),
+                    *arguments,
+                    UPDATE=bucket.rule.update,
+                    BACKWARDS=reduces,
+                    **bucket.constants,
+                )
+
+    def _launch_directions(
+        self, buckets: Sequence[Bucket], layout: Layout, table: Table, *, adds_up: bool, prepares: bool
+    ) -> None:
+        for bucket in buckets:
+            self._launch(
+                direction_kernel,
+                len(bucket.directions),
+                *(table.words, self._group_count, self._row_count, bucket.directions, bucket.tile_sums),
+                *(layout.sums, table.records, table.control),
+                SCALE_DIRECTION=bucket.rule.scale_direction,
+                HYPER_COUNT=len(bucket.rule.hyper),
+                STEP_SIZE=bucket.rule.step_size_index,
+                ADDS_UP=adds_up,
+                PREPARES=prepares,
+                TENSORS=self._has_tensors(),
+            )
+
+    def _copy_sums(self, layout: Layout, address: int, *, out: bool) -> None:
+        """The rows' sums to where processes exchange them, or back."""
+        count = self._row_count * SUMS.value
+        self._launch(copy_kernel, -(-count // COPIED), layout.sums, address, count, OUT=out, BLOCK=COPIED)
+
+
+def _quiet() -> AbstractContextManager[Any]:
+    """What overflows or is none of the numbers is no news to the caller of an interpreted kernel."""
+    import numpy
+
+    return numpy.errstate(all="ignore")
+
+
+def _repeated(rows: Sequence[int], counts: Sequence[int]) -> Tensor:
+    """[sum(counts), 2]: each row as often as its count, and which of them it is."""
+    repeats = torch.tensor(counts, dtype=torch.int64)
+    first = (repeats.cumsum(0) - repeats).repeat_interleave(repeats)
+    return torch.stack([torch.tensor(rows).repeat_interleave(repeats), torch.arange(len(first)) - first], 1)
