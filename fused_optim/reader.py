@@ -143,11 +143,11 @@ class GroupReader:
 
     def __init__(self, index: int, rule: Any, device: torch.device, needs_of: Callable[..., int]) -> None:
         self._index, self._rule, self._device, self._needs_of = index, rule, device, needs_of
-        self._known: dict[str, Any] | None = None  # kept alive, so that identity counts
+        self.known: dict[str, Any] | None = None  # the group as it was read, if no value can change but by another
         self._structural: tuple[bool, ...] | None = None
         self.words: list[int] = []
 
-    def refresh(
+    def read(
         self,
         group: dict[str, Any],
         defaults: dict[str, Any],
@@ -159,9 +159,6 @@ class GroupReader:
         Raises:
             KeyError, TypeError, ValueError: a hyperparameter is missing or is none; the text names group and key.
         """
-        known = self._known
-        if known is not None and _same_items(known, group):
-            return False
         truths = tuple(bool(group.get(key)) for key in structural)
         if self._structural not in (None, truths):
             return None
@@ -191,7 +188,7 @@ class GroupReader:
             words += [*part, *[0] * (MAX_HYPER - len(part))]
         changed = words != self.words
         self.words = words
-        self._known = dict(group) if constant else None
+        self.known = dict(group) if constant else None
         return changed
 
     def _number(self, field: Any, value: Any) -> tuple[float, int, int]:
@@ -216,11 +213,6 @@ class GroupReader:
         if memory is not None and memory.device.type != "cpu" and memory.device == self._device:
             return 0.0, memory.address, memory.dtype
         return float(item), 0, 0
-
-
-def _same_items(one: dict[str, Any], other: dict[str, Any]) -> bool:
-    """Whether two dicts hold the same objects in the same order."""
-    return len(one) == len(other) and all(map(is_, one, other)) and all(map(is_, one.values(), other.values()))
 
 
 def is_constant(value: Any) -> bool:
@@ -294,7 +286,9 @@ class PythonPlan:
             if not isinstance(params, (list, tuple)) or len(params) != len(known) or not all(map(is_, params, known)):
                 return None
         for index, reader in self._groups.items():
-            changed = reader.refresh(param_groups[index], self._defaults, self._structural, self._trust_ratio)
+            if reader.known == param_groups[index]:  # identical objects are equal; the params are known to be identical
+                continue
+            changed = reader.read(param_groups[index], self._defaults, self._structural, self._trust_ratio)
             if changed is None:
                 return None
             if changed:

@@ -46,8 +46,9 @@ from .transform import CLIP_BY_GLOBAL_NORM, CLIP_BY_NORM
 
 # Whether the kernels run in Python, on the CPU: triton decides it when they are defined.
 INTERPRETED = not isinstance(apply_kernel, triton.runtime.JITFunction)
-WARPS = 4
-PREPARE_WARPS = 2
+# Threads of a program: each has the elements of a tile that 16 bytes of the narrowest column hold.
+THREADS = 128
+PREPARE_THREADS = 64
 # Registers of a thread: three programs of 128 threads a multiprocessor. Left to itself, ptxas spills to fit in more.
 REGISTERS = 168
 COPIED = 1024  # numbers that a program copies
@@ -65,13 +66,14 @@ def rules() -> dict[str, Rule]:
 
 
 @functools.cache
-def options() -> dict[str, Any]:
-    """What all kernels are compiled with; the interpreter takes nothing."""
+def options(threads: int) -> dict[str, Any]:
+    """What a kernel is compiled with; the interpreter takes nothing."""
     if not isinstance(apply_kernel, triton.runtime.JITFunction):
         return {}
     target = triton.runtime.driver.active.get_current_target()
+    registers = {"maxnreg": REGISTERS} if target.backend == "cuda" else {}
     # Contraction is off, as in the other backends: the same bits from the same scalars.
-    return {"enable_fp_fusion": False, **({"maxnreg": REGISTERS} if target.backend == "cuda" else {})}
+    return {"enable_fp_fusion": False, "num_warps": threads // target.warp_size, **registers}
 
 
 class Step(NamedTuple):
@@ -380,10 +382,10 @@ class Phases:
 
     # Launches -----------------------------------------------------------------------------------------------------
 
-    def _launch(self, kernel: Any, programs: int, *arguments: Any, warps: int = WARPS, **constants: Any) -> None:
+    def _launch(self, kernel: Any, programs: int, *arguments: Any, threads: int = THREADS, **constants: Any) -> None:
         if programs == 0:
             return
-        kernel[(programs,)](*arguments, **constants, num_warps=warps, **options())
+        kernel[(programs,)](*arguments, **constants, **options(threads))
         self.launches += 1
 
     def _has_tensors(self) -> bool:
@@ -435,7 +437,7 @@ class Phases:
                 WEIGHT_DECAY=rule.weight_decay_index,
                 STATE_COUNT=rule.tensor_state_count,
                 SCALAR_COUNT=rule.scalar_count,
-                warps=PREPARE_WARPS,
+                threads=PREPARE_THREADS,
                 **constants,
             )
 

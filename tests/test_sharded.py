@@ -5,8 +5,8 @@ from __future__ import annotations
 import gc
 import io
 import logging
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+import triton_interpreter
 from conftest import Collector
 from cuda_on_host.backend import cuda_phases
 from cuda_on_host.build import OnHost, compile_module
@@ -38,6 +39,7 @@ from fused_optim import (
     ClipGradByValue,
     Lion,
     NovoGrad,
+    extension,
 )
 
 Make = Callable[..., Any]
@@ -133,17 +135,25 @@ def assert_same_everywhere(tensor: Tensor) -> None:
     assert all(torch.equal(tensor, other) for other in gathered)
 
 
-def train_spread(name: str, place: str, backend: str) -> None:
+@contextmanager
+def without_extension() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(extension, "_C", None)
+        yield
+
+
+def train_spread(name: str, place: str, backend: str, steps: int = 20, compiled_plan: bool = True) -> None:
     collector = Collector()
     logging.getLogger("fused_optim").addHandler(collector)
     wholes, spreads = both(torch.float32, place)
     with cuda_phases(shim()) if backend == "cuda" else nullcontext():
         alone = MAKERS[name](wholes, backend="eager" if backend == "eager" else "cpu")
         ours = MAKERS[name](spreads, backend=backend)
-        for step in range(20):
+        for step in range(steps):
             set_both(wholes, spreads, place, step)
             alone.step()
-            ours.step()
+            with nullcontext() if compiled_plan else without_extension():
+                ours.step()
         assert backend == "eager" or collector.lines == []
     for whole, param in zip(wholes, spreads):
         expected, found = inner(alone).state[whole], inner(ours).state[param]
@@ -175,6 +185,19 @@ def train_everywhere(name: str) -> None:
 @pytest.mark.parametrize("name", MAKERS)
 def test_spread_parameters_are_stepped_as_whole_ones(name: str, ranks: Ranks) -> None:
     ranks.run(train_everywhere, name)
+
+
+def train_interpreted(name: str, compiled_plan: bool) -> None:
+    triton_interpreter.patch_once()
+    for place in ("FSDP", "2-D"):
+        train_spread(name, place, "triton", steps=2, compiled_plan=compiled_plan)
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize("compiled_plan", [True, False])
+@pytest.mark.parametrize("name", ["AdamW, global norm", "NovoGrad, maximum", "LARC(SGD), apex", "LAMB"])
+def test_triton_steps_spread_parameters_as_whole_ones(name: str, compiled_plan: bool, ranks: Ranks) -> None:
+    ranks.run(train_interpreted, name, compiled_plan)
 
 
 # FSDP2 -----------------------------------------------------------------------------------------------------------

@@ -1,0 +1,71 @@
+"""What Triton's compiler makes of the kernels, and what its launcher does: without a GPU.
+
+Each test runs `tests/triton_offline.py` as a program of its own, since this process interprets the kernels.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+PROGRAM = Path(__file__).parent / "triton_offline.py"
+TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+
+pytestmark = [pytest.mark.requires(modules=("triton",)), pytest.mark.timeout(1200)]
+
+
+def offline(cache: Path, *arguments: str) -> Any:
+    """What the program prints. Kernels are compiled anew."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(cache)
+    result = subprocess.run([sys.executable, str(PROGRAM), *arguments], text=True, capture_output=True, env=environment)
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout)
+
+
+def check_kernel(kernel: dict[str, Any]) -> None:
+    """No spills; IEEE roots and divisions, no contraction; 16-byte accesses to every aligned column."""
+    assert kernel["spilled"] == 0, kernel
+    assert kernel["inexact"] == [], kernel
+    assert kernel["wide_loads"] >= kernel["columns_read"], kernel
+    assert kernel["wide_stores"] >= kernel["columns_written"], kernel
+
+
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+def test_every_rule_compiles(target: str, tmp_path: Path) -> None:
+    kernels = offline(tmp_path, "rules", target)
+    names = {kernel["name"] for kernel in kernels}
+    assert names >= {"reduce_kernel", "total_kernel", "prepare_kernel", "direction_kernel", "grad_sq_kernel"}
+    assert names >= {"apply_kernel", "accumulate_kernel", "move_kernel"}
+    for kernel in kernels:
+        check_kernel(kernel)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", TARGETS)
+def test_every_rule_and_storage_compiles(target: str, tmp_path: Path) -> None:
+    for kernel in [*offline(tmp_path, "rules", target), *offline(tmp_path, "storages", target)]:
+        check_kernel(kernel)
+
+
+def test_nothing_is_compiled_again_over_a_schedule(tmp_path: Path) -> None:
+    """100 steps with another lr at each, gradients that come and go, and optimizers of other numbers of tensors."""
+    counts = offline(tmp_path, "schedule", "sm_90")
+    assert counts["first step"] == 2  # prepare, apply
+    assert counts["100 steps"] == counts["first step"]
+    assert counts["other numbers of tensors and groups"] == counts["first step"]
+    assert counts["another dtype"] == counts["first step"] + 1  # its apply
+    assert counts["a clip"] == counts["another dtype"] + 4  # reduce, totals, prepare, and apply from the end
+    assert counts["launched"] > 2 * 100
+
+
+def test_the_kernels_are_never_tuned() -> None:
+    """A trial of an update in place would be a step."""
+    for path in (PROGRAM.parent.parent / "kernels").glob("*.py"):
+        assert "autotune" not in path.read_text(), path
