@@ -68,6 +68,16 @@ def parser() -> argparse.ArgumentParser:
     sharded.add_argument("--rounds", type=count, default=41, help="default: %(default)s")
     sharded.add_argument("--json", type=Path, metavar="FILE", help="write the result to this file")
 
+    launcher = verbs.add_parser(
+        "launcher",
+        help="time the host's part of Triton's steps",
+        description="Times the plan's refresh, in Python and compiled, and the launches of the triton backend, at a "
+        "driver that stands for a GPU and runs nothing.",
+    )
+    launcher.set_defaults(run=commands.launcher)
+    launcher.add_argument("--rounds", type=count, default=41, help="default: %(default)s")
+    launcher.add_argument("--json", type=Path, metavar="FILE", help="write the result to this file")
+
     report = verbs.add_parser("report", help="a report with plots from a result file")
     report.set_defaults(run=commands.report)
     report.add_argument("result", type=Path, metavar="RESULT.json")

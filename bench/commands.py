@@ -188,6 +188,17 @@ def sharded(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def launcher(arguments: argparse.Namespace) -> int:
+    from .launcher import time_launcher
+
+    result = results.new_result(machine(), protocol_of(arguments.rounds))
+    result["cases"] = time_launcher(arguments.rounds)
+    new_console().print(tables.case_table(result["cases"], torch.get_num_threads()))
+    if arguments.json is not None:
+        results.save(arguments.json, result)
+    return 0
+
+
 def report(arguments: argparse.Namespace) -> int:
     from .report import write_report
 

@@ -12,7 +12,7 @@ import gc
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -286,6 +286,21 @@ def twin_seconds(contender: Contender, setting: Setting) -> float:
     """The host's share on a CPU: a step of the same tensors and groups with two elements each."""
     runner = Runner(contender, setting._replace(model=setting.model.twin()), 1)
     return statistics.median(runner.block(runner.repeats).wall for _ in range(5))
+
+
+def row_of_pairs(case: str, peer: str, backend: str, seconds: Sequence[tuple[float, float]]) -> dict[str, Any]:
+    """The figures of a named case from what ours and the peer took in each round."""
+    ratios = [theirs / ours for ours, theirs in seconds]
+    return {
+        "case": case,
+        "peer": peer,
+        "backend": backend,
+        "ours_us": statistics.median(ours for ours, _ in seconds) * 1e6,
+        "peer_us": statistics.median(theirs for _, theirs in seconds) * 1e6,
+        "ratio": statistics.median(ratios),
+        "ratio_quartiles": quartiles(ratios),
+        "rounds": len(seconds),
+    }
 
 
 def quartiles(values: list[float]) -> list[float]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 import tempfile
 import time
 from collections.abc import Callable
@@ -15,7 +14,7 @@ from torch.nn import Parameter
 
 import fused_optim
 
-from .measure import quartiles
+from .measure import row_of_pairs
 
 TENSORS, ELEMENTS = 465, 16  # rf-detr's parameters, one a group there; so small that only the host's cost is left
 STEPS = 10  # of ours in a block, beside one of torch's
@@ -74,19 +73,8 @@ def _measure(rank: int, processes: int, rounds: int, folder: str) -> None:
         for step in (ours, theirs):
             _seconds(step, 2)
         measured = [(_seconds(ours, STEPS), _seconds(theirs, 1)) for _ in range(rounds)]
-        ratios = [other / mine for mine, other in measured]
-        figures.append(
-            {
-                "case": f"{name}, {TENSORS} DTensors in {processes} processes",
-                "peer": peer,
-                "backend": "cpu",
-                "ours_us": statistics.median(mine for mine, _ in measured) * 1e6,
-                "peer_us": statistics.median(other for _, other in measured) * 1e6,
-                "ratio": statistics.median(ratios),
-                "ratio_quartiles": quartiles(ratios),
-                "rounds": rounds,
-            }
-        )
+        case = f"{name}, {TENSORS} DTensors in {processes} processes"
+        figures.append(row_of_pairs(case, peer, "cpu", measured))
     if rank == 0:
         torch.save(figures, Path(folder) / "figures")
     dist.barrier()

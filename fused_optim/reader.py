@@ -9,8 +9,7 @@ from __future__ import annotations
 import struct
 from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from itertools import chain
-from operator import is_, itemgetter
+from operator import is_
 from typing import Any, NamedTuple
 
 import torch
@@ -68,7 +67,6 @@ class RowReader:
         self.version = row.version
         self.names = [*(name for name, _ in rule.states), *([row.master] if row.master is not None else ())]
         self.per_tensor = [*(per_tensor for _, per_tensor in rule.states), False]
-        self.states = itemgetter(*self.names) if len(self.names) > 1 else self._one_state
         memory = memory_of(local(row.param))
         assert memory is not None
         self.memory = memory
@@ -76,9 +74,6 @@ class RowReader:
         self.sharded = is_sharded(row.param)
         self.tensor_columns = {FIRST_STATE + i for i, per_tensor in enumerate(self.per_tensor) if per_tensor}
         self.columns = [*(FIRST_STATE + i for i in range(len(rule.states))), *([MASTER] if row.master else ())]
-
-    def _one_state(self, states: Mapping[str, Any]) -> tuple[Any, ...]:
-        return tuple(states[name] for name in self.names)
 
     def is_same(self) -> bool:
         """Whether the parameter still is what the plan was built for; its address may be another."""
@@ -425,9 +420,8 @@ class PythonPlan:
 class Kind(NamedTuple):
     """Active rows whose states have the same names."""
 
+    names: tuple[str, ...]
     rows: list[int]
-    states: Callable[[Mapping[str, Any]], tuple[Any, ...]]
-    columns: list[int]
 
 
 class FastPath:
@@ -448,9 +442,7 @@ class FastPath:
         by_names: dict[tuple[str, ...], list[int]] = {}
         for index in self._rows:
             by_names.setdefault(tuple(readers[index].names), []).append(index)
-        self._kinds = [
-            Kind(rows, readers[rows[0]].states, readers[rows[0]].columns) for names, rows in by_names.items() if names
-        ]
+        self._kinds = [Kind(names, rows) for names, rows in by_names.items()]
         self._masters = [readers[index] for index in self._rows if readers[index].row.master is not None]
         self._active_params = [readers[index].param for index in self._rows]
         self._whole = len(self._rows) == len(plan._rows)
@@ -480,8 +472,10 @@ class FastPath:
         tensors = [*self._active_params, *grads]
         places = self._places
         for kind in self._kinds:
+            states = [values[places[index]] for index in kind.rows]
             try:
-                tensors += chain.from_iterable([kind.states(values[places[index]]) for index in kind.rows])
+                for name in kind.names:  # no tuple a row: the garbage collector would count them
+                    tensors += [state[name] for state in states]
             except (KeyError, TypeError):
                 return None
         return tensors

@@ -44,7 +44,7 @@ build() {
     --no-build-isolation --no-deps --no-index --editable .
 }
 
-tests() { run 480 tests tests "$python" -m pytest -v -p no:cacheprovider --durations=10 -m gpu tests/test_cuda_gpu.py; }
+tests() { run 480 tests tests "$python" -m pytest -v -p no:cacheprovider --durations=10 -m gpu tests/test_gpu.py; }
 
 sanitizer() {
   local checker status=0 code refused='not supported|unable to|denied|failed to initialize|insufficient'
@@ -62,7 +62,7 @@ sanitizer() {
     # torch's caching allocator would hide what lies beyond a tensor.
     run 120 sanitizer "$tool" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
       "$checker" --tool "$tool" --error-exitcode 99 "${only[@]}" --log-file "$out/$tool.part" \
-      "$python" -m pytest -q -p no:cacheprovider -m gpu tests/test_cuda_gpu.py -k sanitizer
+      "$python" -m pytest -q -p no:cacheprovider -m gpu tests/test_gpu.py -k sanitizer
     code=$?
     cat "$out/$tool.part" >>"$out/sanitizer.log"
     if [[ $code == 0 ]]; then

@@ -212,6 +212,10 @@ each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtyp
 each_implementation = pytest.mark.parametrize(
     "backend", [pytest.param(b, marks=BACKEND_MARKS.get(b, ())) for b in (*BACKENDS, "eager")]
 )
+# Those of every day, for what each backend must be held to.
+each_implementation_daily = pytest.mark.parametrize(
+    "backend", ["cpu", pytest.param("triton", marks=pytest.mark.interpreted), "eager"]
+)
 
 
 # Parameters and gradients ---------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import os
 import re
 import subprocess
 import sys
@@ -615,3 +616,15 @@ def test_sharded_parameters_are_timed_in_processes(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert [row["case"].split(", 465")[0] for row in load(output)["cases"]] == ["AdamW", "AdamW, global-norm clip"]
     assert "465 DTensors in 1 processes" in done.stdout
+
+
+@pytest.mark.requires(modules=("triton",))
+def test_the_launcher_is_timed_without_a_gpu(tmp_path: Path) -> None:
+    output = tmp_path / "launcher.json"
+    command = [sys.executable, "-m", "bench", "launcher", "--rounds", "1", "--json", str(output)]
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    cases = [row["case"] for row in load(output)["cases"]]
+    assert cases[:2] == ["refresh in Python, 150 tensors, 1 group", "host's part of a step, 150 tensors, 1 group"]
+    assert cases[-1] == "one launch of apply"

@@ -19,6 +19,7 @@ from cases import (
     device_of,
     each_backend,
     each_implementation,
+    each_implementation_daily,
     new_params,
     snapshot,
     train,
@@ -106,7 +107,7 @@ GOLDEN_CASES: dict[str, tuple[Make, float]] = {
 NOT_OURS = ("lr", "learning_rate", "foreach")
 
 
-@each_implementation
+@each_implementation_daily
 @pytest.mark.parametrize("golden", GOLDEN_CASES)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_golden_trajectory(golden: str, dtype: torch.dtype, backend: str) -> None:

@@ -22,6 +22,7 @@ from cases import (
     each_case,
     each_dtype,
     each_implementation,
+    each_implementation_daily,
     each_variant,
     new_grad,
     new_params,
@@ -392,7 +393,7 @@ def test_nan_and_inf_are_the_witnesss(case: Case, dtype: torch.dtype, backend: s
 # Golden data ----------------------------------------------------------------------------------------------------
 
 
-@each_implementation
+@each_implementation_daily
 @pytest.mark.parametrize(
     ("case", "golden", "dtype"),
     [
