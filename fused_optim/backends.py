@@ -114,7 +114,10 @@ def choose(device: torch.device, forced: str | None = None) -> tuple[str, str | 
         return "eager", f"backend={forced!r} takes no tensor on {device}"
     reasons: list[str] = []
     for backend in AUTOMATIC.get(device.type, ("eager",)):
-        reason = why_missing(backend, device.index)
+        if takes(backend, device):
+            reason = why_missing(backend, device.index)
+        else:
+            reason = "under TRITON_INTERPRET=1 it takes CPU tensors"
         if reason is None:
             return backend, "; ".join(reasons) or None
         reasons.append(f"no {backend} backend: {reason}")

@@ -109,8 +109,7 @@ class Bucket(NamedTuple):
     compute: tl.dtype
     tiles: Tensor  # int32 [tiles, 2]: row, index of the tile in it
     chunks: Tensor  # int32 [chunks, 3]: row, first tile, where its sums go
-    directions: Tensor  # int32 [rows, 3]: row, first tile, number of tiles; empty for a rule without a direction
-    tile_sums: Tensor  # float64 [tiles, 2]; likewise
+    tile_sums: Tensor  # float64 [tiles, 2], a part of the layout's; empty for a rule without a direction
 
     @property
     def constants(self) -> dict[str, Any]:
@@ -129,6 +128,8 @@ class Layout(NamedTuple):
     buckets: list[Bucket]
     totals: Tensor  # int32 [rows, 3]: row, first of its chunks' sums, number of chunks
     sums: Tensor  # float64 [rows and chunks, SUMS]
+    tile_sums: Tensor  # float64 [tiles of rules with a direction, 2]
+    directions: dict[str, Tensor]  # of each such rule, int32 [rows, 3]: row, first of its tiles' sums, number of tiles
 
 
 class Table(NamedTuple):
@@ -177,7 +178,7 @@ class Phases:
         self._sections = list(itertools.pairwise(bounds))
         self._mirror = [b""] * len(self._sections)  # of what is on the device; empty: not known
         self._storages = b""
-        self._layout = Layout([], torch.empty(0), torch.empty(0))
+        self._layout = Layout([], torch.empty(0), torch.empty(0), torch.empty(0), {})
         self._capturable = capturable
         self._spares: list[Replay] = []
         self._replays: list[tuple[Replay, Layout]] = []
@@ -211,6 +212,11 @@ class Phases:
 
         Where the step exchanges norms it waits for nothing and returns 0: they are at its address.
         """
+        if self.captured():
+            raise RuntimeError(
+                "a global norm over several devices, or over parameters that the eager path steps, cannot be captured: "
+                "it is added on the host"
+            )
         with self._on_device():
             self._refresh(step)
             layout, table = self._layout, self._live
@@ -253,6 +259,9 @@ class Phases:
 
     def _ints(self, values: Sequence[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.int32).to(self.device)
+
+    def _triples(self, values: Sequence[tuple[int, int, int]]) -> Tensor:
+        return self._ints([number for entry in values for number in entry]).view(-1, 3)
 
     def _new_table(self) -> Table:
         return Table(
@@ -310,7 +319,10 @@ class Phases:
         stream = torch.cuda.current_stream()
         if self._stream not in (0, stream.cuda_stream):
             stream.wait_stream(torch.cuda.ExternalStream(self._stream, device=self.device))
-            for tensor in (*self._live, *self._layout[1:], *(t for b in self._layout.buckets for t in b[4:])):
+            layout = self._layout
+            of_buckets = [tensor for bucket in layout.buckets for tensor in (bucket.tiles, bucket.chunks)]
+            of_layout = (layout.totals, layout.sums, layout.tile_sums, *layout.directions.values())
+            for tensor in (*self._live, *of_layout, *of_buckets, *(listed for _, listed in self._listed.values())):
                 tensor.record_stream(stream)
         self._stream = stream.cuda_stream
 
@@ -350,7 +362,9 @@ class Phases:
         groups = self._row_field(ROW_GROUP.value)
         slots = self._row_count
         totals: list[tuple[int, int, int]] = []
-        buckets = []
+        directions: dict[str, list[tuple[int, int, int]]] = {}
+        summed = 0  # tiles of rules with a direction
+        parts: list[tuple[Rule, tuple[int, ...], list[int], Tensor, Tensor, int]] = []
         for (name, dtypes), rows in found.items():
             rule = rules()[name]
             tile_counts = [-(-self._numels[row] // TILE.value) for row in rows]
@@ -364,21 +378,30 @@ class Phases:
             tiles, chunks = _repeated(rows, tile_counts), _repeated(rows, chunk_counts)
             out = torch.tensor(outs, dtype=torch.int64).repeat_interleave(torch.tensor(chunk_counts))
             chunks = torch.stack([chunks[:, 0], chunks[:, 1] * CHUNK_TILES.value, out + chunks[:, 1]], 1)
-            firsts = [sum(tile_counts[:place]) for place in range(len(rows))] if rule.has_direction else []
-            buckets.append(
-                Bucket(
-                    rule,
-                    frozenset(groups[row] for row in rows),
-                    dtypes,
-                    tl.float64 if dtypes[PARAM.value] == FLOAT64.value else tl.float32,
-                    tiles.to(device=self.device, dtype=torch.int32),
-                    chunks.to(device=self.device, dtype=torch.int32),
-                    self._ints([number for entry in zip(rows, firsts, tile_counts) for number in entry]).view(-1, 3),
-                    torch.zeros(len(tiles) if rule.has_direction else 0, 2, dtype=torch.float64, device=self.device),
-                )
+            parts.append((rule, dtypes, rows, tiles, chunks, summed))
+            for row, count in zip(rows, tile_counts) if rule.has_direction else ():
+                directions.setdefault(name, []).append((row, summed, count))
+                summed += count
+        tile_sums = torch.zeros(summed, 2, dtype=torch.float64, device=self.device)
+        buckets = [
+            Bucket(
+                rule,
+                frozenset(groups[row] for row in rows),
+                dtypes,
+                tl.float64 if dtypes[PARAM.value] == FLOAT64.value else tl.float32,
+                tiles.to(device=self.device, dtype=torch.int32),
+                chunks.to(device=self.device, dtype=torch.int32),
+                tile_sums[first:] if rule.has_direction else tile_sums[:0],
             )
-        sums = torch.zeros(slots, SUMS.value, dtype=torch.float64, device=self.device)
-        return Layout(buckets, self._ints([number for entry in totals for number in entry]).view(-1, 3), sums)
+            for rule, dtypes, rows, tiles, chunks, first in parts
+        ]
+        return Layout(
+            buckets,
+            self._triples(totals),
+            torch.zeros(slots, SUMS.value, dtype=torch.float64, device=self.device),
+            tile_sums,
+            {name: self._triples(of_rule) for name, of_rule in directions.items()},
+        )
 
     # Launches -----------------------------------------------------------------------------------------------------
 
@@ -459,14 +482,14 @@ class Phases:
             )
         if directed and step.exchanged:
             layout.sums.zero_()
-            self._launch_directions(directed, layout, table, adds_up=True, prepares=False)
+            self._launch_directions(layout, table, adds_up=True, prepares=False)
             self._copy_sums(layout, step.exchanged, out=True)
             if exchange is not None:
                 exchange()
             self._copy_sums(layout, step.exchanged, out=False)
-            self._launch_directions(directed, layout, table, adds_up=False, prepares=True)
+            self._launch_directions(layout, table, adds_up=False, prepares=True)
         else:
-            self._launch_directions(directed, layout, table, adds_up=True, prepares=True)
+            self._launch_directions(layout, table, adds_up=True, prepares=True)
         for bucket in layout.buckets:
             arguments = (*shared, bucket.tiles, table.records, table.control)
             if bucket.rule.has_direction:
@@ -489,18 +512,17 @@ class Phases:
                     **bucket.constants,
                 )
 
-    def _launch_directions(
-        self, buckets: Sequence[Bucket], layout: Layout, table: Table, *, adds_up: bool, prepares: bool
-    ) -> None:
-        for bucket in buckets:
+    def _launch_directions(self, layout: Layout, table: Table, *, adds_up: bool, prepares: bool) -> None:
+        for name, directions in layout.directions.items():
+            rule = rules()[name]
             self._launch(
                 direction_kernel,
-                len(bucket.directions),
-                *(table.words, self._group_count, self._row_count, bucket.directions, bucket.tile_sums),
+                len(directions),
+                *(table.words, self._group_count, self._row_count, directions, layout.tile_sums),
                 *(layout.sums, table.records, table.control),
-                SCALE_DIRECTION=bucket.rule.scale_direction,
-                HYPER_COUNT=len(bucket.rule.hyper),
-                STEP_SIZE=bucket.rule.step_size_index,
+                SCALE_DIRECTION=rule.scale_direction,
+                HYPER_COUNT=len(rule.hyper),
+                STEP_SIZE=rule.step_size_index,
                 ADDS_UP=adds_up,
                 PREPARES=prepares,
                 TENSORS=self._has_tensors(),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import re
 
 import pytest
 import torch
@@ -33,8 +34,9 @@ def test_unknown_names_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         fused_optim.AdamW([Parameter(torch.ones(2))])
 
 
-def test_forced_backend_that_is_missing_says_why() -> None:
-    with pytest.raises(RuntimeError, match=r"cannot be used: .*no Triton kernels"):
+def test_forced_backend_that_is_missing_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "why_missing", lambda backend: "the reason")
+    with pytest.raises(RuntimeError, match="backend='triton' cannot be used: the reason"):
         fused_optim.AdamW([Parameter(torch.ones(2))], backend="triton")
 
 
@@ -64,8 +66,19 @@ def test_missing_extension_falls_back_visibly(
     assert backends.why_missing("cpu") == "the reason"
 
 
-def test_show_config_names_versions_and_backends() -> None:
+def test_show_config_names_versions_and_backends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "_why_no_triton", lambda: "the reason")
     out = io.StringIO()
     fused_optim.show_config(file=out)
-    for word in (fused_optim.__version__, torch.__version__, "cpu tensors", "no triton backend"):
+    for word in (fused_optim.__version__, torch.__version__, "cpu tensors"):
         assert word in out.getvalue()
+    assert re.search("no triton backend +the reason", out.getvalue())
+
+
+@pytest.mark.interpreted
+def test_interpreted_kernels_serve_no_gpu() -> None:
+    assert not backends.takes("triton", torch.device("cuda"))
+    assert backends.takes("triton", torch.device("cpu"))
+    backend, passed_over = backends.choose(torch.device("cuda"))
+    assert backend == "eager"
+    assert "no triton backend: under TRITON_INTERPRET=1 it takes CPU tensors" in str(passed_over)

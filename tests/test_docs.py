@@ -97,7 +97,8 @@ def messages_of_cmake(file: Path) -> set[str]:
 
 def messages() -> list[tuple[str, str]]:
     found = []
-    for file in sorted([*(ROOT / "fused_optim").glob("*.py"), ROOT / "setup.py"]):
+    python = [*(ROOT / "fused_optim").glob("*.py"), *(ROOT / "kernels").glob("*.py"), ROOT / "setup.py"]
+    for file in sorted(python):
         found += [(file.name, text) for text in sorted(messages_of_python(file))]
     for file in sorted([*(ROOT / "csrc").glob("**/*.cpp"), *(ROOT / "csrc").glob("**/*.cu")]):
         found += [(file.name, text) for text in sorted(messages_of_cpp(file))]
