@@ -71,6 +71,8 @@ def contenders_for(
             if only_backends:
                 absent.append(Absent(name_of(backend), f"takes no tensor on {device.type}"))
             continue
+        if backend == "triton" and backends.interprets_triton() and not only_backends:
+            continue  # whoever interprets kernels does not ask how fast they are
         reason = backends.why_missing(backend, device.index)
         if reason is not None:
             absent.append(Absent(name_of(backend), reason))

@@ -73,10 +73,10 @@ const CpuKernels* requested_kernels() {
 }
 
 std::unique_ptr<Plan> make_plan(const py::list& rules, const py::list& rows, const py::list& launched,
-                                const py::dict& defaults, const py::tuple& structural, const py::object& exchange_api,
-                                const py::object& kind_of, const py::object& same_placement,
-                                const py::object& describe, const py::object& current_stream,
-                                const py::object& trust_ratio) {
+                                const py::dict& defaults, const py::tuple& structural,
+                                const py::object& exchange_api, const py::object& kind_of,
+                                const py::object& same_placement, const py::object& describe,
+                                const py::object& current_stream, const py::object& trust_ratio) {
   auto plan = std::make_unique<Plan>();
   if (!plan->open(exchange_api.ptr(), kind_of.ptr(), same_placement.ptr(), describe.ptr(),
                   current_stream.ptr(), requested_kernels()) ||
@@ -145,9 +145,10 @@ py::dict build_info() {
 PYBIND11_MODULE(_C, module) {
   using namespace fused_optim;
   py::class_<Plan>(module, "Plan", py::custom_type_setup(make_collectable))
-      .def(py::init(&make_plan), py::kw_only(), py::arg("rules"), py::arg("rows"), py::arg("launched") = py::list(),
-           py::arg("defaults"), py::arg("structural"), py::arg("exchange_api"), py::arg("kind_of"), py::arg("same_placement"),
-           py::arg("describe"), py::arg("current_stream") = py::none(), py::arg("trust_ratio") = py::none())
+      .def(py::init(&make_plan), py::kw_only(), py::arg("rules"), py::arg("rows"),
+           py::arg("launched") = py::list(), py::arg("defaults"), py::arg("structural"),
+           py::arg("exchange_api"), py::arg("kind_of"), py::arg("same_placement"), py::arg("describe"),
+           py::arg("current_stream") = py::none(), py::arg("trust_ratio") = py::none())
       .def("refresh",
            [](Plan& plan, const py::object& param_groups, const py::object& state) {
              return owned(plan.refresh(param_groups.ptr(), state.ptr()));

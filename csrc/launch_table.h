@@ -1,7 +1,7 @@
 // The table of rows whose kernels others launch (Triton's, from Python): 64-bit words, field by field.
 //
-// First the groups, then the rows: [kGroupFields][groups], [kRowFields][rows]. A double stands as its bits, an
-// address and a number as they are. kernels/table.py has the same fields in the same order.
+// First the groups, then the rows: [kGroupFields][groups], [kRowFields][rows]. A double stands as its bits,
+// an address and a number as they are. kernels/table.py has the same fields in the same order.
 #pragma once
 
 #include <cstdint>
@@ -15,8 +15,8 @@ namespace fused_optim {
 constexpr int kTrustFields = sizeof(TrustRatio) / sizeof(double);
 // maximize, needs, the trust ratio; hyperparameters, and where and as what those lie that are tensors.
 constexpr int kGroupFields = 2 + kTrustFields + 3 * kMaxHyper;
-// grad, active, the other addresses, numel, the two scales, group, clipped, trusted, and the dtypes: eight bits
-// a column.
+// grad, active, the other addresses, numel, the two scales, group, clipped, trusted, and the dtypes: eight
+// bits a column.
 constexpr int kRowFields = 2 + (kColumns - 1) + 7;
 
 class FieldWriter {

@@ -1,11 +1,11 @@
 #include "plan.h"
 
-#include "launch_table.h"
-
 #include <algorithm>
 #include <cstring>
 #include <stdexcept>
 #include <unordered_map>
+
+#include "launch_table.h"
 
 namespace fused_optim {
 namespace {
@@ -422,8 +422,8 @@ bool Plan::parse_group(PyObject* group, size_t index, bool* stale) {
     bool good = item != nullptr;
     if (field.choices != nullptr) {
       good = good && choice(item, field, &hyper[i]);
-    } else if (good && !(devices_.empty() && launched_.empty()) && !PyFloat_CheckExact(item) && !PyLong_Check(item) &&
-               reader_.read(item, view) && is_on_device_of_rows(known, view)) {
+    } else if (good && !(devices_.empty() && launched_.empty()) && !PyFloat_CheckExact(item) &&
+               !PyLong_Check(item) && reader_.read(item, view) && is_on_device_of_rows(known, view)) {
       hyper[i] = 0;
       tensors.address[i] = view.address;
       tensors.dtype[i] = view.dtype;

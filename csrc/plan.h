@@ -38,12 +38,13 @@ class Plan {
   bool open(PyObject* exchange_api, PyObject* kind_of, PyObject* same_placement, PyObject* describe,
             PyObject* current_stream, const CpuKernels* kernels);
 
-  // rules: the rule's name of each group. launched: for each device whose kernels others launch, the indices of
-  // its rows; they are read here, and neither reduced nor stepped. rows: (group index, param, lr scale, weight decay scale, native,
-  // clipped, trusted, key of the master's state or None, the param's version when its master was last in step
-  // with it or -1) of each parameter, in the order of the groups. defaults: hyperparameters that a group may
-  // lack. structural: group keys for which a change between true and false calls for a new plan. trust_ratio:
-  // called with a group whose items have changed, returns None or the fields of its TrustRatio.
+  // rules: the rule's name of each group. launched: for each device whose kernels others launch, the indices
+  // of its rows; they are read here, and neither reduced nor stepped. rows: (group index, param, lr scale,
+  // weight decay scale, native, clipped, trusted, key of the master's state or None, the param's version when
+  // its master was last in step with it or -1) of each parameter, in the order of the groups. defaults:
+  // hyperparameters that a group may lack. structural: group keys for which a change between true and false
+  // calls for a new plan. trust_ratio: called with a group whose items have changed, returns None or the
+  // fields of its TrustRatio.
   bool build(PyObject* rules, PyObject* rows, PyObject* launched, PyObject* defaults, PyObject* structural,
              PyObject* trust_ratio);
 
@@ -104,7 +105,7 @@ class Plan {
     int64_t version = -1;            // of the parameter when its master last agreed with it
     bool native = false;
     bool launched = false;  // others step it
-    bool sharded = false;  // its tensors are DTensors
+    bool sharded = false;   // its tensors are DTensors
     bool overlapping = false;
     int32_t ndim = 0;
     size_t layout = 0;  // where shape and strides stand in layouts_
@@ -170,10 +171,10 @@ class Plan {
   std::vector<PyObject*> specs_;  // of the DTensors that sharded rows have accepted: kColumns a row
   std::vector<Group> groups_;
   std::vector<GroupHyper> hypers_;
-  std::vector<HyperTensors> hyper_tensors_;  // those that are read on the rows' device
-  std::vector<Device> devices_;              // the CUDA devices that rows are on
+  std::vector<HyperTensors> hyper_tensors_;    // those that are read on the rows' device
+  std::vector<Device> devices_;                // the CUDA devices that rows are on
   std::vector<std::vector<size_t>> launched_;  // the rows of each device whose kernels others launch
-  std::vector<Row> host_rows_;               // rows_ without theirs, if there are any
+  std::vector<Row> host_rows_;                 // rows_ without theirs, if there are any
   std::vector<Norms> norms_;
   std::vector<ScalarsRecord> records_;
   std::vector<MeasuredNorms> measured_;
