@@ -173,7 +173,8 @@ class GroupReader:
             numbers[name], address, dtype = self._number(field, value)
             addresses.append(address)
             dtypes.append(dtype)
-        constant = constant and is_constant(group.get("maximize", False))
+        others = (value for key, value in group.items() if key not in ("params", "param_names"))
+        constant = constant and all(map(is_constant, others))
         trust = None if trust_ratio is None else trust_ratio(group)
         rule_needs = self._rule.needs(numbers)
         words = [_bits(float(bool(group.get("maximize", False)))), rule_needs | self._needs_of(trust, rule_needs)]
@@ -207,7 +208,7 @@ class GroupReader:
         memory = memory_of(item)
         if memory is not None and memory.device.type != "cpu" and memory.device == self._device:
             return 0.0, memory.address, memory.dtype
-        return float(item), 0, 0
+        return float(item.detach() if isinstance(item, Tensor) else item), 0, 0
 
 
 def is_constant(value: Any) -> bool:
@@ -261,13 +262,13 @@ class PythonPlan:
                 self._readers[index] = RowReader(row, rule)
                 if row.group not in self._groups and needs_of is not None:
                     self._groups[row.group] = GroupReader(row.group, rule, local(row.param).device, needs_of)
+        self._masters = [(i, reader) for i, reader in self._readers.items() if reader.row.master is not None]
         self._others = [index for index in range(len(rows)) if index not in self._readers]
         self._grads: list[Any] = []  # held from refresh to the end of run
         # Of each column, by row: address and dtype; 0 where there is none.
         self._addresses = [[0] * len(rows) for _ in range(COLUMNS)]
         self._dtypes = [[0] * len(rows) for _ in range(COLUMNS)]
         self._active = [False] * len(rows)
-        self._written: list[int] = []  # addresses that the step writes
         self._touched: list[Tensor] = []
         self._unwritten = set(range(len(self._launched)))  # devices whose table lacks more than gradients
         self._fast: FastPath | None = None
@@ -281,7 +282,7 @@ class PythonPlan:
             if not isinstance(params, (list, tuple)) or len(params) != len(known) or not all(map(is_, params, known)):
                 return None
         for index, reader in self._groups.items():
-            if reader.known == param_groups[index]:  # identical objects are equal; the params are known to be identical
+            if reader.known == param_groups[index]:  # numbers and words; the params are known to be identical
                 continue
             changed = reader.read(param_groups[index], self._defaults, self._structural, self._trust_ratio)
             if changed is None:
@@ -391,8 +392,8 @@ class PythonPlan:
         exchange: Exchange | None = None,
     ) -> None:
         self._exchange(exchange)
-        for index, reader in self._readers.items():
-            if self._active[index] and reader.row.master is not None:
+        for index, reader in self._masters:
+            if self._active[index]:
                 reader.version += 1  # the caller counts this step's write
         self._grads = []
 
@@ -442,7 +443,7 @@ class FastPath:
         by_names: dict[tuple[str, ...], list[int]] = {}
         for index in self._rows:
             by_names.setdefault(tuple(readers[index].names), []).append(index)
-        self._kinds = [Kind(names, rows) for names, rows in by_names.items()]
+        self._kinds = [Kind(names, rows) for names, rows in by_names.items() if names]
         self._masters = [readers[index] for index in self._rows if readers[index].row.master is not None]
         self._active_params = [readers[index].param for index in self._rows]
         self._whole = len(self._rows) == len(plan._rows)
@@ -475,7 +476,7 @@ class FastPath:
             states = [values[places[index]] for index in kind.rows]
             try:
                 for name in kind.names:  # no tuple a row: the garbage collector would count them
-                    tensors += [state[name] for state in states]
+                    tensors += [of_row[name] for of_row in states]
             except (KeyError, TypeError):
                 return None
         return tensors

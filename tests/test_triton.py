@@ -15,6 +15,7 @@ import pytest
 import torch
 from cases import (
     CASES,
+    assert_same_bits,
     assert_same_results,
     assert_same_snapshots,
     each_case,
@@ -719,6 +720,27 @@ def test_changes_are_seen_without_the_extension(change: Any, monkeypatch: pytest
         results.append(optimizer)
     assert_same_results(results[0], results[1])
     assert_same_results(results[0], results[2])
+
+
+def test_a_rule_without_states_has_a_fast_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    without_extension(monkeypatch)
+    params = new_params(shapes=[(5,), (3, 4)])
+    optimizer = SGD(params, 0.5, backend="triton")
+    for _ in range(3):
+        for param in params:
+            param.grad = torch.ones_like(param)
+        before = params[0].detach().clone()
+        optimizer.state.clear()
+        optimizer.step()
+        assert_same_bits(params[0], before - 0.5)
+
+
+def test_a_group_may_hold_more_than_hyperparameters(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a user's own, which are replaced: nothing of it is compared as a number."""
+    optimizer = stepped(monkeypatch)
+    for _ in range(3):
+        optimizer.param_groups[0]["mask"] = torch.ones(4)
+        train(optimizer, params_of(optimizer), 1)
 
 
 def test_a_parameter_of_another_layout_calls_for_a_new_plan(monkeypatch: pytest.MonkeyPatch) -> None:
