@@ -178,7 +178,7 @@ class Phases:
         self._sections = list(itertools.pairwise(bounds))
         self._mirror = [b""] * len(self._sections)  # of what is on the device; empty: not known
         self._storages = b""
-        self._layout = Layout([], torch.empty(0), torch.empty(0), torch.empty(0), {})
+        self._layout = Layout([], *(torch.empty(0, device="cpu") for _ in range(3)), {})
         self._capturable = capturable
         self._spares: list[Replay] = []
         self._replays: list[tuple[Replay, Layout]] = []
@@ -258,7 +258,7 @@ class Phases:
         return torch.cuda.device(self.device)
 
     def _ints(self, values: Sequence[int]) -> Tensor:
-        return torch.tensor(values, dtype=torch.int32).to(self.device)
+        return torch.tensor(values, dtype=torch.int32, device=self.device)
 
     def _triples(self, values: Sequence[tuple[int, int, int]]) -> Tensor:
         return self._ints([number for entry in values for number in entry]).view(-1, 3)
@@ -296,7 +296,7 @@ class Phases:
             self._layout, self._storages = self._new_layout(), storages
         if self._capturable:
             while len(self._spares) < SPARES:
-                staging = torch.empty(len(self._numbers), dtype=torch.int64, pin_memory=not INTERPRETED)
+                staging = torch.empty(len(self._numbers), dtype=torch.int64, device="cpu", pin_memory=not INTERPRETED)
                 self._spares.append(Replay(self._new_table(), staging))
         found = [bytes(self.words[begin:end]) for begin, end in self._sections]
         changed = [place for place, (new, old) in enumerate(zip(found, self._mirror)) if new != old]
@@ -307,7 +307,7 @@ class Phases:
         self._mirror = [b""] * len(self._sections)  # until the words are on their way
         if not INTERPRETED:
             # Pinned memory of torch's, which it gives to nobody before the copy is done.
-            source = torch.empty(end - begin, dtype=torch.int64, pin_memory=True).copy_(source)
+            source = torch.empty(end - begin, dtype=torch.int64, device="cpu", pin_memory=True).copy_(source)
         self._live.words[begin:end].copy_(source, non_blocking=True)
         self._mirror = found
         self.sent += end - begin
@@ -376,7 +376,8 @@ class Phases:
                     totals.append((row, slots, count))
                     slots += count
             tiles, chunks = _repeated(rows, tile_counts), _repeated(rows, chunk_counts)
-            out = torch.tensor(outs, dtype=torch.int64).repeat_interleave(torch.tensor(chunk_counts))
+            out = torch.tensor(outs, dtype=torch.int64, device="cpu")
+            out = out.repeat_interleave(torch.tensor(chunk_counts, device="cpu"))
             chunks = torch.stack([chunks[:, 0], chunks[:, 1] * CHUNK_TILES.value, out + chunks[:, 1]], 1)
             parts.append((rule, dtypes, rows, tiles, chunks, summed))
             for row, count in zip(rows, tile_counts) if rule.has_direction else ():
@@ -543,6 +544,7 @@ def _quiet() -> AbstractContextManager[Any]:
 
 def _repeated(rows: Sequence[int], counts: Sequence[int]) -> Tensor:
     """[sum(counts), 2]: each row as often as its count, and which of them it is."""
-    repeats = torch.tensor(counts, dtype=torch.int64)
+    repeats = torch.tensor(counts, dtype=torch.int64, device="cpu")  # whatever the default device is
+    of_row = torch.tensor(rows, dtype=torch.int64, device="cpu")
     first = (repeats.cumsum(0) - repeats).repeat_interleave(repeats)
-    return torch.stack([torch.tensor(rows).repeat_interleave(repeats), torch.arange(len(first)) - first], 1)
+    return torch.stack([of_row.repeat_interleave(repeats), torch.arange(len(first), device="cpu") - first], 1)

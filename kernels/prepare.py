@@ -131,11 +131,17 @@ def read_hypers(table, group_count, group, COUNT: tl.constexpr, TENSORS: tl.cons
 
 
 @triton.jit
+def where_holds(condition, mask):
+    """A mask, where one condition for all of it holds; the interpreter of triton 3.9 cannot `&` the two."""
+    return tl.where(condition, mask.to(tl.int32), 0) != 0
+
+
+@triton.jit
 def store_measured(table, row, grad_norm, param_norm, trust_ratio, mask):
     """The norms of rows as a user may read them after the step."""
     address = tl.load(table + MEASURED_ADDRESS)
     at = address.to(tl.pointer_type(tl.float32)) + 3 * row.to(tl.int64)
-    mask = mask & (address != 0)
+    mask = where_holds(address != 0, mask)
     tl.store(at, grad_norm.to(tl.float32), mask=mask)
     tl.store(at + 1, param_norm.to(tl.float32), mask=mask)
     tl.store(at + 2, trust_ratio.to(tl.float32), mask=mask)
@@ -186,7 +192,7 @@ def prepare_kernel(
     row = tl.load(listed + place, mask=place < listed_count, other=0)
     field = row_at(table, group_count, row_count, row, 0)
     active = tl.load(field + ROW_ACTIVE * row_count, mask=place < listed_count, other=0)
-    mask = (active != 0) & (skip == 0)
+    mask = where_holds(skip == 0, active != 0)
     group = tl.load(field + ROW_GROUP * row_count, mask=mask, other=0)
     clipped = tl.load(field + CLIPPED * row_count, mask=mask, other=0) != 0
     hyper = read_hypers(table, group_count, group, HYPER_COUNT, TENSORS)
