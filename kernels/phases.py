@@ -182,7 +182,7 @@ class Phases:
         self._capturable = capturable
         self._spares: list[Replay] = []
         self._replays: list[tuple[Replay, Layout]] = []
-        self._stream = 0
+        self._stream: torch.cuda.Stream | None = None  # of the last step
         with self._on_device():
             self._live = self._new_table()
             self._listed = {
@@ -317,14 +317,14 @@ class Phases:
         if INTERPRETED:
             return
         stream = torch.cuda.current_stream()
-        if self._stream not in (0, stream.cuda_stream):
-            stream.wait_stream(torch.cuda.ExternalStream(self._stream, device=self.device))
+        if self._stream is not None and self._stream != stream:
+            stream.wait_stream(self._stream)
             layout = self._layout
             of_buckets = [tensor for bucket in layout.buckets for tensor in (bucket.tiles, bucket.chunks)]
             of_layout = (layout.totals, layout.sums, layout.tile_sums, *layout.directions.values())
             for tensor in (*self._live, *of_layout, *of_buckets, *(listed for _, listed in self._listed.values())):
                 tensor.record_stream(stream)
-        self._stream = stream.cuda_stream
+        self._stream = stream
 
     def _table_for_replays(self, step: Step) -> Table:
         """A table of this step for the replays of the graph that is being captured.
