@@ -238,34 +238,58 @@ void apply(const Row& row, const ScalarsRecord& bytes, int64_t begin, int64_t en
 // Lanes that a sum of squares runs in: a fixed number, so that every instruction set adds in the same order.
 constexpr int kLanes = 64;
 
-template <class T, class Sum>
+// Adds lanes [width, 2 * width) to lanes [0, width), and so on down to one; every width known to the compiler,
+// or half of a sum's time goes into its last six lanes.
+template <int width, class Sum>
+inline void fold(Sum* lanes) {
+  if constexpr (width > 0) {
+    for (int k = 0; k < width; ++k) lanes[k] += lanes[k + width];
+    fold<width / 2>(lanes);
+  }
+}
+
+template <class T>
+GradTransform<T> as_it_is() {
+  return {1, static_cast<T>(-HUGE_VAL), static_cast<T>(HUGE_VAL), 0};
+}
+
+// kScaled: false where the transform is as_it_is(), which costs more than the square and its sum.
+template <bool kScaled, class T, class Sum>
 Sum sum_of_squares(const T* __restrict values, const GradTransform<T>& grad, int64_t n) {
+  const auto square = [&](T element) {
+    const Sum value = static_cast<Sum>(kScaled ? transform(grad, element) : element);
+    return value * value;
+  };
   Sum lanes[kLanes] = {};
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes) {
-    for (int k = 0; k < kLanes; ++k) {
-      const Sum value = static_cast<Sum>(transform(grad, values[i + k]));
-      lanes[k] += value * value;
-    }
+    for (int k = 0; k < kLanes; ++k) lanes[k] += square(values[i + k]);
   }
-  for (int k = 0; i + k < n; ++k) {
-    const Sum value = static_cast<Sum>(transform(grad, values[i + k]));
-    lanes[k] += value * value;
-  }
-  for (int width = kLanes / 2; width > 0; width /= 2) {
-    for (int k = 0; k < width; ++k) lanes[k] += lanes[k + width];
-  }
+  for (int k = 0; i + k < n; ++k) lanes[k] += square(values[i + k]);
+  fold<kLanes / 2>(lanes);
   return lanes[0];
 }
 
 // In float where that neither overflows nor loses a square to underflow, otherwise again in double.
-template <class T>
+template <bool kScaled, class T>
 double sum_tile(const T* values, const GradTransform<T>& grad, int64_t n) {
   if constexpr (sizeof(T) == 4) {
-    const float sum = sum_of_squares<float, float>(values, grad, n);
+    const float sum = sum_of_squares<kScaled, float, float>(values, grad, n);
     if (sum > 1e-20f && sum < 1e30f) return static_cast<double>(sum);
   }
-  return sum_of_squares<T, double>(values, grad, n);
+  return sum_of_squares<kScaled, T, double>(values, grad, n);
+}
+
+template <class T>
+double sum_tile(const T* values, const GradTransform<T>& grad, int64_t n) {
+  const GradTransform<T> nothing = as_it_is<T>();
+  const bool scaled = grad.scale != nothing.scale || grad.min != nothing.min || grad.max != nothing.max;
+  return scaled ? sum_tile<true>(values, grad, n) : sum_tile<false>(values, grad, n);
+}
+
+template <class T>
+double sum_tile(const T* values, int64_t n) {
+  return sum_tile<false>(values, as_it_is<T>(), n);
 }
 
 template <class T>
@@ -297,9 +321,7 @@ bool is_finite_tile(const T* __restrict values, int64_t n) {
     for (int k = 0; k < kLanes; ++k) lanes[k] += values[i + k] - values[i + k];
   }
   for (int k = 0; i + k < n; ++k) lanes[k] += values[i + k] - values[i + k];
-  for (int width = kLanes / 2; width > 0; width /= 2) {
-    for (int k = 0; k < width; ++k) lanes[k] += lanes[k + width];
-  }
+  fold<kLanes / 2>(lanes);
   return lanes[0] == 0;
 }
 
@@ -307,11 +329,6 @@ template <class T>
 void decay_tile(const T* __restrict values, const T* __restrict param, const GradTransform<T>& grad,
                 T* __restrict out, int64_t n) {
   for (int64_t i = 0; i < n; ++i) out[i] = transform(grad, values[i], param[i]);
-}
-
-template <class T>
-GradTransform<T> as_it_is() {
-  return {1, static_cast<T>(-HUGE_VAL), static_cast<T>(HUGE_VAL), 0};
 }
 
 template <class T>
@@ -332,10 +349,10 @@ Norms reduce(const Row& row, const GradTransform<double>& grad, unsigned needs, 
       norms.grad_max = maximum(norms.grad_max, max_tile<T>(values, of_grad, n));
     if (!reads_param) continue;
     const T* param = load_param<T>(row, i, n, scratch[1]);
-    if ((needs & kNeedsParamSq) != 0) norms.param_sq += sum_tile<T>(param, as_it_is<T>(), n);
+    if ((needs & kNeedsParamSq) != 0) norms.param_sq += sum_tile<T>(param, n);
     if ((needs & kNeedsDecayedSq) != 0) {
       decay_tile(values, param, of_grad, scratch[2], n);
-      norms.decayed_sq += sum_tile<T>(scratch[2], as_it_is<T>(), n);
+      norms.decayed_sq += sum_tile<T>(scratch[2], n);
     }
   }
   return norms;
@@ -363,6 +380,21 @@ void direction_tile(const T* __restrict param, const T* __restrict state0, const
   }
 }
 
+// Both at once, for states that lie in memory as T: the root and the division run while memory is waited for.
+template <class Rule, class T>
+void accumulate_direction_tile(const T* __restrict param, const T* __restrict grad, T* __restrict state0,
+                               T* __restrict state1, const Record<Rule, T>& record, T* __restrict out,
+                               int64_t n) {
+  const Record<Rule, T> s = record;
+  for (int64_t i = 0; i < n; ++i) {
+    T state[2] = {state0[i], state1[i]};
+    Rule::accumulate(transform(s.grad, grad[i], param[i]), state, s.scalars);
+    state0[i] = state[0];
+    state1[i] = state[1];
+    out[i] = Rule::direction(param[i], state, s.scalars);
+  }
+}
+
 template <class Rule>
 constexpr int element_states() {
   return Rule::kStateCount - per_tensor_states<Rule>();
@@ -385,13 +417,17 @@ Norms accumulate(const Row& row, const ScalarsRecord& bytes, int64_t begin, int6
     const T* grad = load_tile<T>(row, kGrad, i, n, scratch[1]);
     T* states[kStates];
     load_states<T, kStates>(row, kFirst, i, n, state_scratch, states);
-    accumulate_tile<Rule, T>(param, grad, states[0], states[1], record, n);
-    for (int k = 0; k < kStates; ++k) store_tile<T>(row, kFirst + k, i, n, states[k]);
-    load_states<T, kStates>(row, kFirst, i, n, state_scratch, states);  // as they were rounded
     T* direction = directions != nullptr ? static_cast<T*>(directions) + i : scratch[2];
-    direction_tile<Rule, T>(param, states[0], states[1], record, direction, n);
-    norms.direction_sq += sum_tile<T>(direction, as_it_is<T>(), n);
-    norms.param_sq += sum_tile<T>(param, as_it_is<T>(), n);
+    if (states[0] != state_scratch[0] && states[1] != state_scratch[1]) {
+      accumulate_direction_tile<Rule, T>(param, grad, states[0], states[1], record, direction, n);
+    } else {
+      accumulate_tile<Rule, T>(param, grad, states[0], states[1], record, n);
+      for (int k = 0; k < kStates; ++k) store_tile<T>(row, kFirst + k, i, n, states[k]);
+      load_states<T, kStates>(row, kFirst, i, n, state_scratch, states);  // as they were rounded
+      direction_tile<Rule, T>(param, states[0], states[1], record, direction, n);
+    }
+    norms.direction_sq += sum_tile<T>(direction, n);
+    norms.param_sq += sum_tile<T>(param, n);
   }
   return norms;
 }
