@@ -201,11 +201,11 @@ Norms accumulate_row(const CpuStep& step, size_t r, int64_t begin, int64_t end, 
   return table[row.rule](row, step.records[r], begin, end, directions);
 }
 
-void apply_row(const CpuStep& step, size_t r, int64_t begin, int64_t end) {
+void apply_row(const CpuStep& step, size_t r, int64_t begin, int64_t end, bool only_states = false) {
   const Row& row = step.rows[r];
   const bool in_double = computes_in_double(row.dtype[kParam]);
   const auto* table = in_double ? step.kernels.apply_double : step.kernels.apply_float;
-  table[row.rule](row, step.records[r], begin, end);
+  table[row.rule](row, step.records[r], begin, end, only_states);
 }
 
 void prepare_of(const CpuStep& step, size_t r, double global_norm) {
@@ -414,7 +414,8 @@ void step_cpu(const CpuStep& step, bool reduced, double global_norm, const std::
     if (!reduced) step.norms[r] = reduce_row(step, r, 0, rows[r].numel);
     prepare_of(step, r, global_norm);
     if (has_direction(step, r)) return apply_direction_of(step, r);
-    apply_row(step, r, 0, rows[r].numel);
+    const bool has_read_param = (needs(r) & (kNeedsParamSq | kNeedsDecayedSq)) != 0;
+    apply_row(step, r, 0, rows[r].numel, has_read_param);
   };
   const auto job = [&](size_t t) {
     for_each_row(rows, tasks[t], [&](size_t r, int64_t begin, int64_t end) {

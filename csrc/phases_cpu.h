@@ -10,8 +10,10 @@
 
 namespace fused_optim {
 
-// The element update of one rule over elements [begin, end) of a row.
-using ApplyFunction = void (*)(const Row& row, const ScalarsRecord& record, int64_t begin, int64_t end);
+// The element update of one rule over elements [begin, end) of a row. only_states: param and grad are in the
+// cache, only the states come from memory.
+using ApplyFunction = void (*)(const Row& row, const ScalarsRecord& record, int64_t begin, int64_t end,
+                               bool only_states);
 
 // The first pass of a rule with a direction over elements [begin, end) of a row: its states, and the sums of
 // param and direction. directions: room for the direction of every element in the compute type, or null.

@@ -194,6 +194,15 @@ void prefetch_tile(const Row& row, int64_t begin, int64_t end) {
   }
 }
 
+// Asks for the next tile of a column whose neighbours are in the cache: it is then the only one to wait for, and
+// the processor's prefetchers do not run far enough ahead of it.
+void prefetch_column(const Row& row, int index, int64_t begin, int64_t end) {
+  const int64_t last = begin + kTile < end ? begin + kTile : end;
+  const int64_t size = size_of(row.dtype[index]);
+  const char* base = column<const char>(row, index);
+  for (int64_t byte = begin * size; byte < last * size; byte += 64) __builtin_prefetch(base + byte, 0, 2);
+}
+
 // The tiles of a row's states.
 template <class T, int kStates>
 void load_states(const Row& row, int first, int64_t begin, int64_t n,
@@ -202,7 +211,7 @@ void load_states(const Row& row, int first, int64_t begin, int64_t n,
 }
 
 template <class Rule, class T>
-void apply(const Row& row, const ScalarsRecord& bytes, int64_t begin, int64_t end) {
+void apply(const Row& row, const ScalarsRecord& bytes, int64_t begin, int64_t end, bool only_states) {
   constexpr int kFirst = kFirstState + per_tensor_states<Rule>();
   constexpr int kStates = Rule::kStateCount - per_tensor_states<Rule>();
   const auto& record = *reinterpret_cast<const Record<Rule, T>*>(bytes.bytes);
@@ -225,6 +234,9 @@ void apply(const Row& row, const ScalarsRecord& bytes, int64_t begin, int64_t en
   for (int64_t i = begin; i < end; i += kTile) {
     const int64_t n = end - i < kTile ? end - i : kTile;
     prefetch_tile(row, i + kTile, end);
+    if (only_states) {
+      for (int k = 0; k < kStates; ++k) prefetch_column(row, kFirst + k, i + kTile, end);
+    }
     T* param = load_param<T>(row, i, n, scratch[0]);
     const T* grad = load_tile<T>(row, kGrad, i, n, scratch[1]);
     T* states[at_least_one(kStates)] = {};
@@ -450,7 +462,7 @@ void move(const Row& row, double step_size, const void* directions) {
 
 // The second pass: the param moves along the direction.
 template <class Rule, class T>
-void apply_direction(const Row& row, const ScalarsRecord& bytes, int64_t begin, int64_t end) {
+void apply_direction(const Row& row, const ScalarsRecord& bytes, int64_t begin, int64_t end, bool) {
   constexpr int kFirst = kFirstState + per_tensor_states<Rule>();
   constexpr int kStates = element_states<Rule>();
   const auto& record = *reinterpret_cast<const Record<Rule, T>*>(bytes.bytes);
