@@ -20,7 +20,7 @@ def check_arguments(
     """
     if not lr >= 0.0:
         raise ValueError(f"Invalid learning rate: {lr}")
-    if momentum < 0.0:
+    if not momentum >= 0.0:
         raise ValueError(f"Invalid momentum value: {momentum}")
     if eps is not None and not eps >= 0.0:
         raise ValueError(f"Invalid epsilon value: {eps}")

@@ -128,7 +128,7 @@ class LARC(torch.optim.Optimizer):
         self._trust = trust
         self._trusted = ScaleColumn("exclude", excluded(exclude))
         if isinstance(optimizer, FusedOptimizer):
-            optimizer.attach_larc(trust, self._trusted)
+            optimizer.attach_trust_ratio(trust, self._trusted)
         else:
             self._trusted.resolve(
                 [(own_name(group, i), name_of(group, g, i), param) for g, group, i, param in self._places()]
@@ -337,7 +337,7 @@ def check_inner(optimizer: torch.optim.Optimizer, trust: TrustRatio) -> None:
     if isinstance(optimizer, (LARC, LARS, LAMB)):
         raise ValueError(f"LARC around {type(optimizer).__name__}: that has a trust ratio of its own")
     if isinstance(optimizer, FusedOptimizer):
-        if optimizer._larc is not None:
+        if optimizer._outer_trust_ratio is not None:
             raise ValueError(f"LARC is around this {type(optimizer).__name__} already")
         normed = isinstance(optimizer, NovoGrad) and trust.weight_decay != OUTSIDE
         refuse_clip("LARC", optimizer._grad_clip, decay_in_norm=normed)

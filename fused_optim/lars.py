@@ -74,8 +74,8 @@ class LARS(MomentumOptimizer):
             None: the parameter's.
 
     Raises:
-        ValueError: ``lr``, ``momentum`` or ``weight_decay`` negative; an unknown variant; options that contradict each
-            other; an unknown ``backend``.
+        ValueError: ``lr``, ``momentum`` or ``weight_decay`` negative; ``trust_coefficient`` not finite and greater than
+            0; an unknown variant; options that contradict each other; an unknown ``backend``.
 
     Example:
         >>> import torch
@@ -127,6 +127,8 @@ class LARS(MomentumOptimizer):
         refuse_clip("LARS", grad_clip, decay_in_norm=variant == "optax")
         eps = (1e-8 if variant == "timm" else 0.0) if eps is None else eps
         check_arguments(lr=lr, momentum=momentum, weight_decay=weight_decay, eps=eps)
+        if not (trust_coefficient > 0 and math.isfinite(trust_coefficient)):
+            raise ValueError(f"Invalid trust_coefficient value: {trust_coefficient}")
         defaults = {
             "lr": lr,
             "momentum": momentum,

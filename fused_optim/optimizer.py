@@ -105,7 +105,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     _grad_clip: GradClip | None = None
     _lazy_mode: bool = False
     _scales: tuple[ScaleColumn, ...] = ()  # of lr, of weight_decay; of clipping and of trust ratios (1 or 0)
-    _larc: TrustRatio | None = None  # LARC's, which is around this optimizer
+    _outer_trust_ratio: TrustRatio | None = None  # of what is around this optimizer
     _plan: Plan | None = None
     _rows: Sequence[Row] = ()
     _versions: dict[Tensor, int]
@@ -195,12 +195,12 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def trust_ratio(self, group: dict[str, Any]) -> TrustRatio | None:
         """The trust ratio of a group, if it has one."""
-        return self._larc
+        return self._outer_trust_ratio
 
-    def attach_larc(self, trust: TrustRatio, trusted: ScaleColumn) -> None:
-        """Take LARC's factor into every step from now on; `LARC` calls this."""
+    def attach_trust_ratio(self, trust: TrustRatio, trusted: ScaleColumn) -> None:
+        """Take a trust ratio into every step from now on; `LARC` calls this."""
         trusted.resolve(self._named())
-        self._larc, self._scales = trust, (*self._scales[:3], trusted)
+        self._outer_trust_ratio, self._scales = trust, (*self._scales[:3], trusted)
         self._plan = None
 
     def exempt(self, group: dict[str, Any], param: Tensor) -> bool:
@@ -647,7 +647,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             "_grad_clip": self._grad_clip,
             "_lazy_mode": self._lazy_mode,
             "_scales": self._scales,
-            "_larc": self._larc,
+            "_outer_trust_ratio": self._outer_trust_ratio,
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:

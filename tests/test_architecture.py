@@ -15,10 +15,14 @@ CSRC = sorted(path for path in (ROOT / "csrc").rglob("*") if path.suffix in (".h
 RULES = sorted((ROOT / "csrc" / "rules").glob("*.h"))
 RULE_FILES = [path for path in RULES if path.name not in ("rule.h", "all.h")]
 MECHANISM = [path for path in CSRC if path not in RULES]
-OPTIMIZERS = sorted({stem for path in RULE_FILES for stem in (path.stem,)} | {case.name.lower() for case in CASES})
+OPTIMIZERS = sorted({path.stem for path in RULE_FILES} | {case.name.lower() for case in CASES} | {"larc", "lars"})
+# What an optimizer consists of, and what speaks of optimizers to users.
+OF_OPTIMIZERS = {*OPTIMIZERS, "arguments", "layers", "__init__", "__main__"}
 PYTHON_MECHANISM = [
-    ROOT / "fused_optim" / f"{stem}.py"
-    for stem in ("backends", "checkpoint", "config", "eager", "extension", "optimizer", "plan", "states")
+    path
+    for folder in ("fused_optim", "kernels")
+    for path in sorted((ROOT / folder).glob("*.py"))
+    if path.stem not in OF_OPTIMIZERS
 ]
 
 

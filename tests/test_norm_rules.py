@@ -355,6 +355,19 @@ def test_second_moment_stays_infinite_but_no_nan(backend: str) -> None:
 
 
 @each_implementation
+def test_second_moment_beyond_float32_is_infinite(backend: str) -> None:
+    """The norm is finite, its square is not in float32: nothing is refused in the middle of a step."""
+    params = [Parameter(torch.full((2,), start)) for start in (3.0, 4.0)]
+    optimizer = NovoGrad(params, lr=0.1, backend=backend)
+    for param, size in zip(params, (1.0, 4e19)):
+        param.grad = torch.full((2,), size)
+    optimizer.step()
+    assert optimizer.state[params[1]]["exp_avg_sq"].item() == math.inf
+    assert [optimizer.state[param]["step"].item() for param in params] == [1, 1]
+    assert all(param.isfinite().all() for param in params)
+
+
+@each_implementation
 @pytest.mark.parametrize("kind", [NovoGrad, SGD])
 def test_infinite_gradient_under_grad_scaler_changes_nothing(kind: Any, backend: str) -> None:
     options = {"momentum": 0.9, "dampening": 0.5} if kind is SGD else {}
@@ -680,6 +693,9 @@ def test_clipped_inside_is_clipped_before(rule: str, clip: Any, backend: str) ->
         ),
         (lambda p: LARS(p, 0.1, 0.0, nesterov=True), "Nesterov momentum requires"),
         (lambda p: LARS(p, 0.1, variant="apex"), "variant='apex'"),
+        (lambda p: LARS(p, 0.1, trust_coefficient=-1.0), "Invalid trust_coefficient value: -1.0"),
+        (lambda p: LARS(p, 0.1, trust_coefficient=math.nan), "Invalid trust_coefficient value: nan"),
+        (lambda p: LARS(p, 0.1, math.nan), "Invalid momentum value: nan"),
         (lambda p: LAMB(p, grad_clip=fused_optim.ClipGradByNorm(1.0)), "max_grad_norm=None"),
         (lambda p: LAMB(p, variant="best"), "variant='best'"),
         (lambda p: LAMB(p, max_grad_norm=0.0), "greater than 0"),
