@@ -161,7 +161,7 @@ CASES = {
             "timm Lamb",
             lambda: fused_optim.LAMB(speech_model(), **LAMB),
             lambda: timm("lamb", "Lamb")(speech_model(), **LAMB),
-            bytes_per_element=32,
+            bytes_per_element=28,
         ),
     )
 }

@@ -2,9 +2,9 @@
 //
 // Work is cut into pieces of a fixed size, whatever the GPU, so that sums have the same bits on every one:
 //
-//   tile    1,024 elements of a row: what one warp updates. Small tensors are packed eight to a block this
-//   way. chunk   32,768 elements of a row: what one block sums. A row of up to 4,096 elements is summed by
-//   one warp.
+// tile: 1,024 elements of a row, what one warp updates. Small tensors are packed eight to a block this way.
+//
+// chunk: 32,768 elements of a row, what one block sums. A row of up to 4,096 elements is summed by one warp.
 #pragma once
 
 #include <cuda_runtime.h>

@@ -1,4 +1,4 @@
-"""Fused optimizers for PyTorch: one plan, one launch for all parameter groups."""
+"""Fused optimizers for PyTorch: one plan for all parameter groups, and launches whose number they do not change."""
 
 from .adamw import Adam, AdamW
 from .adamwdl import AdamWDL, layerwise_lr_decay

@@ -95,7 +95,7 @@ class Adam(FusedOptimizer):
         amsgrad: divide by the root of the largest :math:`v_t` so far.
         maximize: ascend instead of descend.
         foreach, fused: accepted for scripts and checkpoints that carry them; they choose nothing, ``backend`` does.
-        capturable: kept in the groups; without effect on CPU tensors.
+        capturable: for capture into a CUDA graph; without effect on CPU tensors.
         differentiable: record the step with autograd; it then runs on the eager path.
         decoupled_weight_decay: decay as :class:`AdamW` does. Default False; loading a checkpoint replaces it.
         lazy_mode: take sparse gradients, as ``nn.Embedding(..., sparse=True)`` makes them, and update the rows that
@@ -114,7 +114,7 @@ class Adam(FusedOptimizer):
             ``"split"``: the 16 bits that a bfloat16 parameter lacks of it (``param_remainder``, int16), the same run
             bit for bit. Default None: none.
         state_dtype: dtype of the states of bfloat16 and float16 parameters, such as ``torch.float32``; default None:
-            the parameter's, as in torch.
+            the parameter's, as in torch, or float32 where there are master weights.
 
     Raises:
         ValueError: ``lr``, ``betas``, ``eps`` or ``weight_decay`` out of range, with torch's texts; an unknown
@@ -237,7 +237,7 @@ class AdamW(Adam):
         amsgrad: divide by the root of the largest :math:`v_t` so far.
         maximize: ascend instead of descend.
         foreach, fused: accepted for scripts and checkpoints that carry them; they choose nothing, ``backend`` does.
-        capturable: kept in the groups; without effect on CPU tensors.
+        capturable: for capture into a CUDA graph; without effect on CPU tensors.
         differentiable: record the step with autograd; it then runs on the eager path.
         lazy_mode: take sparse gradients, and update only the rows that they list; see :class:`Adam`. Default False.
         backend: ``"cuda"``, ``"triton"``, ``"cpu"`` or ``"eager"``; default None: what the environment variable
@@ -252,7 +252,7 @@ class AdamW(Adam):
             ``"split"``: the 16 bits that a bfloat16 parameter lacks of it (``param_remainder``, int16), the same run
             bit for bit. Default None: none.
         state_dtype: dtype of the states of bfloat16 and float16 parameters, such as ``torch.float32``; default None:
-            the parameter's, as in torch.
+            the parameter's, as in torch, or float32 where there are master weights.
 
     Raises:
         ValueError: ``lr``, ``betas``, ``eps`` or ``weight_decay`` out of range, with torch's texts; an unknown

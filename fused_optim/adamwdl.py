@@ -278,7 +278,7 @@ class AdamWDL(AdamW):
         multi_precision: Paddle's word for ``master_weights="float32"``; a ``master_weights`` given beside it counts.
         maximize: ascend instead of descend.
         foreach, fused: accepted for scripts and checkpoints that carry them; they choose nothing, ``backend`` does.
-        capturable: kept in the groups; without effect on CPU tensors.
+        capturable: for capture into a CUDA graph; without effect on CPU tensors.
         differentiable: record the step with autograd; it then runs on the eager path.
         backend: ``"cuda"``, ``"triton"``, ``"cpu"`` or ``"eager"``; default None: what the environment variable
             ``FUSED_OPTIM_BACKEND`` names, otherwise the best there is for each device.
@@ -287,7 +287,8 @@ class AdamWDL(AdamW):
         grad_clip: :class:`ClipGradByGlobalNorm`, :class:`ClipGradByNorm` or :class:`ClipGradByValue`, applied inside
             the update; ``param.grad`` is not written. Default None: no clipping.
         master_weights: ``"float32"``, ``"split"`` or None, as :class:`AdamW` takes it.
-        state_dtype: dtype of the states of bfloat16 and float16 parameters; default None: the parameter's.
+        state_dtype: dtype of the states of bfloat16 and float16 parameters; default None: the parameter's, or float32
+            where there are master weights.
 
     Paddle's ``name`` is a prefix of its variables' names, which torch's states do not have. Its auxiliary variables
     are the entries of ``optimizer.state``. Its static graph has no counterpart: ``torch.compile`` goes around the step.

@@ -18,7 +18,8 @@ class GradScaler(torch.amp.GradScaler):
     writes it back. Here the step looks for them itself, in its reduce phase: together with the norms that a clip or a
     rule needs, in the same pass. What it finds decides about that step on the device, without a synchronisation where
     one CUDA device has all parameters. A step with an infinity or a NaN in any gradient element changes no parameter
-    and no state, step counts included; `update` then lowers the scale, as torch's.
+    and no state, step counts included; `update` then lowers the scale, as torch's. Only a first step leaves something
+    behind: the states that it created, zero, with step counts of 0.
 
     The division by the scale is inside the update, in its compute type: a 16-bit gradient is not rounded once more, as
     by ``unscale_``. The results are the same bits as with torch's scaler around the same optimizer.

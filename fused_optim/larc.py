@@ -78,7 +78,8 @@ class LARC(torch.optim.Optimizer):
         eps: :math:`\epsilon \ge 0`. Default None: the variant's.
         min_update: :math:`f_{\min} \ge 0`. Default None: the variant's.
         zero_norm: what follows where a norm is zero: ``"one"``: a factor of 1; ``"skip"``: the same, and no weight
-            decay; ``"floor"``: min_update. Default None: the variant's.
+            decay; ``"floor"``: the equations as they stand, min_update for a parameter of zeros. Default None: the
+            variant's.
         weight_decay_in_ratio: add ``weight_decay`` times the norm of the parameter to the denominator and
             ``weight_decay * param`` to the gradient, and let the optimizer decay nothing itself. Default None: the
             variant's.

@@ -71,7 +71,7 @@ class LARS(MomentumOptimizer):
             ``"split"``: the 16 bits that a bfloat16 parameter lacks of it (``param_remainder``, int16), the same run
             bit for bit. Default None: none.
         state_dtype: dtype of the element states of bfloat16 and float16 parameters, such as ``torch.float32``; default
-            None: the parameter's.
+            None: the parameter's, or float32 where there are master weights.
 
     Raises:
         ValueError: ``lr``, ``momentum`` or ``weight_decay`` negative; ``trust_coefficient`` not finite and greater than

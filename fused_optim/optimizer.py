@@ -41,7 +41,7 @@ def is_on_device(row: Row) -> bool:
 
 
 class FusedOptimizer(torch.optim.Optimizer):
-    """Base class of the fused optimizers: a ``torch.optim.Optimizer`` whose step is one plan and one launch.
+    """Base class of the fused optimizers: a ``torch.optim.Optimizer`` whose step is one plan for all groups.
 
     A subclass gives the mathematics (`prepare` and `update` for the witness, the name of the C++ rule) and the names
     of its states. It gives no loop, no launcher and no checkpoint code.
