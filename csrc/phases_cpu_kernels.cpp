@@ -194,8 +194,8 @@ void prefetch_tile(const Row& row, int64_t begin, int64_t end) {
   }
 }
 
-// Asks for the next tile of a column whose neighbours are in the cache: it is then the only one to wait for, and
-// the processor's prefetchers do not run far enough ahead of it.
+// Asks for the next tile of a column whose neighbours are in the cache: it is then the only one to wait for,
+// and the processor's prefetchers do not run far enough ahead of it.
 void prefetch_column(const Row& row, int index, int64_t begin, int64_t end) {
   const int64_t last = begin + kTile < end ? begin + kTile : end;
   const int64_t size = size_of(row.dtype[index]);
@@ -250,8 +250,8 @@ void apply(const Row& row, const ScalarsRecord& bytes, int64_t begin, int64_t en
 // Lanes that a sum of squares runs in: a fixed number, so that every instruction set adds in the same order.
 constexpr int kLanes = 64;
 
-// Adds lanes [width, 2 * width) to lanes [0, width), and so on down to one; every width known to the compiler,
-// or half of a sum's time goes into its last six lanes.
+// Adds lanes [width, 2 * width) to lanes [0, width), and so on down to one; every width known to the
+// compiler, or half of a sum's time goes into its last six lanes.
 template <int width, class Sum>
 inline void fold(Sum* lanes) {
   if constexpr (width > 0) {

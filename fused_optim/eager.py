@@ -218,7 +218,9 @@ def step_eager(
     s = rule.prepare(group, tensor)
     for name, value in tensor.state.items():
         # Not fill_, which refuses what the dtype rounds to infinity.
-        state[name].copy_(value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64, device="cpu"))
+        state[name].copy_(
+            value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64, device="cpu")
+        )
     for name, value in vars(s).items():
         if isinstance(value, Tensor):
             setattr(s, name, value.to(dtype))
@@ -230,7 +232,9 @@ def step_eager(
         grad = grad + _as(tensor.coupled_weight_decay, dtype) * whole
     if rule.has_direction:
         rule.accumulate(grad, wide, s)
-        wide = {name: value.to(_real(state[name]).dtype).to(dtype) for name, value in wide.items()}  # as they are stored
+        wide = {
+            name: value.to(_real(state[name]).dtype).to(dtype) for name, value in wide.items()
+        }  # as they are stored
         direction = rule.direction(whole, wide, s)
         norms, _ = yield TensorNorms(param_norm=_norm(whole, keep), direction_norm=_norm(direction, keep))
         tensor.param_norm, tensor.direction_norm = norms.param_norm, norms.direction_norm

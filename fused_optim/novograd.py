@@ -196,7 +196,8 @@ class NovoGrad(FusedOptimizer):
         shape and dtype, and the 0-d tensors ``step`` (float32) and ``exp_avg_sq`` (float32, or float64 for float64
         parameters; also ``max_exp_avg_sq``) on its device. The computation is in float32 (float64 for float64
         parameters), norms are summed in float64, and each result is rounded once when it is stored: the second
-        moment, a square, is infinite in float32 from a norm of 1.8e19 on, and such a tensor no longer follows its gradients.
+        moment, a square, is infinite in float32 from a norm of 1.8e19 on, and such a tensor no longer follows its
+        gradients.
 
     Advice of the source: switch other regularisation off when weight decay is on; with :class:`LARC`, eta grows with
     the batch. Jasper is trained with ``LARC(NovoGrad(...))``, betas (0.95, 0.98) and weight decay 1e-3; around the

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 WORLD = 4
+TO_START = 200.0  # seconds: importing torch in all of them takes long beside other work
 AFTER_A_FAILURE = 5.0  # seconds in which the other ranks may say what they saw of it
 
 
@@ -27,6 +28,7 @@ def _serve(connection: Connection, rank: int, store: str) -> None:
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{store}", rank=rank, world_size=WORLD, timeout=timedelta(seconds=60)
     )
+    connection.send(rank)  # here
     while True:
         try:
             function, arguments = connection.recv()
@@ -87,6 +89,12 @@ class Ranks:
             there.close()
             self._processes.append(process)
             self._connections.append(here)
+        end = time.monotonic() + TO_START
+        if not all(connection.poll(max(0.0, end - time.monotonic())) for connection in self._connections):
+            self.stop()
+            raise AssertionError(f"{WORLD} processes did not start within {TO_START:.0f} seconds")
+        for connection in self._connections:
+            connection.recv()
 
     def stop(self) -> None:
         for process in self._processes:

@@ -16,7 +16,13 @@ import torch
 import fused_optim
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("bench/*.md"), *(page for page in ROOT.glob("docs/**/*.md") if "_build" not in page.parts)])
+PAGES = sorted(
+    [
+        *ROOT.glob("*.md"),
+        *ROOT.glob("bench/*.md"),
+        *(page for page in ROOT.glob("docs/**/*.md") if "_build" not in page.parts),
+    ]
+)
 
 # What stands for a part of a message that varies.
 GAP = "\0"
