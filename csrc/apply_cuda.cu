@@ -356,7 +356,9 @@ __global__ void __launch_bounds__(kThreads, 2) apply_kernel(Bucket bucket) {
   const int64_t left = row.numel - begin;
   const int n = left < kTile ? static_cast<int>(left) : kTile;
   Record<Rule, T> record;
-  __builtin_memcpy(&record, bucket.records[extent.row].bytes, sizeof record);
+  // Said to be aligned, which an array of bytes is not: it would be loaded byte by byte.
+  const void* bytes = __builtin_assume_aligned(bucket.records[extent.row].bytes, alignof(ScalarsRecord));
+  __builtin_memcpy(&record, bytes, sizeof record);
   const TileSums sums = walk_tile_as<kPass, Rule, T>(Layouts<T, element_states<Rule>()>{}, row,
                                                      bucket.first_state, record, begin, n, lane);
   if constexpr (kPass == Pass::accumulate) {

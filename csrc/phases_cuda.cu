@@ -186,11 +186,14 @@ class CudaPhasesOfDevice final : public CudaPhases {
     lay_out(rows);
     live_ = std::make_unique<Table>(device_, arena_.size());
     check(cudaEventCreateWithFlags(&done_, cudaEventDisableTiming), "creating an event");
+    check(cudaEventCreateWithFlags(&uploaded_, cudaEventDisableTiming), "creating an event");
   }
 
   ~CudaPhasesOfDevice() override {
+    const DeviceGuard guard(device_);
     const RelaxedCapture relaxed;
     if (done_ != nullptr) cudaEventDestroy(done_);
+    if (uploaded_ != nullptr) cudaEventDestroy(uploaded_);
   }
 
   double reduce(const std::vector<Row>& rows, const std::vector<GroupHyper>& groups,
@@ -199,7 +202,7 @@ class CudaPhasesOfDevice final : public CudaPhases {
     const DeviceGuard guard(device_);
     check(guard.error(), "choosing the device");
     const auto stream = static_cast<cudaStream_t>(stream_pointer);
-    if (is_capturing(stream_pointer)) {
+    if (is_capturing(device_, stream_pointer)) {
       throw std::runtime_error(
           "a global norm over several devices, or over parameters that the eager path steps, cannot be "
           "captured: "
@@ -227,7 +230,7 @@ class CudaPhasesOfDevice final : public CudaPhases {
     const DeviceGuard guard(device_);
     check(guard.error(), "choosing the device");
     const auto stream = static_cast<cudaStream_t>(stream_pointer);
-    const bool capturing = is_capturing(stream_pointer);
+    const bool capturing = is_capturing(device_, stream_pointer);
     const Table* table = live_.get();
     if (capturing) {
       table = &table_for_replays(rows, groups, tensors);
@@ -356,6 +359,11 @@ class CudaPhasesOfDevice final : public CudaPhases {
   // What the table should hold.
   void write(const std::vector<Row>& rows, const std::vector<GroupHyper>& groups,
              const std::vector<HyperTensors>& tensors) {
+    if (uploading_) {
+      const RelaxedCapture relaxed;
+      check(cudaEventSynchronize(uploaded_), "waiting for the upload of the table");
+    }
+    uploading_ = false;
     constexpr size_t kUsed =
         offsetof(Row, active) + sizeof(bool);  // without the padding behind: it may be anything
     for (size_t r = 0; r < row_count_; ++r) {
@@ -413,11 +421,13 @@ class CudaPhasesOfDevice final : public CudaPhases {
       check(cudaMemsetAsync(table.base + sums_, 0, sums_bytes_, stream), "clearing the table");
     }
     if (fresh || changed_.size() > kMostPatches * limit) {
-      // Memory that is not pinned is read before the call returns, for which the driver may wait until the
-      // stream comes to the copy: nothing for every step.
+      // The driver may wait until the stream comes to the copy, or, where the device reads the host's pages,
+      // copy when it does: nothing for every step, and words_ must not change until then.
       check(
           cudaMemcpyAsync(table.base, words_.data(), end * sizeof(uint32_t), cudaMemcpyHostToDevice, stream),
           "the upload of the table");
+      check(cudaEventRecord(uploaded_, stream), "recording the upload of the table");
+      uploading_ = true;
     } else if (has_large_patches_) {
       patch<kPatchWords>(large_patch_kernel(), table, changed_, stream);
     } else {
@@ -547,6 +557,8 @@ class CudaPhasesOfDevice final : public CudaPhases {
   std::vector<uint32_t> changed_;  // offsets
   std::unique_ptr<Table> live_;
   std::vector<std::unique_ptr<Table>> captured_;
+  cudaEvent_t uploaded_ = nullptr;  // the last upload of words_
+  bool uploading_ = false;
   cudaEvent_t done_ = nullptr;
   cudaStream_t stream_ = nullptr;
   bool recorded_ = false;
@@ -614,7 +626,8 @@ std::string why_no_cuda(int device) {
          ", was compiled in (set FUSED_OPTIM_CUDA_ARCHS when building): " + text;
 }
 
-bool is_capturing(void* stream) {
+bool is_capturing(int device, void* stream) {
+  const DeviceGuard guard(device);  // a thread without a context would get one on device 0
   cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
   if (cudaStreamIsCapturing(static_cast<cudaStream_t>(stream), &status) != cudaSuccess) {
     cudaGetLastError();

@@ -67,8 +67,8 @@ class CudaPhases {
 // architecture. Empty if they can.
 std::string why_no_cuda(int device);
 
-// Whether work on a stream is being captured into a graph instead of done.
-bool is_capturing(void* stream);
+// Whether work on a device's stream is being captured into a graph instead of done.
+bool is_capturing(int device, void* stream);
 
 // How many kernels this process has launched through here: what the bound on launches is tested by.
 uint64_t cuda_launches();

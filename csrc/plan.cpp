@@ -235,7 +235,7 @@ void Plan::write_table(size_t device, int64_t* words) const {
 bool Plan::captured() const {
 #if defined(FO_WITH_CUDA)
   for (const Device& device : devices_) {
-    if (is_capturing(device.stream)) return true;
+    if (is_capturing(device.index, device.stream)) return true;
   }
 #endif
   return false;

@@ -97,11 +97,13 @@ def check_forced(backend: str, devices: Iterable[torch.device]) -> None:
         RuntimeError: the backend is missing here; the text says why.
         ValueError: no parameter is on one of its devices.
     """
-    reason = why_missing(backend)
-    if reason is not None:
-        raise RuntimeError(f"backend={backend!r} cannot be used: {reason}")
     devices = set(devices)
-    if devices and not any(takes(backend, device) for device in devices):
+    taken: set[int | None] = {device.index for device in devices if takes(backend, device)}
+    for index in taken or {None}:  # no other device is asked: a CUDA context takes memory
+        reason = why_missing(backend, index)
+        if reason is not None:
+            raise RuntimeError(f"backend={backend!r} cannot be used: {reason}")
+    if devices and not taken:
         names = ", ".join(sorted(map(str, devices)))
         raise ValueError(f"backend={backend!r} takes no tensor on {names}; leave backend=None to choose by device")
 

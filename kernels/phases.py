@@ -132,6 +132,12 @@ class Layout(NamedTuple):
     directions: dict[str, Tensor]  # of each such rule, int32 [rows, 3]: row, first of its tiles' sums, number of tiles
 
 
+NOT_READY = (
+    "the triton backend is not ready for this capture into a CUDA graph; take one step with these gradients and states "
+    "outside of a capture first"
+)
+
+
 class Table(NamedTuple):
     """What a step reads and writes beside the tensors of the optimizer."""
 
@@ -183,6 +189,8 @@ class Phases:
         self._spares: list[Replay] = []
         self._replays: list[tuple[Replay, Layout]] = []
         self._stream: torch.cuda.Stream | None = None  # of the last step
+        if self.captured():  # which copies of numbers from the host would end
+            raise RuntimeError(NOT_READY)
         with self._on_device():
             self._live = self._new_table()
             self._listed = {
@@ -336,10 +344,7 @@ class Phases:
         """
         if not self._spares or bytes(self._row_field(STORAGES.value)) != self._storages:
             self._capturable = True
-            raise RuntimeError(
-                "the triton backend is not ready for this capture into a CUDA graph; take one step with these "
-                "gradients and states outside of a capture first"
-            )
+            raise RuntimeError(NOT_READY)
         self._write_header(step)
         replay = self._spares.pop()
         replay.staging.copy_(self._host)

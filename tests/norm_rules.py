@@ -63,7 +63,9 @@ def assert_near(ours: Any, twin: Any) -> None:
                 upper = one["param"].view(torch.int16).to(torch.int32) << 16
                 one["param"] = (upper + one.pop("param_remainder")).view(torch.float32)
         for key, value in mine.items():
-            torch.testing.assert_close(value.cpu(), theirs[key].cpu(), msg=lambda text, key=key: f"{key}: {text}")
+            torch.testing.assert_close(
+                value.cpu(), theirs[key].cpu(), equal_nan=True, msg=lambda text, key=key: f"{key}: {text}"
+            )
 
 
 def params_of(optimizer: torch.optim.Optimizer) -> list[Any]:

@@ -35,9 +35,17 @@ def test_unknown_names_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_forced_backend_that_is_missing_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backends, "why_missing", lambda backend: "the reason")
+    monkeypatch.setattr(backends, "why_missing", lambda backend, device: "the reason")
     with pytest.raises(RuntimeError, match="backend='triton' cannot be used: the reason"):
         fused_optim.AdamW([Parameter(torch.ones(2))], backend="triton")
+
+
+def test_forced_backend_asks_the_devices_of_the_parameters_and_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Asking makes a CUDA context, which takes memory on that device."""
+    asked = []
+    monkeypatch.setattr(backends, "why_missing", lambda backend, device: asked.append(device))
+    backends.check_forced("cuda", [torch.device("cuda", 3), torch.device("cpu"), torch.device("cuda", 3)])
+    assert asked == [3]
 
 
 def test_forced_backend_without_a_tensor_of_its_own() -> None:

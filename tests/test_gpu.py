@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import pytest
@@ -24,9 +26,31 @@ from torch.nn import Parameter
 
 from fused_optim import AdamW, ClipGradByGlobalNorm, GradScaler, extension
 
-pytestmark = pytest.mark.gpu
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.filterwarnings("ignore:Synchronization debug mode"),
+    pytest.mark.filterwarnings("ignore:The CUDA Graph is empty"),
+]
 
 RAGGED = tuple((n,) for n in (0, 1, 3, 7, 9, 257, 1023, 1024, 1025, 4097, 8193, 32769, 100003))
+
+
+@pytest.fixture(autouse=True)
+def process_as_it_was() -> Iterator[None]:
+    """What a test that fails may leave behind is not the next one's."""
+    yield
+    torch.cuda.set_sync_debug_mode("default")
+    torch.cuda.set_stream(torch.cuda.default_stream())
+
+
+@contextmanager
+def without_waiting() -> Iterator[None]:
+    """Whatever makes the host wait for the device raises."""
+    try:
+        torch.cuda.set_sync_debug_mode("error")
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def on_gpu(options: dict[str, Any]) -> dict[str, Any]:
@@ -144,12 +168,9 @@ def test_norms_are_replayed_and_wait_for_nothing(rule: str, backend: str) -> Non
     )
     for optimizer in (mine, other):
         step_exactly(optimizer)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with without_waiting():
         mine.step()
         assert mine.last_norms is not None
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         mine.step()
@@ -194,12 +215,9 @@ def test_nothing_waits_for_the_device(backend: str, all_native: None) -> None:
     set_grads(params, 1)
     optimizer.grad_scale = torch.tensor(2.0, device="cuda")
     optimizer.found_inf = torch.tensor(0.0, device="cuda")
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with without_waiting():
         optimizer.step()
         assert optimizer.last_grad_norm is not None
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_grad_scaler(backend: str) -> None:
@@ -234,14 +252,10 @@ def test_our_grad_scaler_waits_for_nothing(backend: str, all_native: None) -> No
             if bad:
                 group[-1].grad.flatten()[0] = float("inf")
         torch.cuda.synchronize()
-        if step:
-            torch.cuda.set_sync_debug_mode("error")
-        try:
+        with without_waiting() if step else nullcontext():
             for scaler, optimizer in zip(scalers, optimizers, strict=True):
                 scaler.step(optimizer)
                 scaler.update()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
         assert_same_results(*optimizers)
     assert [scaler.get_scale() for scaler in scalers] == [512.0, 512.0]
     assert optimizers[0].state[params[0]]["step"].item() == 2
@@ -269,7 +283,7 @@ def test_graphs(backend: str) -> None:
     lr = torch.tensor(1e-2, device="cuda")
     ours, twin = new_params(device="cuda"), new_params(device="cuda")
     mine = AdamW(ours, lr=lr, backend=backend, capturable=True, grad_clip=ClipGradByGlobalNorm(1.0))
-    other = AdamW(twin, lr=1e-2, backend=backend, grad_clip=ClipGradByGlobalNorm(1.0))
+    other = AdamW(twin, lr=float(lr), backend=backend, grad_clip=ClipGradByGlobalNorm(1.0))
     for optimizer in (mine, other):
         train(optimizer, params_of(optimizer), 1)
     for params in (ours, twin):

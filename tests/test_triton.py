@@ -302,6 +302,23 @@ def test_the_direction_of_elements_that_do_not_exist_is_not_measured(all_native:
     torch.testing.assert_close(results[0].last_norms.trust_ratio, results[1].last_norms.trust_ratio)
 
 
+def test_a_capture_for_which_nothing_is_laid_out_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fused_optim.kernels import phases
+
+    params = new_params()
+    set_grads(params, 0)
+    optimizer = AdamW(params, backend="triton", capturable=True)
+    before = [param.detach().clone() for param in params]
+    with monkeypatch.context() as patch:
+        patch.setattr(phases.Phases, "captured", lambda self: True)
+        with pytest.raises(RuntimeError, match=r"not ready.*take one step"):
+            optimizer.step()
+    assert not optimizer.state
+    assert all(map(torch.equal, params, before))
+    optimizer.step()
+    assert len(optimizer.state) == len(params)
+
+
 def test_several_rules_share_a_step(all_native: None) -> None:
     results = []
     for backend in ("triton", "cpu"):

@@ -465,6 +465,7 @@ cudaError_t cudaEventDestroy(cudaEvent_t event) {
   std::free(reinterpret_cast<void*>(event));
   return cudaSuccess;
 }
+cudaError_t cudaEventSynchronize(cudaEvent_t) { return refuse_in_capture(); }
 cudaError_t cudaEventRecord(cudaEvent_t, cudaStream_t stream) { return use_of(stream); }
 cudaError_t cudaStreamWaitEvent(cudaStream_t, cudaEvent_t, unsigned) { return refuse_in_capture(); }
 cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned) {
