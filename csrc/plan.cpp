@@ -320,7 +320,7 @@ bool Plan::number(PyObject* value, double* out) {
       }
     }
   }
-  PyObject* as_float = PyNumber_Float(value);
+  PyObject* as_float = PyUnicode_Check(value) ? nullptr : PyNumber_Float(value);
   if (as_float == nullptr) return false;
   *out = PyFloat_AS_DOUBLE(as_float);
   Py_DECREF(as_float);
@@ -416,7 +416,9 @@ bool Plan::parse_group(PyObject* group, size_t index, bool* stale) {
     Py_INCREF(item);
     if (field.index >= 0) {
       Py_DECREF(item);
-      item = PySequence_GetItem(value, field.index);
+      const auto of_key = [&](const auto& other) { return other.key == key; };
+      const auto length = std::count_if(rule.hyper.begin(), rule.hyper.end(), of_key);
+      item = PySequence_Size(value) == length ? PySequence_GetItem(value, field.index) : nullptr;
     }
     TensorView view;
     bool good = item != nullptr;
@@ -452,6 +454,8 @@ bool Plan::parse_group(PyObject* group, size_t index, bool* stale) {
   std::vector<Entry> entries;
   PyObject *key, *value;
   for (Py_ssize_t position = 0; PyDict_Next(group, &position, &key, &value);) {
+    // What a trust ratio reads of the group, only it knows.
+    if (trust.present != 0 && !PyList_Check(value)) constant = constant && is_constant(value);
     Py_INCREF(key);
     Py_INCREF(value);
     entries.push_back({key, value});
@@ -615,6 +619,7 @@ const char* Plan::refresh_row(HostRow& host, Row& row, PyObject* state) {
     return "";
   if (view.address == 0 && row.numel != 0) return "param";
   if (row.address[kParam] != view.address) {
+    if (row.address[kParam] != 0 && host.master_key != nullptr) host.version = kDoubtful;
     row.address[kParam] = view.address;
     written_moved_ = true;
   }
@@ -699,9 +704,9 @@ const char* Plan::check_version(HostRow& host) {
   const int64_t version = object == nullptr ? -1 : PyLong_AsLongLong(object);
   Py_XDECREF(object);
   if (PyErr_Occurred()) PyErr_Clear();
-  const bool overwritten = host.version != -1 && version != host.version;
-  host.version = version;  // reported once: the caller rebuilds the master
-  return overwritten ? "master" : nullptr;
+  if (host.version == kUnknown) host.version = version;
+  // Reported until the caller, who rebuilds the master, says agree(): the step may be refused before.
+  return host.version == version ? nullptr : "master";
 }
 
 // The parameters' states stand in a dict whose keys hash slowly (Tensor.__hash__ is Python). The row

@@ -26,6 +26,10 @@ struct DeviceScalars {
   uint64_t grad_scale, found_inf, grad_norm, non_finite, measured, exchanged;
 };
 
+// Instead of the version at which a parameter and its master agreed: what there is agrees; or it is to be
+// compared, since the parameter may be other memory.
+constexpr int64_t kUnknown = -1, kDoubtful = -2;
+
 class Plan {
  public:
   Plan() = default;
@@ -102,7 +106,7 @@ class Plan {
     PyTypeObject* type = nullptr;                // of the parameter; borrowed, compared only
     PyGetSetDescrObject* grad_getter = nullptr;  // torch's own, where the type has not replaced it; borrowed
     PyObject* master_key = nullptr;  // state key of the master weight, if the row has one; immortal
-    int64_t version = -1;            // of the parameter when its master last agreed with it
+    int64_t version = kUnknown;      // of the parameter when its master last agreed with it
     bool native = false;
     bool launched = false;  // others step it
     bool sharded = false;   // its tensors are DTensors

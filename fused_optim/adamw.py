@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Adam as TorchAdam  # at import: a user may put ours into torch.optim
 from torch.optim.optimizer import ParamsT
 
 from .arithmetic import one_minus_power, square_root
@@ -169,7 +170,7 @@ class Adam(FusedOptimizer):
         state_dtype: torch.dtype | None = None,
     ) -> None:
         self._lazy_mode = lazy_mode
-        torch_optimizer = torch.optim.Adam(
+        torch_optimizer = TorchAdam(
             [torch.zeros(0)],
             lr,
             betas,

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
+
+from torch import Tensor
 
 
 def check_arguments(
@@ -29,3 +32,8 @@ def check_arguments(
             raise ValueError(f"Invalid beta parameter at index {index}: {beta}")
     if not weight_decay >= 0.0:
         raise ValueError(f"Invalid weight_decay value: {weight_decay}")
+
+
+def is_sequence(value: Any) -> bool:
+    """Whether a hyperparameter is a pair such as betas: a tuple, a list, or what a configuration has for one."""
+    return isinstance(value, Iterable) and not isinstance(value, (str, Tensor)) and getattr(value, "ndim", 1) == 1

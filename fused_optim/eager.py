@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from . import masters
+from .arguments import is_sequence
 from .arithmetic import Number, where
 from .tensors import is_plain
 from .trust_ratio import IN_NORM, OUTSIDE, SKIP, TrustRatio
@@ -103,7 +104,7 @@ def squares_dtype(tensor: Tensor) -> torch.dtype:
 
 def _scalar(value: Any, device: torch.device, keep: bool) -> Any:
     """A hyperparameter as a float; as a 0-d float64 tensor where reading it would wait or cut a graph."""
-    if isinstance(value, (tuple, list)):
+    if is_sequence(value):
         return tuple(_scalar(item, device, keep) for item in value)
     if not isinstance(value, Tensor):
         return value
@@ -243,8 +244,10 @@ def step_eager(
         result = rule.update(whole, grad, wide, s)
     for name, value in wide.items():
         _real(state[name]).copy_(value)
-    if master is None:
-        _real(param).copy_(result)
+    if param.is_complex():
+        param.copy_(torch.view_as_complex(result.contiguous()))  # not through _real, which resolves a conjugation
+    elif master is None:
+        param.copy_(result)
     else:
         masters.write(param, state, master, result)
     param_norm = tensor.param_norm if trust is not None or rule.has_direction else math.nan

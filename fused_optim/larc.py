@@ -72,7 +72,7 @@ class LARC(torch.optim.Optimizer):
     - ``"apex"``: eta 0.02, eps 1e-8, min_update 0, zero_norm ``"skip"``, weight_decay_in_ratio True.
 
     Args:
-        optimizer: any ``torch.optim.Optimizer``.
+        optimizer: any ``torch.optim.Optimizer`` but LBFGS.
         eta: :math:`\eta > 0`. Default None: the variant's. It grows with the batch.
         mode: ``"clip"`` or ``"scale"``. Default ``"clip"``.
         eps: :math:`\epsilon \ge 0`. Default None: the variant's.
@@ -88,7 +88,7 @@ class LARC(torch.optim.Optimizer):
         variant: None, ``"openseq2seq"`` or ``"apex"``. Default None.
 
     Raises:
-        TypeError: ``optimizer`` is no ``torch.optim.Optimizer``.
+        TypeError: ``optimizer`` is no ``torch.optim.Optimizer``, or LBFGS, which evaluates the model within its step.
         ValueError: an option out of range; an optimizer that has a trust ratio already (LARS, LAMB, LARC) or clips by
             the global norm; NovoGrad with ``norm_type=0`` and ``weight_decay_in_ratio``.
 
@@ -122,6 +122,8 @@ class LARC(torch.optim.Optimizer):
     ) -> None:
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise TypeError(f"LARC is put around a torch.optim.Optimizer, got {type(optimizer).__name__}")
+        if isinstance(optimizer, torch.optim.LBFGS):
+            raise TypeError("LARC scales the gradients of a step once, and LBFGS asks for new ones in the middle of it")
         options = {"eta": eta, "eps": eps, "min_update": min_update, "zero_norm": zero_norm}
         trust = resolve(variant, mode, {**options, "weight_decay_in_ratio": weight_decay_in_ratio})
         check_inner(optimizer, trust)

@@ -14,6 +14,10 @@ from torch import Tensor
 
 from .tensors import like, local
 
+# Instead of the version counter at which a parameter and its master agreed:
+UNKNOWN = -1  # what there is agrees
+DOUBTFUL = -2  # compare them: the parameter may be other memory, or a copy
+
 KEYS = {"float32": "master_param", "split": "param_remainder"}
 
 

@@ -37,7 +37,7 @@ class Row(NamedTuple):
     clipped: bool  # takes part in clipping
     trusted: bool  # takes part in trust ratios
     master: str | None  # state key of its master weight
-    version: int  # of the parameter when its master last agreed with it; -1: not known
+    version: int  # of the parameter when its master last agreed with it, or UNKNOWN or DOUBTFUL
     name: str
     backend: str
     refused: str | None  # why no native backend takes it

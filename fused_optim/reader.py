@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from . import masters
+from .arguments import is_sequence
 from .clip import ClipOptions
 from .plan import NORMS, DeviceScalars, Exchange, Row, describe_tensor
 from .states import is_number
@@ -65,6 +67,7 @@ class RowReader:
         self.param = row.param
         self.type = type(row.param)
         self.version = row.version
+        self.address: int | None = None  # of the parameter at the last step
         self.names = [*(name for name, _ in rule.states), *([row.master] if row.master is not None else ())]
         self.per_tensor = [*(per_tensor for _, per_tensor in rule.states), False]
         memory = memory_of(local(row.param))
@@ -89,6 +92,9 @@ class RowReader:
             return "grad"
         if grad.dtype == REMAINDER or (grad.dtype == FLOAT64 and param.dtype != FLOAT64):
             return "grad"
+        if self.row.master is not None and self.address not in (None, param.address):
+            self.version = masters.DOUBTFUL
+        self.address = param.address
         out[PARAM], out[GRAD] = param, grad
         if not self.names:
             return None
@@ -129,8 +135,10 @@ class RowReader:
         """A parameter that somebody else has written since the last step no longer agrees with its master."""
         if self.row.master is None:
             return None
-        version, self.version = self.version, self.param._version  # reported once: the caller rebuilds the master
-        return "master" if version not in (-1, self.version) else None
+        if self.version == masters.UNKNOWN:
+            self.version = self.param._version
+        # Reported until the caller, who rebuilds the master, says agree(): the step may be refused before.
+        return None if self.version == self.param._version else "master"
 
 
 class GroupReader:
@@ -199,7 +207,7 @@ class GroupReader:
         if value is None and field.optional:
             return 0.0, 0, 0
         item = value
-        if field.index >= 0 and isinstance(value, Sequence) and field.index < len(value):
+        if field.index >= 0 and is_sequence(value) and field.index < len(value):
             item = value[field.index]
         elif field.index >= 0:
             item = None
@@ -498,7 +506,7 @@ class FastPath:
         # An address of 0 is memory that was taken away, unless there are no elements.
         if addresses.count(0) != self._nowhere or self._written_of(addresses) != self._written:
             return False
-        if any(reader.version not in (-1, reader.param._version) for reader in self._masters):
+        if any(reader.version != reader.param._version for reader in self._masters):
             return False
         plan._grads = active
         count = len(self._rows)

@@ -137,7 +137,9 @@ class ScaleColumn:
         return self.values[param]
 
     def forget_all_but(self, params: set[Tensor]) -> None:
-        """Let go of the parameters that have left the optimizer."""
+        """Let go of the parameters that have left the optimizer, unless nobody could say their factors again."""
+        if self.lost_source or isinstance(self.source, Sequence):
+            return
         self.values = {param: value for param, value in self.values.items() if param in params}
 
     def _ask(self, name: str | None, place: str, param: Tensor) -> float:

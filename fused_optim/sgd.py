@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import SGD as TorchSGD  # noqa: N811; at import: a user may put ours into torch.optim
 from torch.optim.optimizer import ParamsT
 
 from .arithmetic import where
@@ -86,8 +87,9 @@ class SGD(MomentumOptimizer):
     Shapes and dtypes:
         Parameters are float32, float64, bfloat16 or float16, of any shape. With momentum each has the states
         ``momentum_buffer`` of its own shape and dtype, and ``step``, a 0-d float32 tensor on its device, which
-        ``torch.optim.SGD`` neither has nor minds. The computation is in float32 (float64 for float64 parameters), and
-        each result is rounded once when it is stored.
+        ``torch.optim.SGD`` neither has nor minds (``torch.distributed.checkpoint`` does, which compares keys: between
+        the two it takes ``allow_partial_load=True``). The computation is in float32 (float64 for float64 parameters),
+        and each result is rounded once when it is stored.
 
     Args:
         params: parameters, a list of group dicts, or ``named_parameters()``.
@@ -155,7 +157,7 @@ class SGD(MomentumOptimizer):
         master_weights: str | None = None,
         state_dtype: torch.dtype | None = None,
     ) -> None:
-        torch_optimizer = torch.optim.SGD(
+        torch_optimizer = TorchSGD(
             [torch.zeros(0)],
             lr,
             momentum,

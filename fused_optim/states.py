@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from . import masters, sparse
+from .arguments import is_sequence
 from .plan import Row
 from .tensors import is_plain, is_sharded, local, same_placement
 
@@ -50,8 +51,8 @@ def check_hyperparameters(group: dict[str, Any], index: int, optimizer: FusedOpt
     for key, default in optimizer.defaults.items():
         if isinstance(default, (bool, str)) or default is None:
             continue
-        value, wanted = group[key], len(default) if isinstance(default, (tuple, list)) else 0
-        items = list(value) if wanted and isinstance(value, (tuple, list)) else [value]
+        value, wanted = group[key], len(default) if is_sequence(default) else 0
+        items = list(value) if wanted and is_sequence(value) else [value]
         if len(items) != max(wanted, 1) or not all(map(is_number, items)):
             raise TypeError(f"param_groups[{index}][{key!r}] must hold numbers or one-element Tensors, got {value!r}")
 
@@ -70,15 +71,34 @@ def check_memory(tensor: Tensor, what: str) -> None:
         )
 
 
+def check_writable(param: Tensor, group: dict[str, Any], name: str) -> None:
+    """Refuse a parameter that torch would refuse to write, after its states had been written.
+
+    Raises:
+        RuntimeError: the text names it.
+    """
+    part = local(param)
+    if part.is_inference() and not torch.is_inference_mode_enabled():
+        raise RuntimeError(f"{name} is an inference tensor; create it outside of torch.inference_mode(), or clone it")
+    if part.layout == torch.strided and any(size > 1 and not step for size, step in zip(part.shape, part.stride())):
+        raise RuntimeError(f"{name} is expanded: several of its elements are one number in memory; make it contiguous")
+    if group["differentiable"] and torch.is_grad_enabled() and param.is_leaf and param.requires_grad:
+        raise RuntimeError(
+            f"{name} is a leaf that requires grad, which a differentiable step cannot write; give the optimizer a clone"
+        )
+
+
 def check_grad(row: Row, optimizer: FusedOptimizer, group: dict[str, Any]) -> None:
     """Refuse a gradient that cannot be used.
 
     Raises:
-        RuntimeError: sparse, not of a floating or complex dtype, or of another device or shape than the parameter.
+        RuntimeError: its parameter cannot be written; or it is sparse, not of a floating or complex dtype, or of
+            another device or shape than the parameter.
     """
     param, grad = row.param, row.param.grad
     assert grad is not None
     check_memory(param, row.name)
+    check_writable(param, group, row.name)
     check_memory(grad, f"the gradient of {row.name}")
     if grad.layout != torch.strided:
         name = type(optimizer).__name__

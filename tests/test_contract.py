@@ -9,7 +9,7 @@ import pickle
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,7 @@ from cases import (
     each_backend,
     each_case,
     each_implementation,
+    each_implementation_daily,
     new_grad,
     new_params,
     set_grads,
@@ -953,3 +954,47 @@ def test_parameter_subclass_without_dispatch(case: Case, backend: str) -> None:
     train(other, values, 3)
     for param, twin in zip(params, values, strict=True):
         assert_same_bits(param.detach().as_subclass(Tensor), twin)
+
+
+def test_pre_hook_may_replace_the_closure() -> None:
+    param = Parameter(torch.ones(3))
+    optimizer = fused_optim.AdamW([param])
+    optimizer.register_step_pre_hook(lambda _, args, kwargs: (args, {**kwargs, "closure": lambda: 7.0}))
+    assert optimizer.step(closure=lambda: 3.0) == 7.0
+
+
+def test_classes_may_take_torchs_places_in_torch_optim(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("SGD", "Adam", "AdamW"):
+        monkeypatch.setattr(torch.optim, name, getattr(fused_optim, name))
+    for name in ("SGD", "Adam", "AdamW"):
+        param = Parameter(torch.ones(3))
+        param.grad = torch.ones(3)
+        getattr(torch.optim, name)([param], lr=0.1).step()
+        assert param[0] < 1
+
+
+class OfConfiguration(Sequence):  # type: ignore[type-arg]
+    """A list as configuration libraries have them."""
+
+    def __init__(self, values: list[float]) -> None:
+        self.values = values
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.values[index]
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+
+@each_implementation_daily
+@pytest.mark.parametrize("kind", [fused_optim.AdamW, fused_optim.Lion, fused_optim.LAMB, fused_optim.NovoGrad])
+def test_betas_may_be_any_sequence(kind: Any, backend: str) -> None:
+    results = []
+    for betas in ((0.8, 0.9), OfConfiguration([0.8, 0.9])):
+        param = Parameter(torch.ones(3))
+        optimizer = kind([param], lr=0.1, betas=betas, backend=backend)
+        for _ in range(2):
+            param.grad = torch.ones(3)
+            optimizer.step()
+        results.append(param.detach().clone())
+    assert torch.equal(*results)

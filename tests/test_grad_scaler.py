@@ -526,3 +526,16 @@ def test_two_scalers_in_two_threads() -> None:
     for thread in threads:
         thread.join(60)
     assert_same_runs(*results)
+
+
+def test_a_scale_that_has_fallen_to_zero_skips_the_step() -> None:
+    """As with torch's scaler, after more infinities than float32 has halves."""
+    param = Parameter(torch.ones(2))
+    optimizer = AdamW([param])
+    scaler = GradScaler("cpu", init_scale=1.0, backoff_factor=1e-30)
+    for _ in range(4):
+        param.grad = scaler.scale(torch.ones(2)) * float("inf")
+        scaler.step(optimizer)
+        scaler.update()
+    assert scaler.get_scale() == 0
+    assert param.tolist() == [1.0, 1.0]

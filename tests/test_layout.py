@@ -25,6 +25,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import Parameter
 
+import fused_optim
+
 
 def values(shape: tuple[int, ...], dtype: torch.dtype = torch.float32, seed: int = 3) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
@@ -229,6 +231,16 @@ def test_complex_parameters_are_torchs(case: Case, variant: str, dtype: torch.dt
     for name, value in reference.state[theirs].items():
         assert one.state[mine][name].dtype == value.dtype
         torch.testing.assert_close(one.state[mine][name], value, rtol=tolerance, atol=tolerance)
+
+
+def test_parameter_that_is_a_conjugate_view() -> None:
+    param = torch.view_as_complex(values((5, 2))).conj().requires_grad_()
+    before = param.detach().clone()
+    optimizer = fused_optim.SGD([param], lr=1.0)
+    param.grad = torch.full((5,), 1 + 2j)
+    optimizer.step()
+    assert param.is_conj()
+    torch.testing.assert_close(param.detach(), before - (1 + 2j))
 
 
 @pytest.mark.usefixtures("all_native")

@@ -714,6 +714,28 @@ def test_wrong_kinds_are_refused(make: Make) -> None:
         make([Parameter(torch.ones(2))])
 
 
+def test_larc_around_lbfgs_is_refused() -> None:
+    with pytest.raises(TypeError, match="LBFGS"):
+        LARC(torch.optim.LBFGS([Parameter(torch.ones(2))]))
+
+
+@each_implementation
+def test_trust_coefficient_may_be_a_tensor_that_changes(backend: str) -> None:
+    moved = []
+    for doubled in (1.0, 2.0):
+        param = Parameter(torch.ones(4))
+        coefficient = torch.tensor(0.1)
+        options: dict[str, Any] = {"trust_coefficient": coefficient, "always_adapt": True}
+        optimizer = LARS([param], lr=0.5, momentum=0.0, backend=backend, **options)
+        param.grad = torch.ones(4)
+        optimizer.step()
+        coefficient.mul_(doubled)
+        before = param.detach().clone()
+        optimizer.step()
+        moved.append((before - param.detach())[0].item())
+    assert moved[1] == pytest.approx(2 * moved[0])
+
+
 def test_larc_warns_where_it_does_nothing(fallbacks: list[str]) -> None:
     LARC(NovoGrad([Parameter(torch.ones(2))], variant="openseq2seq"))
     assert len(fallbacks) == 1

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from cases import each_implementation_daily
 from torch.nn import Parameter
 
 import fused_optim
@@ -136,6 +137,18 @@ def test_nan_spreads_and_infinity_zeroes_as_in_paddle() -> None:
             assert torch.equal(good, torch.ones(4))  # a factor of 0
 
 
+def test_a_parameter_comes_back_to_the_factor_that_a_sequence_gave_it() -> None:
+    params = [Parameter(torch.ones(3)) for _ in range(2)]
+    for param in params:
+        param.grad = torch.ones(3)
+    optimizer = fused_optim.SGD(params, lr=1.0, lr_scale=[0.5, 0.25])
+    optimizer.param_groups[0]["params"] = params[:1]
+    optimizer.step()
+    optimizer.param_groups[0]["params"] = params
+    optimizer.step()
+    assert [param[0].item() for param in params] == [0.0, 0.75]
+
+
 def test_split_master_is_the_float32_master() -> None:
     whole, _ = train(torch.bfloat16, steps=30, master_weights="float32")
     split, _ = train(torch.bfloat16, steps=30, master_weights="split")
@@ -162,6 +175,90 @@ def test_master_follows_a_parameter_that_was_overwritten(backend: str, kind: str
         group["lr"] = 0.0
     optimizer.step()
     assert torch.equal(params[0], torch.full_like(params[0], 3.0))
+
+
+def stepped_bfloat16(backend: str, kind: str, **options: Any) -> tuple[list[Parameter], fused_optim.SGD]:
+    """Two parameters in two groups, after a step: their masters are not what their 16 bits say."""
+    params = [Parameter(torch.zeros(4, dtype=torch.bfloat16)) for _ in range(2)]
+    params.append(Parameter(torch.zeros(4)))
+    groups = [{"params": params[:1]}, {"params": params[1:]}]
+    optimizer = fused_optim.SGD(groups, lr=0.25, master_weights=kind, backend=backend, **options)
+    for param in params:
+        param.grad = torch.full_like(param, 1 / 64 + 1 / 8192)
+    optimizer.step()
+    for param in params:
+        param.grad = torch.zeros_like(param)
+    return params, optimizer
+
+
+def refuse_a_gradient(params: list[Parameter], optimizer: Any) -> None:
+    params[2].grad = torch.zeros(4).to_sparse()
+    with pytest.raises(RuntimeError, match="sparse"):
+        optimizer.step()
+    params[2].grad = torch.zeros(4)
+
+
+def refuse_a_learning_rate(params: list[Parameter], optimizer: Any) -> None:
+    optimizer.param_groups[1]["lr"] = "0.1"
+    with pytest.raises(TypeError, match=r"param_groups\[1\]\['lr'\]"):
+        optimizer.step()
+    optimizer.param_groups[1]["lr"] = 0.1
+
+
+def regroup(params: list[Parameter], optimizer: Any) -> None:
+    optimizer.param_groups[1]["params"] = params[1:2]
+
+
+@each_implementation_daily
+@pytest.mark.parametrize("kind", ["float32", "split"])
+@pytest.mark.parametrize("between", [refuse_a_gradient, refuse_a_learning_rate, regroup])
+def test_an_overwritten_parameter_is_not_forgotten(between: Any, kind: str, backend: str) -> None:
+    """Not by a step that is refused, nor by a plan that is built anew."""
+    params, optimizer = stepped_bfloat16(backend, kind)
+    with torch.no_grad():
+        params[0].fill_(7)
+    between(params, optimizer)
+    optimizer.step()
+    assert params[0].tolist() == [7.0] * 4
+
+
+@each_implementation_daily
+@pytest.mark.parametrize("kind", ["float32", "split"])
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda both: pickle.loads(pickle.dumps(both))])
+def test_a_copy_follows_what_was_written_before_it(duplicate: Any, kind: str, backend: str) -> None:
+    params, optimizer = stepped_bfloat16(backend, kind)
+    with torch.no_grad():
+        params[0].fill_(7)
+    params, optimizer = duplicate((params, optimizer))
+    for param in params:
+        param.grad = torch.zeros_like(param)
+    optimizer.step()
+    assert params[0].tolist() == [7.0] * 4
+
+
+@pytest.mark.parametrize("kind", ["float32", "split"])
+def test_a_checkpoint_follows_what_was_written_before_it(kind: str) -> None:
+    params, optimizer = stepped_bfloat16("cpu", kind)
+    with torch.no_grad():
+        params[0].fill_(7)
+    copies = [Parameter(param.detach().clone()) for param in params]
+    other = fused_optim.SGD([{"params": copies[:1]}, {"params": copies[1:]}], lr=0.25, master_weights=kind)
+    other.load_state_dict(optimizer.state_dict())
+    for param in copies:
+        param.grad = torch.zeros_like(param)
+    other.step()
+    assert copies[0].tolist() == [7.0] * 4
+
+
+@each_implementation_daily
+def test_master_follows_a_parameter_that_became_other_memory(backend: str) -> None:
+    params, optimizer = stepped_bfloat16(backend, "float32")
+    master = optimizer.state[params[1]]["master_param"].clone()
+    params[0].data = torch.full((4,), 7.0, dtype=torch.bfloat16)
+    params[1].data = params[1].data.clone()  # other memory with the same numbers: the master stays
+    optimizer.step()
+    assert params[0].tolist() == [7.0] * 4
+    assert torch.equal(optimizer.state[params[1]]["master_param"], master)
 
 
 @pytest.mark.parametrize("kind", ["float32", "split"])

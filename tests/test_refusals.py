@@ -235,7 +235,9 @@ BAD_VALUES: dict[str, tuple[str, Any]] = {
     "lr None": ("lr", None),
     "lr text": ("lr", "fast"),
     "lr of two": ("lr", torch.tensor([0.1, 0.2])),
+    "lr a number in quotes": ("lr", "0.1"),
     "betas of one": ("betas", (0.9,)),
+    "betas of three": ("betas", (0.9, 0.99, 0.999)),
     "betas None": ("betas", None),
     "betas a number": ("betas", 0.9),
     "eps None": ("eps", None),
@@ -390,6 +392,33 @@ def test_uninitialized_parameter(case: Case, backend: str) -> None:
     assert lazy.weight.shape == (3, 4)
     assert optimizer.state[lazy.weight]["exp_avg"].shape == (3, 4)
     assert optimizer.state[plain]["step"] == 2
+
+
+@each_implementation
+@pytest.mark.parametrize("kind", ["expanded", "inference"])
+def test_parameter_that_cannot_be_written(kind: str, backend: str) -> None:
+    """Found before the witness steps those before it."""
+    with torch.inference_mode(kind == "inference"):
+        written = torch.zeros(1).expand(6) if kind == "expanded" else torch.zeros(6)
+    params: list[Any] = [*new_params(shapes=FEW[:2], device=device_of(backend)), written]
+    optimizer = fused_optim.AdamW(params, backend=backend)
+    params[0].grad = torch.ones(params[0].shape)
+    params[1].grad = torch.ones(params[1].shape[::-1]).t()
+    params[2].grad = torch.ones(6)
+    before = [param.detach().clone() for param in params]
+    with pytest.raises(RuntimeError, match=re.escape("param_groups[0]['params'][2]")):
+        optimizer.step()
+    assert all(map(torch.equal, params, before))
+    assert not optimizer.state
+
+
+def test_differentiable_step_of_a_leaf_is_refused() -> None:
+    param = Parameter(torch.ones(3))
+    param.grad = torch.ones(3)
+    optimizer = fused_optim.AdamW([param], differentiable=True)
+    with pytest.raises(RuntimeError, match="a leaf that requires grad"):
+        optimizer.step()
+    assert not optimizer.state
 
 
 # Log lines ------------------------------------------------------------------------------------------------------
