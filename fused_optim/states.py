@@ -98,7 +98,6 @@ def check_grad(row: Row, optimizer: FusedOptimizer, group: dict[str, Any]) -> No
     param, grad = row.param, row.param.grad
     assert grad is not None
     check_memory(param, row.name)
-    check_writable(param, group, row.name)
     check_memory(grad, f"the gradient of {row.name}")
     if grad.layout != torch.strided:
         name = type(optimizer).__name__
@@ -135,6 +134,7 @@ def check_grad(row: Row, optimizer: FusedOptimizer, group: dict[str, Any]) -> No
             f"the gradient of {row.name} has shape {tuple(grad.shape)}, the parameter {tuple(param.shape)}; "
             "call zero_grad() after the parameter was replaced"
         )
+    check_writable(param, group, row.name)
 
 
 def check_state(row: Row, state: Any, group: dict[str, Any], optimizer: FusedOptimizer) -> None:
