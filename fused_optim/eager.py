@@ -68,7 +68,7 @@ class TensorNorms(NamedTuple):
 
 # Yields the norms of what it was given and takes those of the whole, and the clip's coefficient: before its `prepare`
 # and, where the rule has a direction, before its last pass.
-EagerStep = Generator[TensorNorms, tuple[TensorNorms, float], MeasuredNorms]
+EagerStep = Generator[TensorNorms, tuple[TensorNorms, float], MeasuredNorms | None]
 
 
 class Rule(Protocol):
@@ -213,7 +213,7 @@ def step_eager(
         grad_max=coefficient * norms.grad_max,
         param_norm=norms.param_norm,
     )
-    grad_norm = tensor.grad_norm if trust is not None or "grad_norm" in asked else math.nan
+    grad_norm = tensor.grad_norm if trust is not None or clips or "grad_norm" in asked else math.nan
     if trust is not None and trusted:
         apply_trust_ratio(trust, group, tensor, tensor.grad_norm, norms.decayed_norm)
     s = rule.prepare(group, tensor)
@@ -251,7 +251,7 @@ def step_eager(
     else:
         masters.write(param, state, master, result)
     param_norm = tensor.param_norm if trust is not None or rule.has_direction else math.nan
-    return MeasuredNorms(grad_norm, param_norm, tensor.trust_ratio)
+    return MeasuredNorms(grad_norm, param_norm, tensor.trust_ratio) if measures or rule.has_direction else None
 
 
 def _as(value: Number, dtype: torch.dtype) -> Number:

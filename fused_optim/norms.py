@@ -35,9 +35,8 @@ def collect_norms(
     """The norms of all rows that the last step measured, in their order; None if there are none."""
     found: dict[int, Tensor] = {}
     for index, norms in witnessed.items():
-        if any(isinstance(norm, Tensor) or norm == norm for norm in norms[:2]):
-            device = rows[index].param.device
-            found[index] = torch.stack([torch.as_tensor(norm, dtype=torch.float32, device=device) for norm in norms])
+        device = rows[index].param.device
+        found[index] = torch.stack([torch.as_tensor(norm, dtype=torch.float32, device=device) for norm in norms])
     for index, *numbers in plan.norms() if plan is not None else ():
         device = rows[index].param.device
         if device in measured:

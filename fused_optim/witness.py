@@ -78,7 +78,8 @@ class WitnessSteps:
                 step = self._steps[index]
                 self._norms[index] = next(step) if sent is None else step.send(sent)
         except StopIteration as done:
-            self.measured[index] = done.value
+            if done.value is not None:
+                self.measured[index] = done.value
             del self._steps[index], self._norms[index]
 
     def _begin(self, row: Row, grad_scale: float) -> EagerStep:

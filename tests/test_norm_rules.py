@@ -600,6 +600,27 @@ def test_last_norms(backend: str) -> None:
 
 
 @each_implementation
+@pytest.mark.parametrize(
+    ("make", "measured"),
+    [
+        (lambda p, **o: NovoGrad(p, **o), [True, False, False]),
+        (lambda p, **o: NovoGrad(p, variant="apex", norm_type=0, **o), [False, False, False]),
+        (lambda p, **o: LAMB(p, **o), [True, True, False]),
+        (lambda p, **o: LAMB(p, max_grad_norm=None, **o), [False, True, False]),
+    ],
+)
+def test_last_norms_name_what_is_not_finite_too(make: Make, measured: list[bool], backend: str) -> None:
+    params = [Parameter(torch.ones(3)) for _ in range(2)]
+    optimizer = make([("bad", params[0]), ("good", params[1])], backend=backend)
+    params[0].grad, params[1].grad = torch.full((3,), math.nan), torch.ones(3)
+    optimizer.step()
+    assert optimizer.last_norms.names == ("bad", "good")
+    if optimizer.last_grad_norm is not None:  # which the NaN spoils for all
+        measured = [False, *measured[1:]]
+    assert [bool(norm[1].isfinite()) for norm in optimizer.last_norms[1:3]] == measured[:2]
+
+
+@each_implementation
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_norm_is_accurate(dtype: torch.dtype, backend: str) -> None:
     param = Parameter(torch.ones(3_000_000, dtype=dtype, device=device_of(backend)))
