@@ -28,7 +28,9 @@ def commit() -> str:
     """Of the checkout that this file belongs to; "unknown" for an installed package, whatever folder it is used in."""
     if _git("ls-files", "--error-unmatch", Path(__file__).name) is None:
         return "unknown"
-    return _git("describe", "--always", "--exclude", "*", "--dirty") or "unknown"
+    # Results of other runs, not yet committed, change nothing of what is measured.
+    changed = _git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":(top,exclude)bench/results")
+    return (_git("rev-parse", "--short", "HEAD") or "unknown") + ("-dirty" if changed else "")
 
 
 def cpu_name() -> str:

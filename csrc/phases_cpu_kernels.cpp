@@ -251,7 +251,7 @@ void apply(const Row& row, const ScalarsRecord& bytes, int64_t begin, int64_t en
 constexpr int kLanes = 64;
 
 // Adds lanes [width, 2 * width) to lanes [0, width), and so on down to one; every width known to the
-// compiler, or half of a sum's time goes into its last six lanes.
+// compiler, or more than half of a sum's time goes into this.
 template <int width, class Sum>
 inline void fold(Sum* lanes) {
   if constexpr (width > 0) {
@@ -370,15 +370,18 @@ Norms reduce(const Row& row, const GradTransform<double>& grad, unsigned needs, 
   return norms;
 }
 
-template <class Rule, class T>
+// kDirection: at once with the direction, for states that lie in memory as T; the root and the division then
+// run while memory is waited for.
+template <bool kDirection, class Rule, class T>
 void accumulate_tile(const T* __restrict param, const T* __restrict grad, T* __restrict state0,
-                     T* __restrict state1, const Record<Rule, T>& record, int64_t n) {
+                     T* __restrict state1, const Record<Rule, T>& record, T* __restrict out, int64_t n) {
   const Record<Rule, T> s = record;
   for (int64_t i = 0; i < n; ++i) {
     T state[2] = {state0[i], state1[i]};
     Rule::accumulate(transform(s.grad, grad[i], param[i]), state, s.scalars);
     state0[i] = state[0];
     state1[i] = state[1];
+    if constexpr (kDirection) out[i] = Rule::direction(param[i], state, s.scalars);
   }
 }
 
@@ -388,21 +391,6 @@ void direction_tile(const T* __restrict param, const T* __restrict state0, const
   const Record<Rule, T> s = record;
   for (int64_t i = 0; i < n; ++i) {
     const T state[2] = {state0[i], state1[i]};
-    out[i] = Rule::direction(param[i], state, s.scalars);
-  }
-}
-
-// Both at once, for states that lie in memory as T: the root and the division run while memory is waited for.
-template <class Rule, class T>
-void accumulate_direction_tile(const T* __restrict param, const T* __restrict grad, T* __restrict state0,
-                               T* __restrict state1, const Record<Rule, T>& record, T* __restrict out,
-                               int64_t n) {
-  const Record<Rule, T> s = record;
-  for (int64_t i = 0; i < n; ++i) {
-    T state[2] = {state0[i], state1[i]};
-    Rule::accumulate(transform(s.grad, grad[i], param[i]), state, s.scalars);
-    state0[i] = state[0];
-    state1[i] = state[1];
     out[i] = Rule::direction(param[i], state, s.scalars);
   }
 }
@@ -431,9 +419,9 @@ Norms accumulate(const Row& row, const ScalarsRecord& bytes, int64_t begin, int6
     load_states<T, kStates>(row, kFirst, i, n, state_scratch, states);
     T* direction = directions != nullptr ? static_cast<T*>(directions) + i : scratch[2];
     if (states[0] != state_scratch[0] && states[1] != state_scratch[1]) {
-      accumulate_direction_tile<Rule, T>(param, grad, states[0], states[1], record, direction, n);
+      accumulate_tile<true, Rule, T>(param, grad, states[0], states[1], record, direction, n);
     } else {
-      accumulate_tile<Rule, T>(param, grad, states[0], states[1], record, n);
+      accumulate_tile<false, Rule, T>(param, grad, states[0], states[1], record, direction, n);
       for (int k = 0; k < kStates; ++k) store_tile<T>(row, kFirst + k, i, n, states[k]);
       load_states<T, kStates>(row, kFirst, i, n, state_scratch, states);  // as they were rounded
       direction_tile<Rule, T>(param, states[0], states[1], record, direction, n);

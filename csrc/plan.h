@@ -45,10 +45,10 @@ class Plan {
   // rules: the rule's name of each group. launched: for each device whose kernels others launch, the indices
   // of its rows; they are read here, and neither reduced nor stepped. rows: (group index, param, lr scale,
   // weight decay scale, native, clipped, trusted, key of the master's state or None, the param's version when
-  // its master was last in step with it or -1) of each parameter, in the order of the groups. defaults:
-  // hyperparameters that a group may lack. structural: group keys for which a change between true and false
-  // calls for a new plan. trust_ratio: called with a group whose items have changed, returns None or the
-  // fields of its TrustRatio.
+  // its master last agreed with it, kUnknown or kDoubtful) of each parameter, in the order of the groups.
+  // defaults: hyperparameters that a group may lack. structural: group keys for which a change between true
+  // and false calls for a new plan. trust_ratio: called with a group whose items have changed, returns None
+  // or the fields of its TrustRatio.
   bool build(PyObject* rules, PyObject* rows, PyObject* launched, PyObject* defaults, PyObject* structural,
              PyObject* trust_ratio);
 
@@ -83,7 +83,8 @@ class Plan {
   // Whether torch's stream on a device of a row is being captured into a graph; valid after refresh.
   bool captured() const;
 
-  // The version of each row's parameter after the last run; -1 where it has no master.
+  // The version at which each row's parameter and master agreed, or kUnknown (also where it has none) or
+  // kDoubtful.
   PyObject* versions() const;
   // The witness has written a row's parameter, and its master with it.
   void agree(size_t row, int64_t version) { hosts_[row].version = version; }

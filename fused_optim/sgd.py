@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import SGD as TorchSGD  # noqa: N811; at import: a user may put ours into torch.optim
+from torch.optim import SGD as TorchSGD  # at import: a user may put ours into torch.optim
 from torch.optim.optimizer import ParamsT
 
 from .arithmetic import where
