@@ -61,17 +61,26 @@ struct ParamColumns<T, kParamType, DType::float32, N> {
   using Storage = typename StorageOf<kParamType>::type;
   using Param = FixedColumn<T, Storage, N, Reuse::soon>;
   using Master = FixedColumn<T, float, N>;
-  using Loaded = typename Master::Loaded;
+  struct Loaded {
+    typename Param::Loaded param;
+    typename Master::Loaded master;
+  };
   Param param;
   Master master;
 
   FO_DEVICE ParamColumns(const Row& row, int64_t begin)
       : param(row, kParam, begin), master(row, kMaster, begin) {}
+  FO_DEVICE ParamColumns(uint64_t param_address, uint64_t master_address)
+      : param(param_address), master(master_address) {}
   template <Reuse kReuse>
   FO_DEVICE Loaded fetch(int i, int n) const {
-    return load_vector<kReuse, float, N>(master.address, i, n, master.aligned);
+    return {load_vector<kReuse, Storage, N>(param.address, i, n, param.aligned),
+            load_vector<kReuse, float, N>(master.address, i, n, master.aligned)};
   }
-  FO_DEVICE static void widen(const Loaded& loaded, T (&out)[N]) { Master::widen(loaded, out); }
+  FO_DEVICE static void widen(const Loaded& loaded, T (&out)[N]) {
+#pragma unroll
+    for (int k = 0; k < N; ++k) out[k] = load_master(loaded.param.element[k], loaded.master.element[k]);
+  }
   FO_DEVICE void put(int i, int n, const T (&values)[N]) const {
     master.put(i, n, values);
     Vector<Storage, N> rounded;
@@ -120,35 +129,36 @@ struct ParamColumns<T, DType::bfloat16, DType::remainder, N> {
 template <class T, int N>
 struct AnyParamColumns {
   using Loaded = typename AnyColumn<T, N>::Loaded;
-  using Split = ParamColumns<T, DType::bfloat16, DType::remainder, N>;
   AnyColumn<T, N> param, master;
 
   FO_DEVICE AnyParamColumns(const Row& row, int64_t begin)
       : param(row, kParam, begin), master(row, kMaster, begin) {}
-  template <Reuse kReuse>
-  FO_DEVICE Loaded fetch(int i, int n) const {
+
+  // Calls `visit` with the columns of a parameter that has a master weight; false where it has none.
+  template <class Visit>
+  FO_DEVICE bool with_master(const Visit& visit) const {
     if constexpr (sizeof(T) == 4) {  // a float64 parameter has no master weight
       if (master.dtype == DType::remainder) {
-        Loaded out;
-        Split::widen(Split(param.address, master.address).template fetch<kReuse>(i, n), out.element);
-        return out;
+        visit(ParamColumns<T, DType::bfloat16, DType::remainder, N>(param.address, master.address));
+      } else if (master.dtype == DType::float32 && param.dtype == DType::bfloat16) {
+        visit(ParamColumns<T, DType::bfloat16, DType::float32, N>(param.address, master.address));
+      } else if (master.dtype == DType::float32) {
+        visit(ParamColumns<T, DType::float16, DType::float32, N>(param.address, master.address));
       }
-      if (master.dtype != DType::none) return master.fetch(i, n);
+      return master.dtype != DType::none;
     }
-    return param.fetch(i, n);
+    return false;
+  }
+  template <Reuse kReuse>
+  FO_DEVICE Loaded fetch(int i, int n) const {
+    Loaded out;
+    const bool done = with_master(
+        [&](const auto& columns) { columns.widen(columns.template fetch<kReuse>(i, n), out.element); });
+    return done ? out : param.fetch(i, n);
   }
   FO_DEVICE static void widen(const Loaded& loaded, T (&out)[N]) { AnyColumn<T, N>::widen(loaded, out); }
   FO_DEVICE void put(int i, int n, const T (&values)[N]) const {
-    if constexpr (sizeof(T) == 4) {
-      if (master.dtype == DType::remainder) return Split(param.address, master.address).put(i, n, values);
-      if (master.dtype != DType::none) {
-        master.put(i, n, values);
-        if (param.dtype == DType::bfloat16) param.template put_as<bfloat16, true>(i, n, values);
-        if (param.dtype == DType::float16) param.template put_as<float16, true>(i, n, values);
-        return;
-      }
-    }
-    param.put(i, n, values);
+    if (!with_master([&](const auto& columns) { columns.put(i, n, values); })) param.put(i, n, values);
   }
 };
 

@@ -186,8 +186,6 @@ PYBIND11_MODULE(_C, module) {
           py::arg("device"), py::arg("words"))
       .def("captured", &Plan::captured)
       .def("norms", [](const Plan& plan) { return owned(plan.norms()); })
-      .def("versions", [](const Plan& plan) { return owned(plan.versions()); })
-      .def("agree", &Plan::agree, py::arg("row"), py::arg("version"))
       .def("touched", [](Plan& plan) { return owned(plan.touched()); });
   module.def("build_info", &build_info);
   module.def("rules", &rules);

@@ -115,34 +115,78 @@ void store_tile(const Row& row, int index, int64_t begin, int64_t n, const T* ti
   }
 }
 
-// The tile that a rule updates: the master weight where there is one, otherwise the parameter.
-template <class T>
-T* load_param(const Row& row, int64_t begin, int64_t n, T* scratch) {
-  if (row.dtype[kMaster] == DType::none) return load_tile<T>(row, kParam, begin, n, scratch);
-  if (row.dtype[kMaster] != DType::remainder) return load_tile<T>(row, kMaster, begin, n, scratch);
-  const bfloat16* param = column<bfloat16>(row, kParam) + begin;
-  const int16_t* remainder = column<int16_t>(row, kMaster) + begin;
-  for (int64_t i = 0; i < n; ++i) scratch[i] = static_cast<T>(load_split(param[i], remainder[i]));
+template <class Param>
+bool all_round_to(const Param* param, const float* master, int64_t n) {
+  int differ = 0;
+  for (int64_t i = 0; i < n; ++i) differ |= !rounds_to(param[i], master[i]);
+  return differ == 0;
+}
+
+#if defined(__F16C__)
+bool all_round_to(const float16* param, const float* master, int64_t n) {
+  float16 rounded[kTile];
+  narrow(master, rounded, n);
+  int differ = 0;
+  for (int64_t i = 0; i < n; ++i) differ |= rounded[i].bits ^ param[i].bits;
+  return differ == 0;
+}
+#endif
+
+// A tile of a float32 master weight: the memory itself, or a copy in which each element that does not round
+// to its parameter has been replaced by that.
+template <class Param>
+float* load_master_tile(const Row& row, int64_t begin, int64_t n, float* scratch) {
+  const Param* param = column<Param>(row, kParam) + begin;
+  float* master = column<float>(row, kMaster) + begin;
+  if (all_round_to(param, master, n)) return master;
+  for (int64_t i = 0; i < n; ++i) scratch[i] = load_master(param[i], master[i]);
   return scratch;
 }
 
-template <class Storage, class T>
-void narrow_ties_away(const T* __restrict in, Storage* out, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) store_ties_away(out[i], static_cast<float>(in[i]));
+// The tile that a rule updates: the master weight where there is one, otherwise the parameter.
+template <class T>
+T* load_param(const Row& row, int64_t begin, int64_t n, T* scratch) {
+  if constexpr (sizeof(T) == 4) {  // a float64 parameter has no master weight
+    if (row.dtype[kMaster] == DType::remainder) {
+      const bfloat16* param = column<bfloat16>(row, kParam) + begin;
+      const int16_t* remainder = column<int16_t>(row, kMaster) + begin;
+      for (int64_t i = 0; i < n; ++i) scratch[i] = load_split(param[i], remainder[i]);
+      return scratch;
+    }
+    if (row.dtype[kMaster] == DType::float32) {
+      return row.dtype[kParam] == DType::bfloat16 ? load_master_tile<bfloat16>(row, begin, n, scratch)
+                                                  : load_master_tile<float16>(row, begin, n, scratch);
+    }
+  }
+  return load_tile<T>(row, kParam, begin, n, scratch);
+}
+
+template <class Storage>
+void narrow_ties_away(const float* __restrict in, Storage* out, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) store_ties_away(out[i], in[i]);
 }
 
 template <class T>
 void store_param(const Row& row, int64_t begin, int64_t n, const T* tile) {
-  if (row.dtype[kMaster] == DType::none) return store_tile<T>(row, kParam, begin, n, tile);
-  if (row.dtype[kMaster] == DType::remainder) {
-    bfloat16* param = column<bfloat16>(row, kParam) + begin;
-    int16_t* remainder = column<int16_t>(row, kMaster) + begin;
-    for (int64_t i = 0; i < n; ++i) store_split(param[i], remainder[i], static_cast<float>(tile[i]));
-    return;
+  if constexpr (sizeof(T) == 4) {
+    if (row.dtype[kMaster] == DType::remainder) {
+      bfloat16* param = column<bfloat16>(row, kParam) + begin;
+      int16_t* remainder = column<int16_t>(row, kMaster) + begin;
+      for (int64_t i = 0; i < n; ++i) store_split(param[i], remainder[i], tile[i]);
+      return;
+    }
+    if (row.dtype[kMaster] == DType::float32) {
+      float* master = column<float>(row, kMaster) + begin;
+      if (tile != master) __builtin_memcpy(master, tile, static_cast<size_t>(n) * sizeof(float));
+      if (row.dtype[kParam] == DType::bfloat16) {
+        narrow_ties_away(tile, column<bfloat16>(row, kParam) + begin, n);
+      } else {
+        narrow_ties_away(tile, column<float16>(row, kParam) + begin, n);
+      }
+      return;
+    }
   }
-  store_tile<T>(row, kMaster, begin, n, tile);
-  if (row.dtype[kParam] == DType::bfloat16) narrow_ties_away(tile, column<bfloat16>(row, kParam) + begin, n);
-  if (row.dtype[kParam] == DType::float16) narrow_ties_away(tile, column<float16>(row, kParam) + begin, n);
+  store_tile<T>(row, kParam, begin, n, tile);
 }
 
 // A rule without states has no array of length 0 in C++.

@@ -74,11 +74,6 @@ PyObject* maximize_name() {
   return name;
 }
 
-PyObject* version_name() {
-  static PyObject* const name = intern("_version");
-  return name;
-}
-
 // Consumes the argument, which is null where making it has failed.
 bool call_exchange(PyObject* exchange, PyObject* argument, double* sum) {
   if (argument == nullptr) return false;
@@ -243,16 +238,14 @@ bool Plan::captured() const {
 
 bool Plan::row_from_tuple(PyObject* tuple) {
   int group, native, clipped, trusted;
-  long long version;
   PyObject *param, *master;
   Row row{};
-  if (!PyArg_ParseTuple(tuple, "iOddpppOL", &group, &param, &row.lr_scale, &row.weight_decay_scale, &native,
-                        &clipped, &trusted, &master, &version)) {
+  if (!PyArg_ParseTuple(tuple, "iOddpppO", &group, &param, &row.lr_scale, &row.weight_decay_scale, &native,
+                        &clipped, &trusted, &master)) {
     return false;
   }
   HostRow host;
   host.type = Py_TYPE(param);
-  host.version = version;
   row.clipped = clipped != 0;
   row.trusted = trusted != 0;
   if (master != Py_None) host.master_key = intern(PyUnicode_AsUTF8(master));
@@ -619,7 +612,6 @@ const char* Plan::refresh_row(HostRow& host, Row& row, PyObject* state) {
     return "";
   if (view.address == 0 && row.numel != 0) return "param";
   if (row.address[kParam] != view.address) {
-    if (row.address[kParam] != 0 && host.master_key != nullptr) host.version = kDoubtful;
     row.address[kParam] = view.address;
     written_moved_ = true;
   }
@@ -661,8 +653,7 @@ const char* Plan::read_states(HostRow& host, Row& row, PyObject* state) {
     if (reason != nullptr) return reason;
   }
   if (host.master_key == nullptr) return nullptr;
-  const char* reason = read_state(host, row, kMaster, false, next(host.master_key));
-  return reason != nullptr ? reason : check_version(host);
+  return read_state(host, row, kMaster, false, next(host.master_key));
 }
 
 const char* Plan::read_state(const HostRow& host, Row& row, int column, bool per_tensor, PyObject* value) {
@@ -696,17 +687,6 @@ const char* Plan::read_state(const HostRow& host, Row& row, int column, bool per
   }
   row.dtype[column] = view.dtype;
   return nullptr;
-}
-
-// A parameter that somebody else has written since the last step no longer agrees with its master.
-const char* Plan::check_version(HostRow& host) {
-  PyObject* object = PyObject_GetAttr(host.param, version_name());
-  const int64_t version = object == nullptr ? -1 : PyLong_AsLongLong(object);
-  Py_XDECREF(object);
-  if (PyErr_Occurred()) PyErr_Clear();
-  if (host.version == kUnknown) host.version = version;
-  // Reported until the caller, who rebuilds the master, says agree(): the step may be refused before.
-  return host.version == version ? nullptr : "master";
 }
 
 // The parameters' states stand in a dict whose keys hash slowly (Tensor.__hash__ is Python). The row
@@ -840,10 +820,6 @@ bool Plan::run(const StepOptions& options, int threads, std::optional<double> gl
                global_norm.value_or(0), on_host);
     }
   }
-  for (size_t r = 0; r < rows_.size(); ++r) {
-    if (rows_[r].active && hosts_[r].master_key != nullptr)
-      ++hosts_[r].version;  // the caller counts this step's write
-  }
   release();
   return good;
 }
@@ -862,20 +838,6 @@ PyObject* Plan::norms() const {
                                    norms.trust_ratio);
     if (item == nullptr || PyList_Append(list, item) != 0) Py_CLEAR(list);
     Py_XDECREF(item);
-  }
-  return list;
-}
-
-PyObject* Plan::versions() const {
-  PyObject* list = PyList_New(static_cast<Py_ssize_t>(hosts_.size()));
-  if (list == nullptr) return nullptr;
-  for (size_t r = 0; r < hosts_.size(); ++r) {
-    PyObject* version = PyLong_FromLongLong(hosts_[r].master_key == nullptr ? -1 : hosts_[r].version);
-    if (version == nullptr) {
-      Py_DECREF(list);
-      return nullptr;
-    }
-    PyList_SET_ITEM(list, static_cast<Py_ssize_t>(r), version);
   }
   return list;
 }

@@ -26,10 +26,6 @@ struct DeviceScalars {
   uint64_t grad_scale, found_inf, grad_norm, non_finite, measured, exchanged;
 };
 
-// Instead of the version at which a parameter and its master agreed: what there is agrees; or it is to be
-// compared, since the parameter may be other memory.
-constexpr int64_t kUnknown = -1, kDoubtful = -2;
-
 class Plan {
  public:
   Plan() = default;
@@ -44,11 +40,10 @@ class Plan {
 
   // rules: the rule's name of each group. launched: for each device whose kernels others launch, the indices
   // of its rows; they are read here, and neither reduced nor stepped. rows: (group index, param, lr scale,
-  // weight decay scale, native, clipped, trusted, key of the master's state or None, the param's version when
-  // its master last agreed with it, kUnknown or kDoubtful) of each parameter, in the order of the groups.
-  // defaults: hyperparameters that a group may lack. structural: group keys for which a change between true
-  // and false calls for a new plan. trust_ratio: called with a group whose items have changed, returns None
-  // or the fields of its TrustRatio.
+  // weight decay scale, native, clipped, trusted, key of the master's state or None) of each parameter, in
+  // the order of the groups. defaults: hyperparameters that a group may lack. structural: group keys for
+  // which a change between true and false calls for a new plan. trust_ratio: called with a group whose items
+  // have changed, returns None or the fields of its TrustRatio.
   bool build(PyObject* rules, PyObject* rows, PyObject* launched, PyObject* defaults, PyObject* structural,
              PyObject* trust_ratio);
 
@@ -83,12 +78,6 @@ class Plan {
   // Whether torch's stream on a device of a row is being captured into a graph; valid after refresh.
   bool captured() const;
 
-  // The version at which each row's parameter and master agreed, or kUnknown (also where it has none) or
-  // kDoubtful.
-  PyObject* versions() const;
-  // The witness has written a row's parameter, and its master with it.
-  void agree(size_t row, int64_t version) { hosts_[row].version = version; }
-
   // The norms of the last run: (row index, grad norm, param norm, trust ratio) of each row that it stepped
   // and of which it measured any. On a CUDA device the numbers are where DeviceScalars says, in the order of
   // its rows; here they are 0, and without such an address the row is not listed.
@@ -107,7 +96,6 @@ class Plan {
     PyTypeObject* type = nullptr;                // of the parameter; borrowed, compared only
     PyGetSetDescrObject* grad_getter = nullptr;  // torch's own, where the type has not replaced it; borrowed
     PyObject* master_key = nullptr;  // state key of the master weight, if the row has one; immortal
-    int64_t version = kUnknown;      // of the parameter when its master last agreed with it
     bool native = false;
     bool launched = false;  // others step it
     bool sharded = false;   // its tensors are DTensors
@@ -159,7 +147,6 @@ class Plan {
   const char* refresh_row(HostRow& host, Row& row, PyObject* state);
   const char* read_states(HostRow& host, Row& row, PyObject* state);
   const char* read_state(const HostRow& host, Row& row, int column, bool per_tensor, PyObject* value);
-  const char* check_version(HostRow& host);
   PyObject* find_state(HostRow& host, PyObject* state);
   void locate_states(PyObject* state);
   bool read_column(const HostRow& host, int column, PyObject* object, TensorView& view);

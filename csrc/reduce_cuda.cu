@@ -148,6 +148,38 @@ struct SplitNumbers {
   }
 };
 
+template <class Param>
+struct MasterNumbers {
+  static constexpr int kVector = 4;
+  struct Loaded {
+    Vector<Param, kVector> param;
+    Vector<float, kVector> master;
+  };
+  const Param* param;
+  Numbers<float, float> master;
+  bool aligned;
+
+  FO_DEVICE MasterNumbers(uint64_t param_at, uint64_t master_at)
+      : param(reinterpret_cast<const Param*>(param_at)),
+        master(master_at),
+        aligned(is_aligned<sizeof(Param) * kVector>(param_at)) {}
+  FO_DEVICE Loaded fetch(int i, int n) const {
+    return {load_vector<Reuse::soon, Param, kVector>(param, i, n, aligned), master.fetch(i, n)};
+  }
+  FO_DEVICE static float element(const Loaded& loaded, int e) {
+    return load_master(loaded.param.element[e], loaded.master.element[e]);
+  }
+};
+
+template <class Numbers>
+FO_DEVICE Square sum_masters(const Row& row, const GradTransform<float>& grad, int64_t begin, int n,
+                             Team team) {
+  const auto first = static_cast<uint64_t>(begin);
+  const Numbers numbers(row.address[kParam] + 2 * first,
+                        row.address[kMaster] + static_cast<uint64_t>(size_of(row.dtype[kMaster])) * first);
+  return sum_squares<float, Numbers::kVector>(numbers, grad, n, team);
+}
+
 template <class T, class S>
 FO_DEVICE Square sum_numbers(const Row& row, int index, const GradTransform<T>& grad, int64_t begin, int n,
                              Team team) {
@@ -177,13 +209,15 @@ FO_DEVICE Square sum_param(const Row& row, int64_t begin, int n, Team team) {
   const GradTransform<T> as_it_is{1, static_cast<T>(-HUGE_VAL), static_cast<T>(HUGE_VAL), 0};
   if constexpr (sizeof(T) == 4) {
     if (row.dtype[kMaster] == DType::remainder) {
-      const SplitNumbers numbers(row.address[kParam] + 2 * static_cast<uint64_t>(begin),
-                                 row.address[kMaster] + 2 * static_cast<uint64_t>(begin));
-      return sum_squares<float, SplitNumbers::kVector>(numbers, as_it_is, n, team);
+      return sum_masters<SplitNumbers>(row, as_it_is, begin, n, team);
+    }
+    if (row.dtype[kMaster] == DType::float32) {
+      return row.dtype[kParam] == DType::bfloat16
+                 ? sum_masters<MasterNumbers<bfloat16>>(row, as_it_is, begin, n, team)
+                 : sum_masters<MasterNumbers<float16>>(row, as_it_is, begin, n, team);
     }
   }
-  const int index = row.dtype[kMaster] == DType::none ? kParam : kMaster;
-  return sum_column<T>(row, index, as_it_is, begin, n, team);
+  return sum_column<T>(row, kParam, as_it_is, begin, n, team);
 }
 
 // A number that the group holds itself, or that a tensor of the user's does.
@@ -221,26 +255,33 @@ FO_DEVICE double read_weight_decay(RuleList<R...>, const Row& row, const CudaGro
   return read_hyper(group, index) * row.weight_decay_scale;
 }
 
-// The elements that a rule sees as the parameter.
+// The elements that a rule sees as the parameter: itself, or its master weight beside which it is a rounded
+// copy.
 template <class T>
 struct ParamNumbers {
-  AnyColumn<T, 1> whole;  // the master weight where there is one, otherwise the parameter
-  const bfloat16* upper;
-  bool split;
+  AnyColumn<T, 1> param, master;
 
   FO_DEVICE ParamNumbers(const Row& row, int64_t begin)
-      : whole(row, row.dtype[kMaster] == DType::none ? kParam : kMaster, begin),
-        upper(reinterpret_cast<const bfloat16*>(row.address[kParam]) + begin),
-        split(row.dtype[kMaster] == DType::remainder) {}
+      : param(row, kParam, begin), master(row, kMaster, begin) {}
   FO_DEVICE T at(int i) const {
     if constexpr (sizeof(T) == 4) {
-      if (split) {
-        const auto* lower = reinterpret_cast<const int16_t*>(whole.address);
-        return load_split(load_global<Reuse::soon, bfloat16>(upper + i),
-                          load_global<Reuse::soon, int16_t>(lower + i));
+      if (master.dtype == DType::remainder) return load_split(bits_at<bfloat16>(i), lower_at(i));
+      if (master.dtype == DType::float32) {
+        const float whole = master.fetch(i, 1).element[0];
+        return param.dtype == DType::bfloat16 ? load_master(bits_at<bfloat16>(i), whole)
+                                              : load_master(bits_at<float16>(i), whole);
       }
     }
-    return whole.fetch(i, 1).element[0];
+    return param.fetch(i, 1).element[0];
+  }
+
+ private:
+  template <class Param>
+  FO_DEVICE Param bits_at(int i) const {
+    return load_global<Reuse::soon, Param>(reinterpret_cast<const Param*>(param.address) + i);
+  }
+  FO_DEVICE int16_t lower_at(int i) const {
+    return load_global<Reuse::soon, int16_t>(reinterpret_cast<const int16_t*>(master.address) + i);
   }
 };
 

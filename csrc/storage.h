@@ -79,9 +79,26 @@ FO_HOST_DEVICE inline void store_ties_away(bfloat16& out, float value) {
 
 FO_HOST_DEVICE inline void store_ties_away(float16& out, float value) { store(out, value); }
 
+// The parameter is what counts, also where somebody has written it since the last step. A master weight that
+// still rounds to its parameter adds the bits below it; any other is the master of a number that is gone.
+template <class Param>
+FO_HOST_DEVICE inline bool rounds_to(Param param, float master) {
+  Param rounded;
+  store_ties_away(rounded, master);
+  return rounded.bits == param.bits;
+}
+
+template <class Param>
+FO_HOST_DEVICE inline float load_master(Param param, float master) {
+  return rounds_to(param, master) ? master : load(param);
+}
+
+// A remainder belongs to every parameter but those with which it would make a NaN: a negative one beside
+// zero, a positive one beside an infinity. There it counts as 0.
 FO_HOST_DEVICE inline float load_split(bfloat16 param, int16_t remainder) {
-  return float_of((static_cast<uint32_t>(param.bits) << 16) +
-                  static_cast<uint32_t>(static_cast<int32_t>(remainder)));
+  const uint32_t upper = static_cast<uint32_t>(param.bits) << 16;
+  const uint32_t whole = upper + static_cast<uint32_t>(static_cast<int32_t>(remainder));
+  return float_of((whole & 0x7fffffffu) > 0x7f800000u ? upper : whole);
 }
 
 FO_HOST_DEVICE inline void store_split(bfloat16& param, int16_t& remainder, float value) {

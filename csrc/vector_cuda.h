@@ -167,14 +167,12 @@ struct AnyColumn {
     for (int k = 0; k < N; ++k) out[k] = loaded.element[k];
   }
 
-  template <class S, bool kTiesAway = false>
+  template <class S>
   FO_DEVICE void put_as(int i, int n, const T (&values)[N]) const {
     Vector<S, N> out;
 #pragma unroll
     for (int k = 0; k < N; ++k) {
-      if constexpr (kTiesAway) {
-        store_ties_away(out.element[k], static_cast<float>(values[k]));
-      } else if constexpr (sizeof(S) == 8) {
+      if constexpr (sizeof(S) == 8) {
         store(out.element[k], static_cast<double>(values[k]));
       } else {
         store(out.element[k], static_cast<float>(values[k]));

@@ -128,7 +128,6 @@ def restore(optimizer: FusedOptimizer, state_dict: dict[str, Any]) -> None:
         for index, group in enumerate(optimizer.param_groups)
         for position, param in enumerate(group["params"])
     )
-    disagree: list[str] = []
     for key, (group, param, place) in zip(keys, places):
         saved = state_dict["state"].get(key)
         if not saved:
@@ -146,28 +145,15 @@ def restore(optimizer: FusedOptimizer, state_dict: dict[str, Any]) -> None:
                 if optimizer._state_dtype is not None:
                     dtype = state_dtype_of(param, optimizer._state_dtype)
                 state[name] = like_param(saved[name], param, dtype)
-        master = masters.key_for(param, optimizer._master_weights, "a parameter")
-        if master is not None:
-            value = saved.get(master)
-            value = masters.converted(saved, param, master) if value is None else value
-            if value is not None:  # otherwise the next step builds it from the parameter
-                state[master] = like_param(value, param, value.dtype)
-                if not masters.agrees(param, state, master):
-                    disagree.append(place)
-                    state[master] = masters.build(param, master)
-                optimizer._versions[param] = param._version
+        master = masters.key_for(param, optimizer._master_weights, place)
+        if master is not None:  # of one kind: the step converts the other, or builds one where there is none
+            kept = master if master in saved else next((key for key in masters.DTYPES if key in saved), None)
+            if kept is not None:
+                state[kept] = like_param(saved[kept], param, saved[kept].dtype)
         for name, value in saved.items():
-            if name not in state and name not in masters.KEYS.values() and (begun or value is not None):
+            if name not in state and name not in masters.DTYPES and (begun or value is not None):
                 state[name] = value.clone() if isinstance(value, Tensor) else value
         optimizer.state[param] = state
     for group in optimizer.param_groups:
         group.pop("step", None)  # apex and DeepSpeed count steps by group; now each parameter has its own
-    if disagree:
-        logger.warning(
-            "%s: the checkpoint's master weights of %d parameters do not round to these parameters, as %s: they were "
-            "rebuilt from the parameters; load the model before the optimizer",
-            type(optimizer).__name__,
-            len(disagree),
-            disagree[0],
-        )
     compare_scales(optimizer, state_dict)

@@ -111,12 +111,6 @@ class LaunchedPlan:
     def touched(self) -> list[Tensor]:
         return self._reader.touched()
 
-    def versions(self) -> list[int]:
-        return self._reader.versions()
-
-    def agree(self, row: int, version: int) -> None:
-        self._reader.agree(row, version)
-
     def norms(self) -> list[tuple[int, float, float, float]]:
         return [*self._reader.norms(), *((row, 0.0, 0.0, 0.0) for row in self._measured)]
 

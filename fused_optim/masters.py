@@ -1,5 +1,9 @@
 """Float32 master weights of 16-bit parameters: whole (`master_param`) or as the half that the parameter lacks.
 
+The parameter is what counts, at every element and every step; the master adds the bits below it. So whatever writes a
+parameter between two steps is seen, by comparing element by element: a master that still rounds to its parameter
+counts, any other is replaced by the parameter.
+
 `param_remainder` holds the lower 16 bits of the float32 value whose upper 16 bits are the bfloat16 parameter, as a
 signed number to be added. For that the parameter is rounded to nearest with ties away from zero, and both kinds of
 master give the same run, bit for bit.
@@ -14,11 +18,8 @@ from torch import Tensor
 
 from .tensors import like, local
 
-# Instead of the version counter at which a parameter and its master agreed:
-UNKNOWN = -1  # what there is agrees
-DOUBTFUL = -2  # compare them: the parameter may be other memory, or a copy
-
 KEYS = {"float32": "master_param", "split": "param_remainder"}
+DTYPES = {"master_param": torch.float32, "param_remainder": torch.int16}
 
 
 def check_option(option: str | None) -> None:
@@ -69,10 +70,15 @@ def remainder_of(value: Tensor, param: Tensor) -> Tensor:
 
 
 def read(param: Tensor, state: dict[str, Tensor], key: str) -> Tensor:
-    """The float32 master."""
+    """The float32 number of each element: the master where it belongs to the parameter, elsewhere the parameter."""
+    param = param.detach()
     if key == "master_param":
-        return state[key]
-    return ((_bits(param.detach()).to(torch.int32) << 16) + state[key].to(torch.int32)).view(torch.float32)
+        whole = state[key]
+        belongs = _bits(round_ties_away(whole, param.dtype)) == _bits(param)
+    else:  # every remainder does, but for those that would make a NaN
+        whole = ((_bits(param).to(torch.int32) << 16) + state[key].to(torch.int32)).view(torch.float32)
+        belongs = ~torch.isnan(whole)
+    return torch.where(belongs, whole, param.to(torch.float32))
 
 
 def write(param: Tensor, state: dict[str, Tensor], key: str, value: Tensor) -> None:
@@ -92,22 +98,14 @@ def build(param: Tensor, key: str) -> Tensor:
     return torch.zeros_like(param, dtype=torch.int16, requires_grad=False)
 
 
-def agrees(param: Tensor, state: dict[str, Tensor], key: str) -> bool:
-    """Whether a parameter is what its master rounds to; a remainder agrees with any."""
-    if key != "master_param":
-        return True
-    part = local(param).detach()
-    return torch.equal(_bits(round_ties_away(local(state[key]), param.dtype)), _bits(part))
-
-
-def converted(saved: dict[str, Any], param: Tensor, key: str) -> Tensor | None:
-    """The master of kind ``key`` out of a checkpoint that has the other kind, if it agrees with the parameter."""
-    part = local(param).detach()
-    if key == "param_remainder" and isinstance(saved.get("master_param"), Tensor):
-        master = local(saved["master_param"]).to(param.device)
-        if torch.equal(round_ties_away(master, torch.bfloat16), part):
-            return like(param, remainder_of(master, part))
-    if key == "master_param" and isinstance(saved.get("param_remainder"), Tensor) and param.dtype == torch.bfloat16:
-        remainder = local(saved["param_remainder"]).to(param.device)
-        return like(param, read(part, {"param_remainder": remainder}, "param_remainder"))
+def converted(state: dict[str, Any], param: Tensor, key: str) -> Tensor | None:
+    """The master of kind ``key`` out of a state that has the other kind; None where there is none."""
+    if param.dtype != torch.bfloat16:
+        return None
+    if key == "param_remainder" and isinstance(state.get("master_param"), Tensor):
+        master = local(state["master_param"]).to(param.device)
+        return like(param, remainder_of(master, round_ties_away(master, torch.bfloat16)))
+    if key == "master_param" and isinstance(state.get("param_remainder"), Tensor):
+        remainder = local(state["param_remainder"]).to(param.device)
+        return like(param, read(local(param), {"param_remainder": remainder}, "param_remainder"))
     return None

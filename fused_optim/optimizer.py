@@ -30,7 +30,7 @@ from .norms import Norms, collect_norms
 from .plan import DEVICE_BACKENDS, GRAD_SQ, NORMS, DeviceScalars, Plan, Row, make_plan, why_not_native, why_refused
 from .scales import Exclude, Scale, ScaleColumn, column_of, excluded
 from .sharding import Shards, agree, check_placement, settle_grad
-from .tensors import is_sharded, place_of
+from .tensors import is_sharded
 from .trust_ratio import TrustRatio
 from .witness import WitnessSteps
 
@@ -108,8 +108,6 @@ class FusedOptimizer(torch.optim.Optimizer):
     _outer_trust_ratio: TrustRatio | None = None  # of what is around this optimizer
     _plan: Plan | None = None
     _rows: Sequence[Row] = ()
-    _versions: dict[Tensor, int]  # at which parameters agreed with their masters, beside what the plan knows
-    _places: dict[Tensor, int]  # where those were that the witness steps
     _grad_norm: float | Tensor | None = None
     _witness_norms: dict[int, MeasuredNorms]  # by row, of the last step
     _coalesced: dict[Tensor, Tensor]  # sparse gradients of this step, by parameter
@@ -152,7 +150,6 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._state_dtype = torch.float32 if master_weights is not None and state_dtype is None else state_dtype
         self._master_weights = master_weights
         self._grad_clip = grad_clip
-        self._versions, self._places = {}, {}
         self._norm_tensors, self._measured, self._exchanged, self._witness_norms, self._coalesced = {}, {}, {}, {}, {}
         super().__init__(params, defaults)
         if self._forced_backend is not None:
@@ -327,14 +324,14 @@ class FusedOptimizer(torch.optim.Optimizer):
             if not waits and (witnessed or not self._devices_alone):
                 waits = True
                 if found_inf is not None and float(found_inf) != 0:
-                    self._drop_plan()  # and with it the gradients that it holds
+                    self._plan = None  # and with it the gradients that it holds
                     return
             finds_inf = self.finds_inf and found_inf is not None
             divisor = 1.0 if scale is None or not waits else float(scale)
             if divisor == 0:  # after many infinities: the gradients are zeros, and no multiple of them is right
                 if finds_inf and found_inf is not None:
                     found_inf.fill_(1.0)
-                self._drop_plan()
+                self._plan = None
                 return
             grad_scale = 1.0 / divisor
             scalars = self._device_scalars(scale, found_inf, finds_inf) if self._kernel_devices else ()
@@ -357,7 +354,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                     assert found_inf is not None
                     found_inf.fill_(1.0)
                     self._coalesced.clear()
-                    self._drop_plan()  # and with it the gradients that it holds
+                    self._plan = None  # and with it the gradients that it holds
                     return
             witness.step(global_norm or 0.0, shards.values())
             if captured:
@@ -366,8 +363,6 @@ class FusedOptimizer(torch.optim.Optimizer):
             plan.run(grad_scale, threads, clip, global_norm, scalars, exchange if self.has_direction else None)
             witness.finish()
             self._witness_norms = witness.measured
-            for index in witnessed:
-                self._agree(index)
             self._coalesced.clear()
             # Writing through addresses leaves the version counters alone; a stale graph must still raise.
             torch._C._increment_version(plan.touched())
@@ -468,18 +463,24 @@ class FusedOptimizer(torch.optim.Optimizer):
                 self._build_plan()
             assert self._plan is not None
             attention = self._plan.refresh(self.param_groups, self.state)
-            if attention is not None:
+            if attention is not None and all(self._is_current(index) for index, kind in attention if kind == "param"):
                 return attention
-            self._drop_plan()
+            self._plan = None
         raise RuntimeError(
             "the param groups change while the plan is built from them, or are not a list of dicts whose 'params' are "
             "lists"
         )
 
+    def _is_current(self, index: int) -> bool:
+        """Whether a row that the eager path takes still is what the plan was built for."""
+        row = self._rows[index]
+        group = {**self.defaults, **self.param_groups[row.group]}
+        return (row.param.dtype, row.param.device) == (row.dtype, row.device) and (
+            row.refused == why_not_native(row.param, group, row.backend)
+        )
+
     def _build_plan(self) -> None:
         present = {param for group in self.param_groups for param in group["params"]}
-        self._versions = {param: version for param, version in self._versions.items() if param in present}
-        self._places = {param: place for param, place in self._places.items() if param in present}
         for column in self._scales:
             column.forget_all_but(present)
         groups = [{**self.defaults, **group} for group in self.param_groups]
@@ -508,7 +509,8 @@ class FusedOptimizer(torch.optim.Optimizer):
                         clipped=clipped != 0,
                         trusted=trusted != 0,
                         master=masters.key_for(param, self._master_weights, place),
-                        version=self._versions.get(param, masters.UNKNOWN),
+                        dtype=param.dtype,
+                        device=param.device,
                         name=place,
                         backend=backend,
                         refused=refused,
@@ -547,57 +549,10 @@ class FusedOptimizer(torch.optim.Optimizer):
             self._exchanged[device] = torch.zeros(len(indices), NORMS + 1, dtype=torch.float64, device=device)
         return {device: of_table for device, of_table in shards.items() if of_table}
 
-    def _drop_plan(self) -> None:
-        """Forget the plan, but not which parameters agree with their masters."""
-        if self._plan is not None and self._master_weights is not None:
-            for row, version in zip(self._rows, self._plan.versions()):
-                if row.native and version != masters.UNKNOWN:
-                    self._versions[row.param] = version
-        self._plan = None
-
-    def _known_versions(self) -> list[int]:
-        """Of each row, the version at which parameter and master agreed, as far as the plan knows."""
-        return [] if self._plan is None or self._master_weights is None else self._plan.versions()
-
-    def _is_overwritten(self, index: int, versions: Sequence[int]) -> bool:
-        """Whether a row's master no longer is its parameter's: somebody else has written the parameter."""
-        row = self._rows[index]
-        if row.master is None or row.master not in self.state.get(row.param, {}):
-            return False
-        version = versions[index] if row.native and versions else self._versions.get(row.param, masters.UNKNOWN)
-        place = place_of(row.param)
-        if not row.native and self._places.get(row.param, place) != place:
-            version = masters.DOUBTFUL
-        if version == masters.DOUBTFUL:
-            return not masters.agrees(row.param, self.state[row.param], row.master)
-        return version not in (masters.UNKNOWN, row.param._version)
-
-    def _agree(self, index: int) -> None:
-        """Note that a row's master, if it has one, is its parameter's as that is now."""
-        row = self._rows[index]
-        if row.master is None:
-            return
-        self._versions[row.param] = row.param._version
-        self._places[row.param] = place_of(row.param)
-        if self._plan is not None:
-            self._plan.agree(index, row.param._version)
-
-    def _settle_masters(self) -> None:
-        """Rebuild the masters of parameters that somebody else has written, as the next step would: they are saved."""
-        if self._master_weights is None:
-            return
-        versions = self._known_versions()
-        for index, row in enumerate(self._rows):
-            if self._is_overwritten(index, versions):
-                assert row.master is not None
-                self.state[row.param][row.master] = masters.build(row.param, row.master)
-                self._agree(index)
-
     def refresh_masters(self) -> None:
-        """Rebuild every master weight from its parameter.
+        """Rebuild every master weight from its parameter: what it held below the parameter's precision is forgotten.
 
-        The step does this by itself for a parameter whose version counter shows that somebody else has written it;
-        what ``param.data.copy_()`` wrote does not show, and takes this call.
+        No step needs this: an element that was written, through ``param.data`` too, counts as it is.
         """
         for index, group in enumerate(self.param_groups):
             for position, param in enumerate(group["params"]):
@@ -615,9 +570,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             states.check_grad(row, self, groups[row.group])
             states.check_state(row, self.state.get(row.param), groups[row.group], self)
         taken: dict[int, Tensor] = {}
-        versions = self._known_versions()
-        for row, (index, _) in zip(rows, attention):
-            overwritten = self._is_overwritten(index, versions)
+        for row in rows:
             lay = settle_grad(row.param)
             if lay is not None:
                 self._log_once(
@@ -627,8 +580,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                     row.name,
                     lay,
                 )
-            states.repair_state(row, self.state, groups[row.group], self, taken, overwritten)
-            self._agree(index)
+            states.repair_state(row, self.state, groups[row.group], self, taken)
         left = self._refresh()
         for index, kind in left:
             row = self._rows[index]
@@ -659,7 +611,6 @@ class FusedOptimizer(torch.optim.Optimizer):
         ``fused_optim_scales``, holds those factors. They are not loaded: it serves `load_state_dict` to warn in the log
         if the run goes on with others. ``torch.optim`` ignores it.
         """
-        self._settle_masters()
         state_dict = super().state_dict()
         checkpoint.remember_scales(self, state_dict)
         return state_dict
@@ -686,7 +637,6 @@ class FusedOptimizer(torch.optim.Optimizer):
             self._loading = None
 
     def __getstate__(self) -> dict[str, Any]:
-        self._settle_masters()
         return {
             **super().__getstate__(),
             "_forced_backend": self._forced_backend,
@@ -701,10 +651,6 @@ class FusedOptimizer(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._plan = None
-        self._versions, self._places = {}, {}
-        if self._master_weights is not None:  # a copy: what was written before it was taken shows no more
-            for group in self.param_groups:
-                self._versions.update(dict.fromkeys(group["params"], masters.DOUBTFUL))
         self._norm_tensors, self._measured, self._exchanged, self._witness_norms, self._coalesced = {}, {}, {}, {}, {}
         self._rows = ()
         for group in self.param_groups:

@@ -37,7 +37,8 @@ class Row(NamedTuple):
     clipped: bool  # takes part in clipping
     trusted: bool  # takes part in trust ratios
     master: str | None  # state key of its master weight
-    version: int  # of the parameter when its master last agreed with it, or UNKNOWN or DOUBTFUL
+    dtype: torch.dtype  # of the parameter, and
+    device: torch.device  # where it was, when the plan was built
     name: str
     backend: str
     refused: str | None  # why no native backend takes it
@@ -89,9 +90,6 @@ class Plan(Protocol):
     def captured(self) -> bool: ...
 
     def touched(self) -> list[Tensor]: ...
-
-    def versions(self) -> list[int]: ...
-    def agree(self, row: int, version: int) -> None: ...
 
     def norms(self) -> list[tuple[int, float, float, float]]: ...
 
@@ -183,7 +181,7 @@ def make_plan(
     if extension._C is not None and any(row.native for row in rows):
         reader = extension._C.Plan(
             rules=rules,
-            rows=[tuple(row[:9]) for row in rows],
+            rows=[tuple(row[:8]) for row in rows],
             launched=launched,
             defaults=defaults,
             structural=structural_keys,

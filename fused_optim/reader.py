@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import masters
 from .arguments import is_sequence
 from .clip import ClipOptions
 from .plan import NORMS, DeviceScalars, Exchange, Row, describe_tensor
@@ -66,8 +65,6 @@ class RowReader:
         self.row = row
         self.param = row.param
         self.type = type(row.param)
-        self.version = row.version
-        self.address: int | None = None  # of the parameter at the last step
         self.names = [*(name for name, _ in rule.states), *([row.master] if row.master is not None else ())]
         self.per_tensor = [*(per_tensor for _, per_tensor in rule.states), False]
         memory = memory_of(local(row.param))
@@ -92,9 +89,6 @@ class RowReader:
             return "grad"
         if grad.dtype == REMAINDER or (grad.dtype == FLOAT64 and param.dtype != FLOAT64):
             return "grad"
-        if self.row.master is not None and self.address not in (None, param.address):
-            self.version = masters.DOUBTFUL
-        self.address = param.address
         out[PARAM], out[GRAD] = param, grad
         if not self.names:
             return None
@@ -106,7 +100,7 @@ class RowReader:
             if memory is None or not self._takes(memory, per_tensor, column):
                 return "state"
             out[column] = memory
-        return self.check_version()
+        return None
 
     def _takes(self, memory: Memory, per_tensor: bool, column: int) -> bool:
         """Whether a state is what the kernels read in this column."""
@@ -130,15 +124,6 @@ class RowReader:
         if not is_sharded(tensor) or not same_placement(tensor._spec, self.param._spec):  # type: ignore[attr-defined]
             return None
         return memory_of(local(tensor))
-
-    def check_version(self) -> str | None:
-        """A parameter that somebody else has written since the last step no longer agrees with its master."""
-        if self.row.master is None:
-            return None
-        if self.version == masters.UNKNOWN:
-            self.version = self.param._version
-        # Reported until the caller, who rebuilds the master, says agree(): the step may be refused before.
-        return None if self.version == self.param._version else "master"
 
 
 class GroupReader:
@@ -270,7 +255,6 @@ class PythonPlan:
                 self._readers[index] = RowReader(row, rule)
                 if row.group not in self._groups and needs_of is not None:
                     self._groups[row.group] = GroupReader(row.group, rule, local(row.param).device, needs_of)
-        self._masters = [(i, reader) for i, reader in self._readers.items() if reader.row.master is not None]
         self._others = [index for index in range(len(rows)) if index not in self._readers]
         self._grads: list[Any] = []  # held from refresh to the end of run
         # Of each column, by row: address and dtype; 0 where there is none.
@@ -400,9 +384,6 @@ class PythonPlan:
         exchange: Exchange | None = None,
     ) -> None:
         self._exchange(exchange)
-        for index, reader in self._masters:
-            if self._active[index]:
-                reader.version += 1  # the caller counts this step's write
         self._grads = []
 
     def captured(self) -> bool:
@@ -410,17 +391,6 @@ class PythonPlan:
 
     def touched(self) -> list[Tensor]:
         return self._touched
-
-    def versions(self) -> list[int]:
-        readers = self._readers
-        return [
-            readers[index].version if index in readers and row.master is not None else -1
-            for index, row in enumerate(self._rows)
-        ]
-
-    def agree(self, row: int, version: int) -> None:
-        if row in self._readers:
-            self._readers[row].version = version
 
     def norms(self) -> list[tuple[int, float, float, float]]:
         return []
@@ -452,7 +422,6 @@ class FastPath:
         for index in self._rows:
             by_names.setdefault(tuple(readers[index].names), []).append(index)
         self._kinds = [Kind(names, rows) for names, rows in by_names.items() if names]
-        self._masters = [readers[index] for index in self._rows if readers[index].row.master is not None]
         self._active_params = [readers[index].param for index in self._rows]
         self._whole = len(self._rows) == len(plan._rows)
         tensors = self._tensors(state, [param.grad for param in self._active_params])
@@ -505,8 +474,6 @@ class FastPath:
         addresses = [tensor.data_ptr() for tensor in tensors]
         # An address of 0 is memory that was taken away, unless there are no elements.
         if addresses.count(0) != self._nowhere or self._written_of(addresses) != self._written:
-            return False
-        if any(reader.version != reader.param._version for reader in self._masters):
             return False
         plan._grads = active
         count = len(self._rows)

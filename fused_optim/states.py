@@ -180,7 +180,7 @@ def not_begun(state: Mapping[str, Any], optimizer: FusedOptimizer) -> bool:
     torch's SGD keeps a momentum_buffer of None where there was no gradient yet, or no momentum; and beside a master
     weight alone there is none before momentum is switched on.
     """
-    present = {name for name, value in state.items() if value is not None and name not in masters.KEYS.values()}
+    present = {name for name, value in state.items() if value is not None and name not in masters.DTYPES}
     return bool(optimizer.states_of_first_step) and not present
 
 
@@ -236,12 +236,10 @@ def repair_state(
     group: dict[str, Any],
     optimizer: FusedOptimizer,
     taken: dict[int, Tensor],
-    overwritten: bool,
 ) -> None:
     """Create what is missing; replace what the plan cannot read by its equal in the right place and layout.
 
     ``taken`` maps the addresses of the states seen so far to their parameters: two parameters never share one.
-    ``overwritten``: somebody else has written the parameter, which its master must follow.
     """
     param = row.param
     state = all_states[param]
@@ -263,15 +261,23 @@ def repair_state(
     names = [*optimizer.tensor_state_names(group), *optimizer.state_names(group)]
     if row.master is not None:
         names.append(row.master)
-        master = state.get(row.master)
-        kind = torch.float32 if row.master == "master_param" else torch.int16
-        if not isinstance(master, Tensor) or master.shape != param.shape or overwritten:
-            state[row.master] = masters.build(param, row.master)
-        elif master.dtype != kind or master.device != param.device or not has_layout_of(master, param):
-            state[row.master] = like_param(master, param, kind)
+        repair_master(param, state, row.master)
     for name in names:
         value = state[name]
         part = local(value)
         addressed = is_plain(type(part)) and part.device.type != "meta" and part.numel() != 0
         if addressed and taken.setdefault(part.data_ptr(), param) is not param:
             state[name] = value.clone()
+
+
+def repair_master(param: Tensor, state: dict[str, Any], key: str) -> None:
+    """Create a master weight, of the other kind if a checkpoint has left that; or bring it into the right layout."""
+    master, dtype = state.get(key), masters.DTYPES[key]
+    if not isinstance(master, Tensor) or master.shape != param.shape:
+        master = masters.converted(state, param, key)
+        state[key] = masters.build(param, key) if master is None else like_param(master, param, dtype)
+    elif master.dtype != dtype or master.device != param.device or not has_layout_of(master, param):
+        state[key] = like_param(master, param, dtype)
+    for other in masters.DTYPES:
+        if other != key:
+            state.pop(other, None)

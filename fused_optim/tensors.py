@@ -52,12 +52,6 @@ def local(tensor: Tensor) -> Tensor:
     return cast(Tensor, tensor._local_tensor) if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
-def place_of(tensor: Tensor) -> int:
-    """Where this process's part of a tensor begins in memory; 0 for what is no plain memory."""
-    part = local(tensor)
-    return part.data_ptr() if is_plain(type(part)) and part.device.type != "meta" else 0
-
-
 def like(param: Tensor, part: Tensor) -> Tensor:
     """A local part as a tensor that lies as ``param`` does."""
     if not is_sharded(param):

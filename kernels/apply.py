@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .storage import narrow, narrow_ties_away, pointer, remainder_of, widen, widen_split
+from .storage import narrow, narrow_ties_away, pointer, remainder_of, widen, widen_master, widen_split
 from .table import (
     FIRST_STATE,
     GRAD,
@@ -133,7 +133,8 @@ def load_param(columns, i, left, DTYPES: tl.constexpr, COMPUTE: tl.constexpr, WH
     elif DTYPES[MASTER] == REMAINDER:
         return widen_split(load_tile(param_at, i, left, WHOLE), load_tile(master_at, i, left, WHOLE))
     else:
-        return load_tile(master_at, i, left, WHOLE)
+        param, master = load_tile(param_at, i, left, WHOLE), load_tile(master_at, i, left, WHOLE)
+        return widen_master(param, master, DTYPES[PARAM])
 
 
 @triton.jit

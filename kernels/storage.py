@@ -57,9 +57,21 @@ def narrow_ties_away(value, DTYPE: tl.constexpr):
 
 
 @triton.jit
+def widen_master(param, master, DTYPE: tl.constexpr):
+    """The master where it still rounds to its parameter, elsewhere the parameter: somebody has written it."""
+    rounded = narrow_ties_away(master, DTYPE).to(tl.int16, bitcast=True)
+    return tl.where(rounded == param.to(tl.int16, bitcast=True), master, widen(param, DTYPE, tl.float32))
+
+
+@triton.jit
 def widen_split(param, remainder):
-    """The float32 master of which a bfloat16 parameter and a remainder are the halves."""
-    return ((param.to(tl.int32) << 16) + remainder.to(tl.int32)).to(tl.float32, bitcast=True)
+    """The float32 master of which a bfloat16 parameter and a remainder are the halves.
+
+    A remainder with which the parameter would make a NaN is none of its own, and counts as 0.
+    """
+    upper = param.to(tl.int32) << 16
+    whole = upper + remainder.to(tl.int32)
+    return tl.where((whole & 0x7FFFFFFF) > 0x7F800000, upper, whole).to(tl.float32, bitcast=True)
 
 
 @triton.jit

@@ -7,12 +7,17 @@ import logging
 import os
 import shutil
 from collections.abc import Iterator
+from pathlib import Path
 
 import hypothesis
 import pytest
 import torch
 import triton_interpreter
+from cuda_on_host.backend import cuda_phases
+from cuda_on_host.build import OnHost, compile_module
 from ranks import Ranks
+
+ROOT = Path(__file__).resolve().parent.parent
 
 # The same examples in every run: a failure in CI is one that anyone can repeat. To search for new ones:
 # pytest --hypothesis-profile=explore
@@ -48,6 +53,41 @@ def ranks() -> Iterator[Ranks]:
     started = Ranks()
     yield started
     started.stop()
+
+
+@pytest.fixture(scope="session")
+def shim() -> OnHost:
+    """The CUDA sources, compiled for the processor."""
+    csrc = Path(os.environ.get("CUDA_ON_HOST_CSRC", ROOT / "csrc"))
+    sanitize = bool(os.environ.get("CUDA_ON_HOST_SANITIZED"))
+    return OnHost(compile_module(ROOT / "build" / "cuda_on_host", sanitize=sanitize, csrc=csrc))
+
+
+@pytest.fixture
+def on_host(shim: OnHost) -> Iterator[OnHost]:
+    """For backend="cuda", CPU tensors are stepped by the CUDA phases."""
+    with cuda_phases(shim):
+        shim.schedule("ascending")
+        shim.launches()
+        yield shim
+        shim.fail_launch(-1)
+        shim.set_device()
+
+
+EVERYWHERE = (
+    "cpu",
+    "eager",
+    pytest.param("cuda", marks=pytest.mark.requires("g++")),
+    pytest.param("triton", marks=pytest.mark.interpreted),
+)
+
+
+@pytest.fixture(params=EVERYWHERE)
+def everywhere(request: pytest.FixtureRequest) -> str:
+    """Each backend, on CPU tensors: those of GPUs on the host and in the interpreter."""
+    if request.param == "cuda":
+        request.getfixturevalue("on_host")
+    return request.param
 
 
 @pytest.fixture(autouse=True)

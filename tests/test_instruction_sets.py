@@ -370,8 +370,17 @@ def test_every_float_is_rounded_right(tmp_path: Path) -> None:
         ("0xfffu + ((magnitude >> 13) & 1u)", "0x1000u"),
         ("0x47800000u", "0x47900000u"),
         ("0x38800000u) - float_of(0x38800000u)", "0x38000000u) - float_of(0x38000000u)"),
+        ("(whole & 0x7fffffffu) > 0x7f800000u ? upper : whole", "whole"),
+        ("rounds_to(param, master) ? master : load(param)", "master"),
     ],
-    ids=["bfloat16 ties away", "float16 ties away", "float16 overflow", "float16 subnormals"],
+    ids=[
+        "bfloat16 ties away",
+        "float16 ties away",
+        "float16 overflow",
+        "float16 subnormals",
+        "remainders that make NaNs",
+        "masters of other numbers",
+    ],
 )
 def test_wrong_conversion_is_found(tmp_path: Path, right: str, wrong: str) -> None:
     text = (ROOT / "csrc" / "storage.h").read_text()

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import pickle
 from typing import Any
 
 import pytest
 import torch
-from cases import each_implementation_daily
 from torch.nn import Parameter
 
 import fused_optim
@@ -147,143 +145,6 @@ def test_a_parameter_comes_back_to_the_factor_that_a_sequence_gave_it() -> None:
     optimizer.param_groups[0]["params"] = params
     optimizer.step()
     assert [param[0].item() for param in params] == [0.0, 0.75]
-
-
-def test_split_master_is_the_float32_master() -> None:
-    whole, _ = train(torch.bfloat16, steps=30, master_weights="float32")
-    split, _ = train(torch.bfloat16, steps=30, master_weights="split")
-    assert all(torch.equal(a, b) for a, b in zip(whole, split, strict=True))
-
-
-def test_remainder_holds_every_float32() -> None:
-    bits = torch.randint(-(2**31), 2**31, (1_000_000,), dtype=torch.int64).to(torch.int32)
-    value = bits.view(torch.float32)
-    value = value[~value.isnan()]
-    param = masters.round_ties_away(value, torch.bfloat16)
-    state = {"param_remainder": masters.remainder_of(value, param)}
-    assert torch.equal(masters.read(param, state, "param_remainder").view(torch.int32), value.view(torch.int32))
-
-
-@pytest.mark.parametrize("kind", ["float32", "split"])
-@pytest.mark.parametrize("backend", ["cpu", "eager"])
-def test_master_follows_a_parameter_that_was_overwritten(backend: str, kind: str) -> None:
-    params, optimizer = train(torch.bfloat16, backend=backend, master_weights=kind)
-    with torch.no_grad():
-        params[0].fill_(3.0)
-    optimizer.add_param_group({"params": [Parameter(torch.ones(2))], "param_names": ["later"]})  # a new plan between
-    for group in optimizer.param_groups:
-        group["lr"] = 0.0
-    optimizer.step()
-    assert torch.equal(params[0], torch.full_like(params[0], 3.0))
-
-
-def stepped_bfloat16(backend: str, kind: str, **options: Any) -> tuple[list[Parameter], fused_optim.SGD]:
-    """Two parameters in two groups, after a step: their masters are not what their 16 bits say."""
-    params = [Parameter(torch.zeros(4, dtype=torch.bfloat16)) for _ in range(2)]
-    params.append(Parameter(torch.zeros(4)))
-    groups = [{"params": params[:1]}, {"params": params[1:]}]
-    optimizer = fused_optim.SGD(groups, lr=0.25, master_weights=kind, backend=backend, **options)
-    for param in params:
-        param.grad = torch.full_like(param, 1 / 64 + 1 / 8192)
-    optimizer.step()
-    for param in params:
-        param.grad = torch.zeros_like(param)
-    return params, optimizer
-
-
-def refuse_a_gradient(params: list[Parameter], optimizer: Any) -> None:
-    params[2].grad = torch.zeros(4).to_sparse()
-    with pytest.raises(RuntimeError, match="sparse"):
-        optimizer.step()
-    params[2].grad = torch.zeros(4)
-
-
-def refuse_a_learning_rate(params: list[Parameter], optimizer: Any) -> None:
-    optimizer.param_groups[1]["lr"] = "0.1"
-    with pytest.raises(TypeError, match=r"param_groups\[1\]\['lr'\]"):
-        optimizer.step()
-    optimizer.param_groups[1]["lr"] = 0.1
-
-
-def regroup(params: list[Parameter], optimizer: Any) -> None:
-    optimizer.param_groups[1]["params"] = params[1:2]
-
-
-@each_implementation_daily
-@pytest.mark.parametrize("kind", ["float32", "split"])
-@pytest.mark.parametrize("between", [refuse_a_gradient, refuse_a_learning_rate, regroup])
-def test_an_overwritten_parameter_is_not_forgotten(between: Any, kind: str, backend: str) -> None:
-    """Not by a step that is refused, nor by a plan that is built anew."""
-    params, optimizer = stepped_bfloat16(backend, kind)
-    with torch.no_grad():
-        params[0].fill_(7)
-    between(params, optimizer)
-    optimizer.step()
-    assert params[0].tolist() == [7.0] * 4
-
-
-@each_implementation_daily
-@pytest.mark.parametrize("kind", ["float32", "split"])
-@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda both: pickle.loads(pickle.dumps(both))])
-def test_a_copy_follows_what_was_written_before_it(duplicate: Any, kind: str, backend: str) -> None:
-    params, optimizer = stepped_bfloat16(backend, kind)
-    with torch.no_grad():
-        params[0].fill_(7)
-    params, optimizer = duplicate((params, optimizer))
-    for param in params:
-        param.grad = torch.zeros_like(param)
-    optimizer.step()
-    assert params[0].tolist() == [7.0] * 4
-
-
-@pytest.mark.parametrize("kind", ["float32", "split"])
-def test_a_checkpoint_follows_what_was_written_before_it(kind: str) -> None:
-    params, optimizer = stepped_bfloat16("cpu", kind)
-    with torch.no_grad():
-        params[0].fill_(7)
-    copies = [Parameter(param.detach().clone()) for param in params]
-    other = fused_optim.SGD([{"params": copies[:1]}, {"params": copies[1:]}], lr=0.25, master_weights=kind)
-    other.load_state_dict(optimizer.state_dict())
-    for param in copies:
-        param.grad = torch.zeros_like(param)
-    other.step()
-    assert copies[0].tolist() == [7.0] * 4
-
-
-@each_implementation_daily
-def test_master_follows_a_parameter_that_became_other_memory(backend: str) -> None:
-    params, optimizer = stepped_bfloat16(backend, "float32")
-    master = optimizer.state[params[1]]["master_param"].clone()
-    params[0].data = torch.full((4,), 7.0, dtype=torch.bfloat16)
-    params[1].data = params[1].data.clone()  # other memory with the same numbers: the master stays
-    optimizer.step()
-    assert params[0].tolist() == [7.0] * 4
-    assert torch.equal(optimizer.state[params[1]]["master_param"], master)
-
-
-@pytest.mark.parametrize("kind", ["float32", "split"])
-def test_refresh_masters_after_data_copy(kind: str) -> None:
-    params, optimizer = train(torch.bfloat16, master_weights=kind, lr=0.0)
-    params[0].data.fill_(3.0)
-    optimizer.refresh_masters()
-    optimizer.step()
-    assert torch.equal(params[0], torch.full_like(params[0], 3.0))
-
-
-@pytest.mark.parametrize("saved", ["float32", "split"])
-@pytest.mark.parametrize("loaded", ["float32", "split"])
-def test_masters_survive_a_checkpoint(saved: str, loaded: str) -> None:
-    params, optimizer = train(torch.bfloat16, master_weights=saved)
-    copies = [Parameter(param.detach().clone()) for param in params]
-    other = fused_optim.AdamW(list(zip(SHAPES, copies, strict=True)), weight_decay=0.1, master_weights=loaded)
-    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    for one, two in zip(params, copies, strict=True):
-        one.grad = torch.ones_like(one)
-        two.grad = torch.ones_like(two)
-    for _ in range(3):
-        optimizer.step()
-        other.step()
-    assert all(torch.equal(one, two) for one, two in zip(params, copies, strict=True))
 
 
 def test_resolved_numbers_are_pickled_not_functions() -> None:

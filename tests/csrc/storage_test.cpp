@@ -1,6 +1,6 @@
 // Holds csrc/storage.h to a reference that shares no code with it: every 16-bit number, and floats through
-// every rounding boundary. `storage_test` checks floats around all 16-bit numbers; `storage_test all` every
-// float there is.
+// every rounding boundary. `storage_test` checks floats around all 16-bit numbers, and remainders beside the
+// corners of bfloat16; `storage_test all` every float and every pair of parameter and remainder there is.
 #include "storage.h"
 
 #include <cmath>
@@ -130,6 +130,39 @@ void check_boundaries(const Format& format) {
   }
 }
 
+// A remainder counts where the pair is the split of some float, and nowhere else.
+void check_split(uint32_t upper, int32_t remainder) {
+  const fused_optim::bfloat16 param{static_cast<uint16_t>(upper)};
+  const float sum = float_from((upper << 16) + static_cast<uint32_t>(remainder));
+  fused_optim::bfloat16 param_again{0};
+  int16_t remainder_again = 0;
+  fused_optim::store_split(param_again, remainder_again, sum);
+  const bool is_split = !std::isnan(sum) && param_again.bits == param.bits && remainder_again == remainder;
+  const float expected = is_split ? sum : fused_optim::load(param);
+  const float got = fused_optim::load_split(param, static_cast<int16_t>(remainder));
+  const bool good =
+      std::isnan(expected) ? std::isnan(got) : got == expected && std::signbit(got) == std::signbit(expected);
+  if ((!good || std::isnan(got) != std::isnan(fused_optim::load(param))) && ++failures < 10) {
+    std::printf("split %04x %d: %a, expected %a\n", upper, remainder, got, expected);
+  }
+}
+
+// A master counts where it rounds to the parameter, and nowhere else.
+template <class Param>
+void check_master(uint32_t bits) {
+  const float master = float_from(bits);
+  Param rounded{0};
+  fused_optim::store_ties_away(rounded, master);
+  for (const uint32_t difference : {0u, 1u, 0xffffu, 0x8000u}) {
+    const Param param{static_cast<uint16_t>(rounded.bits + difference)};
+    const float expected = difference == 0 ? master : fused_optim::load(param);
+    const float got = fused_optim::load_master(param, master);
+    const bool good = std::isnan(expected) ? std::isnan(got)
+                                           : got == expected && std::signbit(got) == std::signbit(expected);
+    if (!good && ++failures < 10) std::printf("master %a beside %04x: %a\n", master, param.bits, got);
+  }
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -137,14 +170,28 @@ int main(int argc, char** argv) {
   check_load<fused_optim::float16>(kFloat16);
   if (argc > 1 && std::strcmp(argv[1], "all") == 0) {
     uint32_t bits = 0;
-    do check_float(bits);
-    while (++bits != 0);
+    do {
+      check_float(bits);
+      check_split(bits >> 16, static_cast<int16_t>(bits));
+      check_master<fused_optim::bfloat16>(bits);
+      check_master<fused_optim::float16>(bits);
+    } while (++bits != 0);
   } else {
     check_boundaries(kBfloat16);
     check_boundaries(kFloat16);
     for (uint64_t bits = 0; bits < 0x100000000u; bits += 9973) check_float(static_cast<uint32_t>(bits));
     for (uint32_t nan : {0x7f800001u, 0x7fffffffu, 0xff800001u, 0xffffffffu, 0x7fc00000u, 0x7f80ffffu})
       check_float(nan);
+  }
+  for (const uint32_t sign : {0u, 0x8000u}) {
+    for (const uint32_t corner :
+         {0x0000u, 0x0001u, 0x007fu, 0x0080u, 0x3f80u, 0x7f7fu, 0x7f80u, 0x7f81u, 0x7fc0u}) {
+      for (int32_t remainder = -0x8000; remainder < 0x8000; ++remainder) {
+        check_split(sign | corner, remainder);
+        check_master<fused_optim::bfloat16>((corner << 16) + static_cast<uint32_t>(remainder));
+        check_master<fused_optim::float16>((corner << 16) + static_cast<uint32_t>(remainder));
+      }
+    }
   }
   std::printf("%ld failures\n", failures);
   return failures != 0;
