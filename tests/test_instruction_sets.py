@@ -371,7 +371,7 @@ def test_every_float_is_rounded_right(tmp_path: Path) -> None:
         ("0x47800000u", "0x47900000u"),
         ("0x38800000u) - float_of(0x38800000u)", "0x38000000u) - float_of(0x38000000u)"),
         ("(whole & 0x7fffffffu) > 0x7f800000u ? upper : whole", "whole"),
-        ("rounds_to(param, master) ? master : load(param)", "rounds_to(param, master) || param.bits > 9 ? master : load(param)"),
+        ("rounds_to(param, master) ? master", "rounds_to(param, master) || param.bits > 9 ? master"),
     ],
     ids=[
         "bfloat16 ties away",
