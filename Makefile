@@ -3,6 +3,7 @@
 #   make test PYTHON=/path/to/python       use that environment as it is instead of .venv
 #   make setup BASE_PYTHON=python3.12      the interpreter that .venv is made with
 #   make demo ARGS="--epochs 3"            options for the demo; make test ARGS="-k adamw" for pytest
+#   make test WORKERS=8                    how many processes run the tests; 0: the calling one
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -11,6 +12,7 @@
 
 BASE_PYTHON ?= python3
 ARGS ?=
+WORKERS ?= 2
 
 # Only the command line counts: a PYTHON that happens to be in the environment is not meant for us.
 ifeq ($(origin PYTHON),command line)
@@ -26,6 +28,8 @@ endif
 
 # A test compares with it. Of what it depends on, torchvision has no build for every torch; the test does without.
 TIMM := timm==1.0.31
+
+PYTEST = $(PY) -m pytest $(if $(filter-out 0,$(WORKERS)),-n $(WORKERS) --dist loadgroup)
 
 CPP = $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 
@@ -74,6 +78,7 @@ demo: $(INSTALLED)
 lint: $(PINS)
 	$(PY) -m ruff format --check .
 	$(PY) -m ruff check .
+	@test $(words $(CPP)) -ge 34 || { echo "clang-format is given $(words $(CPP)) files, and there are 34 or more" >&2; exit 1; }
 	$(PY) -c 'import clang_format; clang_format.clang_format()' --dry-run -Werror $(CPP)
 
 types: $(PINS)
@@ -84,10 +89,10 @@ docs: $(INSTALLED)
 
 # pytest comes last, so that its closing line is the last one.
 test: lint types $(INSTALLED) docs
-	$(PY) -m pytest -m "not slow and not gpu" $(ARGS)
+	$(PYTEST) -m "not slow and not gpu" $(ARGS)
 
 test-slow: $(INSTALLED)
-	$(PY) -m pytest -m slow $(ARGS)
+	$(PYTEST) -m slow $(ARGS)
 
 # The wheel is built from the sdist, which is thereby proved complete.
 wheel: $(INSTALLED)

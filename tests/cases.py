@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 import fused_optim
-from fused_optim import FusedOptimizer
+from fused_optim import ClipGradByGlobalNorm, ClipGradByNorm, ClipGradByValue, FusedOptimizer
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -216,6 +216,14 @@ each_implementation = pytest.mark.parametrize(
 each_implementation_daily = pytest.mark.parametrize(
     "backend", ["cpu", pytest.param("triton", marks=pytest.mark.interpreted), "eager"]
 )
+
+
+def spelled(value: Any) -> str:
+    """An id for a value whose own text may hold an address, which is another one in each process."""
+    if isinstance(value, dict):
+        return ", ".join(f"{key}={spelled(one)}" for key, one in value.items())
+    clips = (ClipGradByGlobalNorm, ClipGradByNorm, ClipGradByValue)
+    return type(value).__name__ if isinstance(value, clips) else str(value)
 
 
 # Parameters and gradients ---------------------------------------------------------------------------------------

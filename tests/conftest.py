@@ -6,7 +6,7 @@ import importlib.util
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import hypothesis
@@ -16,8 +16,7 @@ import triton_interpreter
 from cuda_on_host.backend import cuda_phases
 from cuda_on_host.build import OnHost, compile_module
 from ranks import Ranks
-
-ROOT = Path(__file__).resolve().parent.parent
+from sources import ROOT
 
 # The same examples in every run: a failure in CI is one that anyone can repeat. To search for new ones:
 # pytest --hypothesis-profile=explore
@@ -27,12 +26,21 @@ hypothesis.settings.load_profile("repeatable")
 
 
 def pytest_configure() -> None:
+    # One thread a process, so that the workers of a run do not wait for each other. Workers and the programs that tests
+    # start inherit it; a test whose subject is threads sets how many it needs.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     if not torch.cuda.is_available():  # triton decides it when the kernels are imported, for the whole process
         os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist looks for groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
+        if " at 0x" in item.nodeid:
+            raise pytest.UsageError(f"{item.nodeid}: a test has one name in every process, and this one has an address")
+        if "ranks" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.xdist_group("ranks"))
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
         if item.get_closest_marker("interpreted"):
@@ -88,6 +96,19 @@ def everywhere(request: pytest.FixtureRequest) -> str:
     if request.param == "cuda":
         request.getfixturevalue("on_host")
     return request.param
+
+
+@pytest.fixture
+def threads() -> Iterator[Callable[[int], None]]:
+    """Sets how many threads a step may use, until the test ends."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def two_threads(threads: Callable[[int], None]) -> None:
+    threads(2)
 
 
 @pytest.fixture(autouse=True)

@@ -7,8 +7,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from sources import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 CROSS = "aarch64-linux-gnu-g++"
 FLAGS = ["-std=c++17", "-O3", "-ffp-contract=off", "-fno-math-errno", "-Wall", "-Wextra", "-Werror"]
 KERNELS = ROOT / "csrc" / "phases_cpu_kernels.cpp"

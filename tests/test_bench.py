@@ -34,12 +34,14 @@ from fused_optim.bench.peers.timm import timm
 from fused_optim.bench.profile import StepProfile
 from fused_optim.bench.results import load
 from fused_optim.bench.shapes import dump, read_shapes, shapes_of
+from sources import ROOT, sources
 
 import fused_optim
 
-ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
 ADAMW = RECIPES["AdamW"]
+
+pytestmark = pytest.mark.xdist_group("bench")  # what measures does not measure beside itself
 
 
 @pytest.fixture
@@ -94,7 +96,7 @@ def test_readme_shows_the_committed_figures() -> None:
     assert done.returncode == 0, done.stdout
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "bench" / "results").glob("*.json")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sources("bench/results", ".json", at_least=5), ids=lambda path: path.stem)
 def test_committed_results_are_whole(path: Path) -> None:
     result = load(path)
     assert not result["interrupted"]

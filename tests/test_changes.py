@@ -598,6 +598,7 @@ def test_gradient_replaced_or_moved(case: Case, backend: str) -> None:
 # Shared memory --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("two_threads")
 @each_implementation
 @each_case
 @pytest.mark.parametrize("shape", [(8,), (300, 500)], ids=str)
@@ -615,6 +616,7 @@ def test_same_parameter_twice(case: Case, shape: tuple[int, ...], backend: str) 
     assert one.state[mine]["step"] == reference.state[theirs]["step"] == 6
 
 
+@pytest.mark.usefixtures("two_threads")
 @each_implementation
 @each_case
 @pytest.mark.parametrize("size", [40, 200_000])

@@ -780,6 +780,7 @@ def test_inference_and_no_grad_modes(case: Case, backend: str) -> None:
     assert_same_results(optimizer, twin)
 
 
+@pytest.mark.usefixtures("two_threads")
 @pytest.mark.parametrize("backend", ["cpu", "eager"])  # Triton's interpreter has one state for all threads
 @each_case
 def test_two_optimizers_in_two_threads(case: Case, backend: str) -> None:

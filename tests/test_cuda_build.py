@@ -10,11 +10,12 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from sources import ROOT, sources
 
 from fused_optim import extension
 
-ROOT = Path(__file__).resolve().parent.parent
 CSRC = ROOT / "csrc"
+CUDA_SOURCES = sources("csrc", ".cu", at_least=4)
 SUPPORTED = (75, 80, 90, 100, 120)
 # The sources as CMakeLists.txt compiles them.
 FLAGS = ("-std=c++17", "-O3", "-fmad=false", "--expt-relaxed-constexpr", f"-I{CSRC}")
@@ -31,9 +32,9 @@ def resource_report(out: Path, architectures: list[int]) -> str:
     """ptxas's report on every kernel. Threads: one architecture each, as many as there are processors."""
     targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in architectures]
     report = ""
-    for source in sorted(CSRC.glob("*.cu")):
+    for source in CUDA_SOURCES:
         command = ["nvcc", *FLAGS, *targets, f"--threads={os.cpu_count()}", "--resource-usage"]
-        command += ["-c", str(source), "-o", str(out / f"{source.stem}.o")]
+        command += ["-c", str(source), "-o", str(out / "-".join(source.relative_to(CSRC).with_suffix(".o").parts))]
         result = subprocess.run(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         assert result.returncode == 0, result.stdout
         report += result.stdout
@@ -78,12 +79,15 @@ def test_no_kernel_spills_on_any_architecture(tmp_path: Path) -> None:
     check_report(resource_report(tmp_path, known_architectures()))
 
 
-@pytest.mark.requires("nvcc")
 def test_launch_bounds_and_registers_are_those_that_the_test_holds_kernels_to() -> None:
-    for source in CSRC.glob("*.cu"):
-        for bounds in re.findall(r"__launch_bounds__\(([^)]*)\)", source.read_text()):
+    found = {source: re.findall(r"__launch_bounds__\(([^)]*)\)", source.read_text()) for source in CUDA_SOURCES}
+    assert sum(map(len, found.values())) >= 6
+    for source, all_bounds in found.items():
+        for bounds in all_bounds:
             assert bounds in ("kThreads, 2", "kThreads", "kPrepareThreads"), (source.name, bounds)
-    assert "constexpr int kWarpsPerBlock = 8;" in (CSRC / "tables_cuda.h").read_text()
+    assert any(
+        "constexpr int kWarpsPerBlock = 8;" in source.read_text() for source in sources("csrc", ".h", at_least=20)
+    )
     assert 2 * 8 * 32 * MOST_REGISTERS <= 65536
 
 

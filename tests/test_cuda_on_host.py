@@ -26,6 +26,7 @@ from cases import (
     new_params,
     set_grads,
     snapshot,
+    spelled,
     train,
 )
 from cuda_on_host import backend as backend_module
@@ -239,7 +240,7 @@ def step_facts(on_host: OnHost, optimizer: Any) -> tuple[int, int]:
         (torch.bfloat16, {"master_weights": "split"}, 26, 3),
         (torch.float16, {"state_dtype": torch.float32, "grad_clip": ClipGradByGlobalNorm(1.0)}, 24, 5),
     ],
-    ids=str,
+    ids=spelled,
 )
 @pytest.mark.parametrize("misaligned", [False, True])
 def test_bytes_and_launches(
@@ -418,7 +419,7 @@ def test_misaligned_gradients_of_rules_with_norms(rule: str, offset: int, on_hos
         ("lamb", torch.bfloat16, {}, 22, 7),
         ("lamb", torch.bfloat16, {"master_weights": "split"}, 40, 7),
     ],
-    ids=str,
+    ids=spelled,
 )
 def test_bytes_and_launches_of_rules_with_norms(
     rule: str, dtype: torch.dtype, options: Any, bytes_per_param: int, most_launches: int, on_host: OnHost
@@ -592,7 +593,7 @@ def scaled(optimizers: Any, scalers: Any, step: int, bad: float | None) -> None:
         ("lars kozistr", {}),
         ("lamb", {}),
     ],
-    ids=str,
+    ids=spelled,
 )
 def test_grad_scaler_looks_for_infinities_on_the_device(rule: str, options: Any, on_host: OnHost) -> None:
     """With torch's results; where one is found nothing moves."""

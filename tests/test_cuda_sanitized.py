@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 from cuda_on_host.build import compile_module
+from sources import ROOT
 
 HERE = Path(__file__).resolve().parent
-ROOT = HERE.parent
 
 
 def library(name: str) -> str:

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from sources import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 INCLUDE = Path(torch.__file__).parent / "include"
 
 

@@ -5,23 +5,18 @@ from __future__ import annotations
 import ast
 import doctest
 import importlib
-import pkgutil
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from sources import ROOT, sources
 
 import fused_optim
 
-ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted(
-    [
-        *ROOT.glob("*.md"),
-        *ROOT.glob("bench/*.md"),
-        *(page for page in ROOT.glob("docs/**/*.md") if "_build" not in page.parts),
-    ]
+    [*ROOT.glob("*.md"), *sources("bench", ".md", at_least=1), *sources("docs", ".md", at_least=20)],
 )
 
 # What stands for a part of a message that varies.
@@ -103,10 +98,10 @@ def messages_of_cmake(file: Path) -> set[str]:
 
 def messages() -> list[tuple[str, str]]:
     found = []
-    python = [*(ROOT / "fused_optim").glob("*.py"), *(ROOT / "kernels").glob("*.py"), ROOT / "setup.py"]
+    python = [*sources("fused_optim", ".py", at_least=35), *sources("kernels", ".py", at_least=16), ROOT / "setup.py"]
     for file in sorted(python):
         found += [(file.name, text) for text in sorted(messages_of_python(file))]
-    for file in sorted([*(ROOT / "csrc").glob("**/*.cpp"), *(ROOT / "csrc").glob("**/*.cu")]):
+    for file in sources("csrc", ".cpp", ".cu", at_least=9):
         found += [(file.name, text) for text in sorted(messages_of_cpp(file))]
     return found + [("CMakeLists.txt", text) for text in sorted(messages_of_cmake(ROOT / "CMakeLists.txt"))]
 
@@ -116,6 +111,7 @@ def readable(text: str) -> str:
 
 
 def test_messages_are_found_in_every_language() -> None:
+    assert len(messages()) >= 140
     files = {file for file, _ in messages()}
     assert {"states.py", "plan.py", "backends.py", "extension.py", "setup.py", "plan.cpp", "CMakeLists.txt"} <= files
 
@@ -135,11 +131,8 @@ def test_troubleshooting_knows_every_message(file: str, text: str) -> None:
 
 
 def modules() -> list[str]:
-    return sorted(
-        f"fused_optim.{module.name}"
-        for module in pkgutil.iter_modules([str(ROOT / "fused_optim")])
-        if module.name not in ("_C", "__main__")
-    )
+    files = [path.relative_to(ROOT).with_suffix("") for path in sources("fused_optim", ".py", at_least=35)]
+    return sorted(".".join(file.parts).removesuffix(".__init__") for file in files if file.name != "__main__")
 
 
 @pytest.mark.parametrize("name", modules())

@@ -13,8 +13,9 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 from rich.console import Console
+from sources import ROOT
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+EXAMPLES = ROOT / "examples"
 TRAIN_DIGITS = EXAMPLES / "train_digits.py"
 FINETUNE = EXAMPLES / "finetune_layer_decay.py"
 

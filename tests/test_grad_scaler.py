@@ -241,6 +241,7 @@ def test_every_element_is_looked_at(bad: float, dtype: torch.dtype, backend: str
         assert torch.equal(param, torch.ones_like(param))
 
 
+@pytest.mark.usefixtures("two_threads")
 @each_backend
 def test_the_threads_pieces_are_looked_at(backend: str) -> None:
     param, small = Parameter(torch.zeros(500_000)), Parameter(torch.zeros(3))

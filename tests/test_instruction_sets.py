@@ -31,6 +31,7 @@ from cases import (
     snapshot,
     train,
 )
+from sources import ROOT
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -38,7 +39,6 @@ from fused_optim import extension
 
 pytestmark = pytest.mark.usefixtures("all_native")
 
-ROOT = Path(__file__).resolve().parent.parent
 BUILT = extension._C.build_info()["cpu_capabilities"].split(",") if extension._C is not None else []
 # Two tensors beyond one thread's task of 128 K elements, with an odd rest, and small ones between them.
 LARGE = [(300_007,), (5,), (131, 1000), (), (64, 64), (7, 20_011)]
@@ -56,13 +56,6 @@ CAPABILITIES = [capability for capability in BUILT if runs_here(capability)]
 @pytest.fixture
 def capability(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     return functools.partial(monkeypatch.setenv, "FUSED_OPTIM_CPU_CAPABILITY")
-
-
-@pytest.fixture
-def threads() -> Iterator[Callable[[int], None]]:
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
 
 
 def run(case: Case, variant: str, dtype: torch.dtype, shapes: Any = SHAPES, steps: int = 3, **options: Any) -> Any:

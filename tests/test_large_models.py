@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from sources import ROOT
 from torch import Tensor
 from torch.nn import Parameter
 
 import fused_optim
 
-PAGE = (Path(__file__).resolve().parent.parent / "docs" / "large_models.md").read_text()
+PAGE = (ROOT / "docs" / "large_models.md").read_text()
 MEMORY = re.findall(r"^\| `(.+?)` \| (\w+) \| (\d+) \| (\d+) \| (\d+) \| (\d+) \|$", PAGE, re.MULTILINE)
 GPUS = re.findall(r"^\| (\d+) \| ([\d.]+) GB \| ([\d.]+) ms \| (yes|no) \| (yes|no) \|$", PAGE, re.MULTILINE)
 NUMEL = 1 << 14

@@ -236,17 +236,16 @@ def test_float32_follows_float64(rule: str, backend: str) -> None:
 
 @each_rule
 @each_implementation
-@pytest.mark.parametrize("threads", [1, 2, 3])
-def test_same_bits_for_any_number_of_threads(rule: str, backend: str, threads: int) -> None:
-    before = torch.get_num_threads()
+@pytest.mark.parametrize("count", [2, 3])
+def test_same_bits_for_any_number_of_threads(
+    rule: str, backend: str, count: int, threads: Callable[[int], None]
+) -> None:
+    threads(1)
     expected = trained(rule, torch.float32, backend)
-    try:
-        torch.set_num_threads(threads)
-        for one, other in zip(trained(rule, torch.float32, backend), expected, strict=True):
-            for name in other:
-                assert_same_bits(one[name], other[name], name)
-    finally:
-        torch.set_num_threads(before)
+    threads(count)
+    for one, other in zip(trained(rule, torch.float32, backend), expected, strict=True):
+        for name in other:
+            assert_same_bits(one[name], other[name], name)
 
 
 # Corner cases, one by one -----------------------------------------------------------------------------------------
@@ -620,6 +619,7 @@ def test_last_norms_name_what_is_not_finite_too(make: Make, measured: list[bool]
     assert [bool(norm[1].isfinite()) for norm in optimizer.last_norms[1:3]] == measured[:2]
 
 
+@pytest.mark.usefixtures("two_threads")
 @each_implementation
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_norm_is_accurate(dtype: torch.dtype, backend: str) -> None:
@@ -962,6 +962,7 @@ def test_norms_are_exact_near_the_ends_of_float16(size: float, dtype: torch.dtyp
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("large tensors")
 @pytest.mark.parametrize("backend", ["cpu"])  # an interpreter would take many minutes
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_norms_of_100_million_elements(dtype: torch.dtype, backend: str) -> None:

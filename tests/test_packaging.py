@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import platform
 import re
@@ -14,8 +15,10 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
+from sources import ROOT, sources
 
-ROOT = Path(__file__).resolve().parent.parent
+pytestmark = pytest.mark.xdist_group("packaging")  # each build takes all processors
+
 FOLDERS = ("bench", "csrc", "docs", "examples", "fused_optim", "kernels", "scripts", "tests")
 ROOT_FILES = (
     ".clang-format",
@@ -92,6 +95,18 @@ def without_metadata(files: set[str]) -> set[str]:
     return {name for name in files if name not in ("PKG-INFO", "setup.cfg") and ".egg-info/" not in name}
 
 
+def test_every_folder_of_modules_is_shipped() -> None:
+    """setuptools is given a list, and leaves out without a word what is not in it."""
+    settings = (ROOT / "pyproject.toml").read_text().partition("[tool.setuptools]")[2]
+    listed = ast.literal_eval(re.search(r"^packages = (\[.*?\])", settings, re.MULTILINE | re.DOTALL)[1])
+    folders = {
+        Path(package, path.parent.relative_to(ROOT / folder))
+        for folder, package in PACKAGES.items()
+        for path in sources(folder, ".py", at_least=16)
+    }
+    assert set(listed) == {".".join(folder.parts) for folder in folders}
+
+
 def test_sdist_holds_the_whole_tree_and_nothing_that_was_built(tree: Path, tmp_path: Path) -> None:
     sdist = build_one(tree, "sdist", tmp_path / "dist")
     expected = set(ROOT_FILES)
@@ -117,7 +132,7 @@ def test_wheel_without_a_compiler_takes_a_step(tree: Path, tmp_path: Path) -> No
 
 
 def test_compile_error_fails_the_build(tree: Path, tmp_path: Path) -> None:
-    for source in (tree / "csrc").glob("*.cpp"):
+    for source in sources("csrc", ".cpp", at_least=5, root=tree):
         source.write_text("#error this source does not compile\n")
     result = build(tree, "wheel", tmp_path / "dist")
     assert result.returncode != 0

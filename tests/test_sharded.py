@@ -8,7 +8,6 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,6 +18,7 @@ from conftest import Collector
 from cuda_on_host.backend import cuda_phases
 from cuda_on_host.build import OnHost, compile_module
 from ranks import WORLD, Ranks
+from sources import ROOT
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
@@ -75,7 +75,7 @@ PLACEMENTS: dict[str, tuple[tuple[int, ...], Callable[[int, int], tuple[Any, ...
 BACKENDS = ("cpu", "eager", "cuda")
 
 
-SHIM = Path(__file__).resolve().parent.parent / "build" / "cuda_on_host"
+SHIM = ROOT / "build" / "cuda_on_host"
 
 
 @cache

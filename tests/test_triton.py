@@ -25,6 +25,7 @@ from cases import (
     new_params,
     set_grads,
     snapshot,
+    spelled,
     train,
 )
 from norm_rules import RULES, WITH_DIRECTION, assert_near, each_rule, eighths, inner, params_of, step_exactly
@@ -279,7 +280,7 @@ def test_misaligned_gradients_of_rules_with_norms(rule: str, all_native: None) -
         ("lars timm", {"grad_clip": ClipGradByNorm(1.0)}, 4),
         ("lamb", {}, 6),  # accumulate, directions
     ],
-    ids=str,
+    ids=spelled,
 )
 def test_launches(rule: str, options: dict[str, Any], launches: int) -> None:
     ours = RULES[rule]([Parameter(torch.ones(n)) for n in (3, 1025, CHUNK + 1)], backend="triton", **options)
@@ -350,7 +351,7 @@ def test_global_norm(dtype: torch.dtype, all_native: None) -> None:
     assert_near(*optimizers)
 
 
-@pytest.mark.parametrize("clip", [ClipGradByNorm(0.5), ClipGradByValue(0.25, -0.5)], ids=str)
+@pytest.mark.parametrize("clip", [ClipGradByNorm(0.5), ClipGradByValue(0.25, -0.5)], ids=spelled)
 @pytest.mark.parametrize("rule", ["momentum", "larc"])
 def test_other_clips(clip: Any, rule: str, all_native: None) -> None:
     if rule == "larc" and isinstance(clip, ClipGradByNorm):
@@ -472,7 +473,7 @@ def test_loss_scale_and_found_inf_are_read_on_the_device(either_plan: Callable[[
         ("larc", {}),
         ("lamb", {}),
     ],
-    ids=str,
+    ids=spelled,
 )
 def test_grad_scaler_looks_for_infinities_on_the_device(rule: str, options: Any) -> None:
     """With torch's results; where one is found nothing moves, and gradients are not written."""

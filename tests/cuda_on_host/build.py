@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import hashlib
 import importlib.util
 import os
@@ -13,9 +14,9 @@ from pathlib import Path
 from types import ModuleType
 
 import pybind11
+from sources import CPP, ROOT, sources
 
 HERE = Path(__file__).resolve().parent
-ROOT = HERE.parent.parent
 CSRC = ROOT / "csrc"
 CAPABILITIES = {
     "default": [],
@@ -35,22 +36,25 @@ def compile_module(folder: Path, *, sanitize: bool, csrc: Path = CSRC) -> Path:
     """Compile into a folder named after the sources and flags, unless it is there already."""
     flags = [*COMMON, "-O1", *(SANITIZE if sanitize else [])]
     flags = [flag.replace(str(CSRC), str(csrc)) for flag in flags]
-    files = sorted(
-        [*csrc.rglob("*.h"), *csrc.rglob("*.cpp"), *csrc.rglob("*.cu"), *HERE.glob("*.h"), *HERE.glob("*.cpp")]
-    )
+    files = [*sources(csrc.name, *CPP, at_least=29, root=csrc.parent), *sorted(HERE.glob("*.h")), HERE / "shim.cpp"]
     digest = hashlib.sha256(repr(flags).encode())
     for file in files:
-        digest.update(file.name.encode() + file.read_bytes())
+        digest.update(str(file).encode() + file.read_bytes())
     folder = folder / f"{sysconfig.get_config_var('SOABI')}-{digest.hexdigest()[:16]}"
-    module = folder / "_C.so"
-    if module.exists():
-        return module
     folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:  # another worker of the same run may be compiling it
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / "_C.so").exists():
+            compile_and_link(folder, files, flags, csrc, sanitize=sanitize)
+    return folder / "_C.so"
+
+
+def compile_and_link(folder: Path, files: list[Path], flags: list[str], csrc: Path, *, sanitize: bool) -> None:
     kernels = csrc / "phases_cpu_kernels.cpp"
     units = [
-        (file, file.stem, [])
-        for file in [*csrc.glob("*.cu"), *csrc.glob("*.cpp"), HERE / "shim.cpp"]
-        if file != kernels
+        (file, "-".join(file.relative_to(csrc).parts if csrc in file.parents else [file.name]), [])
+        for file in files
+        if file.suffix != ".h" and file != kernels
     ]
     capabilities = CAPABILITIES if os.uname().machine == "x86_64" else {"default": []}
     units += [(kernels, name, [*extra, f"-DFO_CPU_CAPABILITY={name}"]) for name, extra in capabilities.items()]
@@ -65,10 +69,9 @@ def compile_module(folder: Path, *, sanitize: bool, csrc: Path = CSRC) -> Path:
         objects = list(pool.map(compile_unit, units))
     partial = folder / f"{os.getpid()}.so"
     run(["g++", "-shared", *(SANITIZE if sanitize else []), *map(str, objects), "-o", str(partial), "-ldl", "-pthread"])
-    partial.rename(module)
+    partial.rename(folder / "_C.so")
     for file in objects:
         file.unlink()
-    return module
 
 
 def run(command: list[str]) -> None:
