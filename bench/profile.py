@@ -17,7 +17,7 @@ from torch.profiler import ProfilerActivity, record_function
 from torch.profiler import profile as profiled
 
 from fused_optim import FusedOptimizer, backends
-from fused_optim.witness import WitnessSteps
+from fused_optim.eager.steps import WitnessSteps
 
 from .contenders import contenders_for, ours
 from .footprint import bytes_of_step, optimizer_of, state_bytes

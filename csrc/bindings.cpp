@@ -87,7 +87,7 @@ std::unique_ptr<Plan> make_plan(const py::list& rules, const py::list& rows, con
   return plan;
 }
 
-using ClipTuple = std::tuple<int, double, double, double>;  // ClipOptions in fused_optim/clip.py
+using ClipTuple = std::tuple<int, double, double, double>;  // ClipOptions in fused_optim/options/clip.py
 
 StepOptions options_of(double grad_scale, const ClipTuple& clip, bool finds_inf = false) {
   return {grad_scale,        static_cast<Clip>(std::get<0>(clip)),

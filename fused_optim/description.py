@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from . import backends, masters, states
+from . import backends
 from .optimizer import FusedOptimizer
-from .plan import why_not_native
+from .plan.plan import why_not_native
+from .state import masters, states
 from .tensors import local
 
 HEADINGS = ("parameter", "shape", "dtype", "lr", "weight decay", "state", "bytes", "backend")

@@ -8,8 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .eager import MeasuredNorms
-from .plan import Plan, Row
+from .eager.parameter import MeasuredNorms
+from .plan.plan import Plan, Row
 
 
 class Norms(NamedTuple):

@@ -4,8 +4,8 @@ One step:
 
 1. `plan.refresh` reads every address, layout and hyperparameter again and reports the rows that need attention:
    no state yet, a gradient of another layout, a parameter that no native backend takes.
-2. Those are looked at in Python (`states.py`): wrong input is refused before anything has changed, state is created
-   or brought into shape; what is still not ready goes to the witness (`eager.py`), with one log line.
+2. Those are looked at in Python (`state/states.py`): wrong input is refused before anything has changed, state is
+   created or brought into shape; what is still not ready goes to the witness (`eager/parameter.py`), with one log line.
 3. `plan.run` updates all other rows at once.
 """
 
@@ -22,17 +22,18 @@ from torch import Tensor
 from torch.autograd import profiler
 from torch.optim.optimizer import Optimizer, ParamsT, _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
-from . import backends, checkpoint, masters, states
+from . import backends
 from .arithmetic import Number
-from .clip import GLOBAL_NORM, NO_CLIP, NORM, GradClip
-from .eager import MeasuredNorms
+from .eager.parameter import MeasuredNorms
+from .eager.steps import WitnessSteps
 from .norms import Norms, collect_norms
-from .plan import DEVICE_BACKENDS, GRAD_SQ, NORMS, DeviceScalars, Plan, Row, make_plan, why_not_native, why_refused
-from .scales import Exclude, Scale, ScaleColumn, column_of, excluded
-from .sharding import Shards, agree, check_placement, settle_grad
+from .options.clip import GLOBAL_NORM, NO_CLIP, NORM, GradClip
+from .options.scales import Exclude, Scale, ScaleColumn, column_of, excluded
+from .plan.plan import DEVICE_BACKENDS, GRAD_SQ, NORMS, DeviceScalars, Plan, Row, make_plan, why_not_native, why_refused
+from .shards import Shards, agree, check_placement, settle_grad
+from .state import checkpoint, masters, states
 from .tensors import is_sharded
 from .trust_ratio import TrustRatio
-from .witness import WitnessSteps
 
 
 def is_on_device(row: Row) -> bool:

@@ -58,10 +58,10 @@ SPARES = 2
 
 @functools.cache
 def rules() -> dict[str, Rule]:
-    """All rules of this package by name: those that its modules list."""
-    package = importlib.import_module(__package__)
+    """All rules by name: those that the modules in rules/ list."""
+    package = importlib.import_module(f"{__package__}.rules")
     names = [found.name for found in pkgutil.iter_modules(package.__path__)]
-    modules = [importlib.import_module(f"{__package__}.{name}") for name in names]
+    modules = [importlib.import_module(f"{package.__name__}.{name}") for name in names]
     return {rule.name: rule for module in modules for rule in getattr(module, "RULES", ())}
 
 
@@ -84,7 +84,7 @@ class Step(NamedTuple):
     global_norm: float | None  # of all gradients, where the caller knows it
     reduced: bool  # `reduce` has seen these gradients already
     # Addresses of float32 numbers on the device: loss scale, found_inf, global norm, non-finite flag, norms of the
-    # rows; and of the norms that processes exchange. 0: there is none. See fused_optim/plan.py.
+    # rows; and of the norms that processes exchange. 0: there is none. See fused_optim/plan/plan.py.
     scalars: tuple[int, int, int, int, int, int]
 
     @property

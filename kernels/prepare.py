@@ -21,6 +21,7 @@ from .reduce import (
     read_hyper,
 )
 from .rule import GRAD_SQ, PARAM_SQ, TensorContext
+from .rules.trust_ratio import TrustRatio, apply_trust_ratio
 from .storage import load_number, store_number
 from .table import (
     CLIP_MAX,
@@ -59,7 +60,6 @@ from .transform import (
     grad_scale_of,
     needs_of,
 )
-from .trust_ratio import TrustRatio, apply_trust_ratio
 
 # The index of the learning rate among a rule's hyperparameters.
 LR = tl.constexpr(0)

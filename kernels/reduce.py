@@ -33,7 +33,7 @@ from .transform import Transform, bounds_of, clamp, grad_scale_of, needs_of, tra
 CHUNK_TILES = tl.constexpr(32)
 # The sums of a row or a chunk, in this order: of the squares of gradient (after its sign, the loss scale and clipping
 # by value), its largest magnitude, of parameter, gradient plus weight decay, and direction; 1 if an element of the
-# gradient is infinite or NaN. `NORMS` in fused_optim/plan.py, and one.
+# gradient is infinite or NaN. `NORMS` in fused_optim/plan/plan.py, and one.
 SUMS = tl.constexpr(6)
 SUM_GRAD_SQ, SUM_GRAD_MAX, SUM_PARAM_SQ, SUM_DECAYED_SQ, SUM_DIRECTION_SQ, SUM_NON_FINITE = map(tl.constexpr, range(6))
 # Sums that a program adds at a time.

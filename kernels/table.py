@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from .rule import MAX_HYPER, MAX_STATES
-from .trust_ratio import TrustRatio
+from .rules.trust_ratio import TrustRatio
 
 # What a step needs to know beside its rows. Addresses are of float32 numbers; 0: there is none.
 HEADER = (

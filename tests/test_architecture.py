@@ -19,7 +19,7 @@ OPTIMIZERS = sorted({path.stem for path in RULE_FILES} | {case.name.lower() for 
 FUSED_OPTIM = sources("fused_optim", ".py", at_least=35)
 KERNELS = sources("kernels", ".py", at_least=16)
 # What an optimizer consists of, and what speaks of optimizers to users.
-OF_OPTIMIZERS = {*OPTIMIZERS, "arguments", "layers", "__init__", "__main__"}
+OF_OPTIMIZERS = {*OPTIMIZERS, "hyperparameters", "layers", "__init__", "__main__"}
 PYTHON_MECHANISM = [path for path in [*FUSED_OPTIM, *KERNELS] if path.stem not in OF_OPTIMIZERS]
 TESTS = sources("tests", ".py", at_least=42)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 import fused_optim
-from fused_optim import masters
+from fused_optim.state import masters
 
 KINDS = ("float32", "split")
 each_kind = pytest.mark.parametrize("kind", KINDS)

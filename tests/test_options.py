@@ -11,7 +11,8 @@ import torch
 from torch.nn import Parameter
 
 import fused_optim
-from fused_optim import ClipGradByGlobalNorm, ClipGradByNorm, ClipGradByValue, masters
+from fused_optim import ClipGradByGlobalNorm, ClipGradByNorm, ClipGradByValue
+from fused_optim.state import masters
 
 SHAPES = {"bias": (16,), "0.weight": (3, 5), "scale": (), "1.weight": (200, 333), "empty": (0,), "one": (1,)}
 LOW = (torch.bfloat16, torch.float16)

@@ -25,7 +25,8 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 
-from fused_optim import AdamW, masters
+from fused_optim import AdamW
+from fused_optim.state import masters
 from fused_optim.tensors import local
 
 OPTIMIZERS: dict[str, Any] = {

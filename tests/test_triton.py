@@ -43,8 +43,8 @@ from fused_optim import (
     NovoGrad,
     backends,
     extension,
-    reader,
 )
+from fused_optim.plan import python_plan
 
 pytestmark = pytest.mark.interpreted
 
@@ -120,7 +120,7 @@ def test_the_plan_in_python_gives_the_same_bits(
             monkeypatch.setattr(extension, "_C", None)
         optimizers.append(case.make(new_params(dtype, RAGGED), "all", backend="triton"))
         train(optimizers[-1], params_of(optimizers[-1]), 2)
-        assert isinstance(optimizers[-1]._plan._reader, reader.PythonPlan) != compiled
+        assert isinstance(optimizers[-1]._plan._reader, python_plan.PythonPlan) != compiled
     assert_same_results(*optimizers)
 
 
@@ -615,7 +615,7 @@ def test_python_and_cpp_know_the_same_rules() -> None:
         assert len(rule.hyper) == len(rule.hyper_type._fields)
         assert rule.hyper_type._fields[0] == "lr"
         assert rule.scalar_count + 4 <= phases.RECORD.value
-    assert (len(table.GROUP), table.COLUMNS) == (reader.GROUP_FIELDS, reader.COLUMNS)
+    assert (len(table.GROUP), table.COLUMNS) == (python_plan.GROUP_FIELDS, python_plan.COLUMNS)
 
 
 @pytest.mark.parametrize("rule", ["nesterov", "larc novograd", "lamb", "lars kozistr"])

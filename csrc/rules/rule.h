@@ -21,8 +21,8 @@
 // store; and scale_direction: the Scalars' step_size, once the norms of direction and param are known.
 //
 // The mechanism around it (prepare.h) has applied maximize, the loss scale and clipping to the gradient
-// already, and afterwards adds the coupled weight decay. The eager witness in fused_optim/ and the Triton
-// twin in kernels/ hold the same lines in the same order.
+// already, and afterwards adds the coupled weight decay. The eager witness in
+// fused_optim/optimizers/ and the Triton twin in kernels/rules/ hold the same lines in the same order.
 #pragma once
 
 #include <cmath>

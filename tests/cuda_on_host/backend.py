@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from fused_optim import backends, extension
-from fused_optim import plan as plan_module
+from fused_optim.plan import plan as plan_module
 
 from .build import OnHost
 

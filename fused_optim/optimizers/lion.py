@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from .arguments import check_arguments
-from .clip import GradClip
-from .eager import TensorContext
-from .optimizer import FusedOptimizer
-from .scales import Scale
+from ..eager.parameter import TensorContext
+from ..hyperparameters import check_arguments
+from ..optimizer import FusedOptimizer
+from ..options.clip import GradClip
+from ..options.scales import Scale
 
 
 def prepare(group: dict[str, Any], tensor: TensorContext) -> SimpleNamespace:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .tensors import like, local
+from ..tensors import like, local
 
 KEYS = {"float32": "master_param", "split": "param_remainder"}
 DTYPES = {"master_param": torch.float32, "param_remainder": torch.int16}

@@ -10,12 +10,12 @@ from torch import Tensor
 from torch.optim import SGD as TorchSGD  # at import: a user may put ours into torch.optim
 from torch.optim.optimizer import ParamsT
 
-from .arithmetic import where
-from .clip import GradClip
-from .eager import TensorContext
+from ..arithmetic import where
+from ..eager.parameter import TensorContext
+from ..optimizer import FusedOptimizer
+from ..options.clip import GradClip
+from ..options.scales import Scale
 from .momentum import update_momentum
-from .optimizer import FusedOptimizer
-from .scales import Scale
 
 
 def prepare(group: dict[str, Any], tensor: TensorContext) -> SimpleNamespace:

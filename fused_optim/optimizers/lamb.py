@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from .arguments import check_arguments
-from .arithmetic import Number, divide, one_minus_power, square_root, where
-from .clip import ClipGradByGlobalNorm, GradClip
-from .eager import TensorContext
-from .optimizer import FusedOptimizer
-from .scales import Exclude, Scale
+from ..arithmetic import Number, divide, one_minus_power, square_root, where
+from ..eager.parameter import TensorContext
+from ..hyperparameters import check_arguments
+from ..optimizer import FusedOptimizer
+from ..options.clip import ClipGradByGlobalNorm, GradClip
+from ..options.scales import Exclude, Scale
 
 VARIANTS = ("timm", "apex", "paper")
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .rule import DECAYED_SQ, GRAD_SQ, PARAM_SQ, TensorContext
+from ..rule import DECAYED_SQ, GRAD_SQ, PARAM_SQ, TensorContext
 
 # What the factor is where a norm is zero, and where weight decay stands.
 ZERO_NORM_ONE, ZERO_NORM_SKIP, ZERO_NORM_FLOOR, ZERO_NORM_RATIO_ONE = map(tl.constexpr, range(4))

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .rule import DIRECTION_SQ, HyperField, Prepared, Rule, divide, one_minus_power, square_root
+from ..rule import DIRECTION_SQ, HyperField, Prepared, Rule, divide, one_minus_power, square_root
 
 
 class Hyper(NamedTuple):

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from ..rule import GRAD_MAX, GRAD_SQ, HyperField, Prepared, Rule, maximum, one_minus_power
 from .momentum import MomentumScalars, update_momentum
-from .rule import GRAD_MAX, GRAD_SQ, HyperField, Prepared, Rule, maximum, one_minus_power
 
 
 class Hyper(NamedTuple):

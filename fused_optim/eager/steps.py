@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .clip import GLOBAL_NORM, NO_CLIP, NORM, VALUE
-from .eager import EagerStep, MeasuredNorms, TensorNorms, step_eager
-from .plan import NORMS, Row
-from .sharding import Shards
+from ..options.clip import GLOBAL_NORM, NO_CLIP, NORM, VALUE
+from ..plan.plan import NORMS, Row
+from ..shards import Shards
+from ..tensors import is_sharded, local
+from .parameter import EagerStep, MeasuredNorms, TensorNorms, step_eager
 from .sparse import listed_rows
-from .tensors import is_sharded, local
 
 if TYPE_CHECKING:
-    from .optimizer import FusedOptimizer
+    from ..optimizer import FusedOptimizer
 
 
 class WitnessSteps:

@@ -10,11 +10,11 @@ from torch import Tensor
 from torch.optim import Adam as TorchAdam  # at import: a user may put ours into torch.optim
 from torch.optim.optimizer import ParamsT
 
-from .arithmetic import one_minus_power, square_root
-from .clip import GradClip
-from .eager import TensorContext
-from .optimizer import FusedOptimizer
-from .scales import Scale
+from ..arithmetic import one_minus_power, square_root
+from ..eager.parameter import TensorContext
+from ..optimizer import FusedOptimizer
+from ..options.clip import GradClip
+from ..options.scales import Scale
 
 # Which learning rate decoupled weight decay takes; csrc/rules/adamw.h has the same.
 DECAY_SCALINGS = ("scaled", "base", "double")

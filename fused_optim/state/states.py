@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from . import masters, sparse
-from .arguments import is_sequence
-from .plan import Row
-from .tensors import is_plain, is_sharded, local, same_placement
+from ..eager import sparse
+from ..hyperparameters import is_sequence
+from ..plan.plan import Row
+from ..tensors import is_plain, is_sharded, local, same_placement
+from . import masters
 
 if TYPE_CHECKING:
-    from .optimizer import FusedOptimizer
+    from ..optimizer import FusedOptimizer
 
 
 def own_name(group: dict[str, Any], position: int) -> str | None:

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from ..backends import logger
 from . import masters
-from .backends import logger
 from .states import (
     is_number,
     kept_dtype,
@@ -24,7 +24,7 @@ from .states import (
 )
 
 if TYPE_CHECKING:
-    from .optimizer import FusedOptimizer
+    from ..optimizer import FusedOptimizer
 
 SCALES = "fused_optim_scales"  # key of a state dict: factors that are not 1
 

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from .arguments import check_arguments
-from .arithmetic import divide, larger, one_minus_power, square_root, where
-from .clip import GradClip
-from .eager import TensorContext
+from ..arithmetic import divide, larger, one_minus_power, square_root, where
+from ..eager.parameter import TensorContext
+from ..hyperparameters import check_arguments
+from ..optimizer import FusedOptimizer
+from ..options.clip import GradClip
+from ..options.scales import Scale
 from .momentum import update_momentum
-from .optimizer import FusedOptimizer
-from .scales import Scale
 
 
 class Variant(NamedTuple):

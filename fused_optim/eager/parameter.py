@@ -15,11 +15,11 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from . import masters
-from .arguments import is_sequence
-from .arithmetic import Number, where
-from .tensors import is_plain
-from .trust_ratio import IN_NORM, OUTSIDE, SKIP, TrustRatio
+from ..arithmetic import Number, where
+from ..hyperparameters import is_sequence
+from ..state import masters
+from ..tensors import is_plain
+from ..trust_ratio import IN_NORM, OUTSIDE, SKIP, TrustRatio
 
 
 @dataclass

@@ -11,17 +11,17 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from .arithmetic import Number, where
-from .backends import logger
-from .eager import squares_dtype
+from ..arithmetic import Number, where
+from ..backends import logger
+from ..eager.parameter import squares_dtype
+from ..norms import Norms
+from ..optimizer import FusedOptimizer
+from ..options.scales import Exclude, ScaleColumn, excluded
+from ..state.states import name_of, own_name
+from ..trust_ratio import FLOOR, IN_RATIO, ONE, OUTSIDE, SKIP, TrustRatio
 from .lamb import LAMB
 from .lars import LARS, refuse_clip
-from .norms import Norms
 from .novograd import NovoGrad
-from .optimizer import FusedOptimizer
-from .scales import Exclude, ScaleColumn, excluded
-from .states import name_of, own_name
-from .trust_ratio import FLOOR, IN_RATIO, ONE, OUTSIDE, SKIP, TrustRatio
 
 # What each variant sets where the caller says nothing.
 VARIANTS: dict[str | None, dict[str, Any]] = {

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from ..rule import HyperField, Prepared, Rule
 from .momentum import MomentumScalars, update_momentum
-from .rule import HyperField, Prepared, Rule
 
 
 class Hyper(NamedTuple):

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from .arguments import check_arguments
-from .clip import ClipGradByGlobalNorm, ClipGradByNorm, GradClip
-from .scales import Exclude, Scale
+from ..hyperparameters import check_arguments
+from ..options.clip import ClipGradByGlobalNorm, ClipGradByNorm, GradClip
+from ..options.scales import Exclude, Scale
+from ..trust_ratio import IN_NORM, IN_RATIO, ONE, RATIO_ONE, TrustRatio
 from .sgd import MomentumOptimizer
-from .trust_ratio import IN_NORM, IN_RATIO, ONE, RATIO_ONE, TrustRatio
 
 VARIANTS = ("timm", "optax", "kozistr")
 

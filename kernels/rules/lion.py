@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl  # noqa: F401  the interpreter looks for it in the functions' globals
 
-from .rule import HyperField, Prepared, Rule, sign
+from ..rule import HyperField, Prepared, Rule, sign
 
 
 class Hyper(NamedTuple):

@@ -8,9 +8,9 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from . import extension
-from .clip import ClipOptions
-from .tensors import is_dense, is_plain, is_sharded, kind_of, local, same_placement
+from .. import extension
+from ..options.clip import ClipOptions
+from ..tensors import is_dense, is_plain, is_sharded, kind_of, local, same_placement
 
 NATIVE_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # Those that work on tensors of a device without waiting for it: they read and write numbers where they are.
@@ -169,8 +169,8 @@ def make_plan(
     trust_ratio: Callable[[dict[str, Any]], tuple[float, ...] | None] | None,
 ) -> Plan:
     """The compiled plan, or the one in Python; around it the launcher where rows are Triton's."""
-    from .launched import LaunchedPlan, LaunchedRows
-    from .reader import PythonPlan
+    from .python_plan import PythonPlan
+    from .triton_plan import LaunchedPlan, LaunchedRows
 
     devices: dict[torch.device, list[int]] = {}
     for index, row in enumerate(rows):
@@ -195,8 +195,8 @@ def make_plan(
     elif not launched:
         reader = PythonPlan(rows, len(groups))
     else:
-        from .kernels import phases
-        from .kernels.trust_ratio import needs_of
+        from ..kernels import phases
+        from ..kernels.rules.trust_ratio import needs_of
 
         known = phases.rules()
         reader = PythonPlan(
@@ -211,7 +211,7 @@ def make_plan(
         )
     if not launched:
         return reader
-    from .kernels import phases
+    from ..kernels import phases
 
     capturable = any(group.get("capturable", False) for group in groups)
     return LaunchedPlan(

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from .clip import ClipOptions
+from ..options.clip import ClipOptions
 from .plan import DeviceScalars, Exchange, Plan
 
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .rule import HyperField, Prepared, Rule, divide, maximum, one_minus_power, square_root
+from ..rule import HyperField, Prepared, Rule, divide, maximum, one_minus_power, square_root
 
 
 class Hyper(NamedTuple):

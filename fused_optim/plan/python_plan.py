@@ -15,11 +15,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .arguments import is_sequence
-from .clip import ClipOptions
+from ..hyperparameters import is_sequence
+from ..options.clip import ClipOptions
+from ..state.states import is_number
+from ..tensors import is_plain, is_sharded, local, same_placement
 from .plan import NORMS, DeviceScalars, Exchange, Row, describe_tensor
-from .states import is_number
-from .tensors import is_plain, is_sharded, local, same_placement
 
 TensorGuards: Any
 try:  # torch's own; without it every tensor is looked at by itself
@@ -225,7 +225,7 @@ class PythonPlan:
         group_count: how many groups there are.
         launched: for each device whose kernels others launch the indices of its rows.
         rules: of each group that has launched rows, its rule as in kernels/rule.py.
-        needs_of: the norms of a trust ratio; kernels/trust_ratio.py.
+        needs_of: the norms of a trust ratio; kernels/rules/trust_ratio.py.
         defaults, structural, trust_ratio: as the compiled plan's.
     """
 

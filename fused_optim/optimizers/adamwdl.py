@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from ..backends import logger
+from ..options.clip import GradClip
+from ..options.scales import Scale, ScaleColumn, ScaleProduct, column_of, plain_name
 from .adamw import DECAY_SCALINGS, AdamW
-from .backends import logger
-from .clip import GradClip
-from .scales import Scale, ScaleColumn, ScaleProduct, column_of, plain_name
 
 P = ParamSpec("P")
 
