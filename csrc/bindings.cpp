@@ -9,7 +9,7 @@
 #include <tuple>
 #include <vector>
 
-#include "plan.h"
+#include "plan/plan.h"
 
 #ifndef FO_VERSION
 #define FO_VERSION "unknown"

@@ -8,7 +8,7 @@ from typing import Any, cast
 from torch import Tensor
 from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 
-# As `TensorKind` in csrc/tensor_reader.h numbers them.
+# As `TensorKind` in csrc/plan/tensor_reader.h numbers them.
 OTHER, PLAIN, SHARDED = range(3)
 
 

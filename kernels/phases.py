@@ -1,6 +1,6 @@
 """The host side: the table's refresh, and the launches of a step.
 
-`Phases` is one device's: what csrc/phases_cuda.cu is for the `cuda` backend.
+`Phases` is one device's: what csrc/cuda/phases.cu is for the `cuda` backend.
 """
 
 from __future__ import annotations

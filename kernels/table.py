@@ -1,8 +1,8 @@
 """What lies on the device: the table that the kernels read, 64-bit words, field by field.
 
 First the step (`HEADER`), then the groups, then the rows: one number a header field, one a group or row for each of
-theirs. A float64 stands as its bits, an address and an integer as they are. csrc/launch_table.h writes the fields of
-groups and rows in the same order.
+theirs. A float64 stands as its bits, an address and an integer as they are. csrc/plan/triton_table.h writes the fields
+of groups and rows in the same order.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from sources import ROOT
 
 CROSS = "aarch64-linux-gnu-g++"
 FLAGS = ["-std=c++17", "-O3", "-ffp-contract=off", "-fno-math-errno", "-Wall", "-Wextra", "-Werror"]
-KERNELS = ROOT / "csrc" / "phases_cpu_kernels.cpp"
+KERNELS = ROOT / "csrc" / "cpu" / "kernels.cpp"
 # The driver on x86-64 refers to the kernels of every instruction set.
 CAPABILITIES = {
     "default": [],
@@ -39,7 +39,7 @@ def compile_formats(folder: Path) -> Path:
 
 def compile_steps(compiler: str, folder: Path, capabilities: list[str]) -> Path:
     folder.mkdir()
-    sources = [ROOT / "tests" / "csrc" / "steps_test.cpp", ROOT / "csrc" / "phases_cpu.cpp"]
+    sources = [ROOT / "tests" / "csrc" / "steps_test.cpp", ROOT / "csrc" / "cpu" / "phases.cpp"]
     objects = [compile_objects(compiler, source, folder / f"{source.stem}.o") for source in sources]
     for name in capabilities:
         flags = (*CAPABILITIES[name], f"-DFO_CPU_CAPABILITY={name}")

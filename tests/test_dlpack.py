@@ -1,4 +1,4 @@
-"""csrc/dlpack.h beside torch's own copy of the specification."""
+"""csrc/plan/dlpack.h beside torch's own copy of the specification."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ INCLUDE = Path(torch.__file__).parent / "include"
 
 
 def compile_comparison(header: Path, tmp_path: Path) -> subprocess.CompletedProcess[str]:
-    command = ["c++", "-std=c++17", "-fsyntax-only", f"-I{header.parent}", f"-I{INCLUDE}"]
+    command = ["c++", "-std=c++17", "-fsyntax-only", f"-I{header.parent.parent}", f"-I{INCLUDE}"]
     return subprocess.run(
         [*command, str(ROOT / "tests" / "csrc" / "dlpack_test.cpp")], capture_output=True, text=True, cwd=tmp_path
     )
@@ -22,17 +22,19 @@ def compile_comparison(header: Path, tmp_path: Path) -> subprocess.CompletedProc
 
 @pytest.mark.requires("c++")
 def test_every_size_and_offset_is_torchs(tmp_path: Path) -> None:
-    result = compile_comparison(ROOT / "csrc" / "dlpack.h", tmp_path)
+    result = compile_comparison(ROOT / "csrc" / "plan" / "dlpack.h", tmp_path)
     assert result.returncode == 0, result.stderr
 
 
 @pytest.mark.requires("c++")
 def test_another_order_of_fields_is_found(tmp_path: Path) -> None:
-    text = (ROOT / "csrc" / "dlpack.h").read_text()
+    text = (ROOT / "csrc" / "plan" / "dlpack.h").read_text()
     swapped = text.replace("  int64_t* shape;\n  int64_t* strides;", "  int64_t* strides;\n  int64_t* shape;")
     assert swapped != text
-    (tmp_path / "dlpack.h").write_text(swapped)
-    result = compile_comparison(tmp_path / "dlpack.h", tmp_path)
+    header = tmp_path / "plan" / "dlpack.h"
+    header.parent.mkdir()
+    header.write_text(swapped)
+    result = compile_comparison(header, tmp_path)
     assert result.returncode != 0
     assert "static assertion failed" in result.stderr
 

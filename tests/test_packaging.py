@@ -240,8 +240,8 @@ def test_kernels_share_no_function_with_the_rest(tmp_path: Path, capability: str
     """The linker merges weak symbols, and might keep the copy that old machines cannot run."""
     kernels = tmp_path / "kernels.o"
     flags = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno"]
-    flags += [*CAPABILITY_FLAGS[capability], f"-DFO_CPU_CAPABILITY={capability}"]
-    source = ROOT / "csrc" / "phases_cpu_kernels.cpp"
+    flags += [*CAPABILITY_FLAGS[capability], f"-DFO_CPU_CAPABILITY={capability}", f"-I{ROOT / 'csrc'}"]
+    source = ROOT / "csrc" / "cpu" / "kernels.cpp"
     subprocess.run(["c++", *flags, "-c", source, "-o", kernels], check=True)
     listing = subprocess.check_output(["nm", "--defined-only", "--extern-only", kernels], text=True)
     shared = {line.split()[-1] for line in listing.splitlines()}

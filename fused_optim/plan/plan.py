@@ -58,7 +58,7 @@ GRAD_SQ, GRAD_MAX = 0, 1  # the second, a maximum
 
 
 class Plan(Protocol):
-    """What every plan does; see ``csrc/plan.h``. `fused_optim._C.Plan` is the compiled one, `PythonPlan` reads in
+    """What every plan does; see ``csrc/plan/plan.h``. `fused_optim._C.Plan` is the compiled one, `PythonPlan` reads in
     Python, `LaunchedPlan` launches Triton's kernels for the rows that one of them has read."""
 
     def refresh(

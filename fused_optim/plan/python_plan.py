@@ -1,7 +1,7 @@
 """The plan in Python: reads what a step needs, without the compiled extension.
 
-It reads again at each step what the compiled plan reads, and says the same of it (``csrc/plan.cpp``), but steps no row
-itself. Where nothing has changed but addresses, torch compares the layouts of all tensors in one call.
+It reads again at each step what the compiled plan reads, and says the same of it (``csrc/plan/plan.cpp``), but steps no
+row itself. Where nothing has changed but addresses, torch compares the layouts of all tensors in one call.
 """
 
 from __future__ import annotations
@@ -325,7 +325,7 @@ class PythonPlan:
         return list(attention.items())
 
     def write_table(self, device: int, words: memoryview) -> None:
-        """The words of groups and rows that a device's kernels read; csrc/launch_table.h has their order."""
+        """The words of groups and rows that a device's kernels read; csrc/plan/triton_table.h has their order."""
         indices = self._launched[device]
         group_count, count = len(self._params), len(indices)
         rows = words[GROUP_FIELDS * group_count :]

@@ -1,5 +1,6 @@
-// Compares csrc/dlpack.h with the copy of the DLPack header that torch ships: sizes, offsets and constants.
-#include "dlpack.h"
+// Compares csrc/plan/dlpack.h with the copy of the DLPack header that torch ships: sizes, offsets and
+// constants.
+#include "plan/dlpack.h"
 
 #include <ATen/dlpack.h>
 

@@ -5,7 +5,7 @@
 #include <cstring>
 #include <vector>
 
-#include "phases_cpu.h"
+#include "cpu/phases.h"
 
 using namespace fused_optim;
 

@@ -50,7 +50,7 @@ def compile_module(folder: Path, *, sanitize: bool, csrc: Path = CSRC) -> Path:
 
 
 def compile_and_link(folder: Path, files: list[Path], flags: list[str], csrc: Path, *, sanitize: bool) -> None:
-    kernels = csrc / "phases_cpu_kernels.cpp"
+    kernels = csrc / "cpu" / "kernels.cpp"
     units = [
         (file, "-".join(file.relative_to(csrc).parts if csrc in file.parents else [file.name]), [])
         for file in files

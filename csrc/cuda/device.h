@@ -11,7 +11,7 @@
 
 #include <cstdint>
 
-#include "phases_cuda.h"
+#include "cuda/phases.h"
 
 namespace fused_optim {
 

@@ -1,4 +1,7 @@
 // reduce, prepare and apply on CPU threads.
+//
+// phases.cpp is the driver: which kernels, how many threads, who does which elements. kernels.cpp has the
+// element loops; it is compiled once for each instruction set.
 #pragma once
 
 #include <atomic>

@@ -1,5 +1,5 @@
 // The CPU backend's driver: which kernels, how many threads, who does which elements.
-#include "phases_cpu.h"
+#include "cpu/phases.h"
 
 #include <dlfcn.h>
 #include <pthread.h>

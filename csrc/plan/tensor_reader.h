@@ -10,7 +10,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "dlpack.h"
+#include "plan/dlpack.h"
 #include "row.h"
 
 namespace fused_optim {

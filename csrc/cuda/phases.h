@@ -1,4 +1,8 @@
 // reduce, prepare and apply on a CUDA stream. Nothing here needs a CUDA header, so any file may include it.
+//
+// phases.cu is the host side: tables, their refresh, the launches. The kernels are in reduce.cu, with
+// prepare's, apply.cu and patch.cu. device.h is what lies on the device and which kernels read it; vector.h
+// its vectors.
 #pragma once
 
 #include <cstddef>

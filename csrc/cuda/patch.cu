@@ -1,6 +1,6 @@
 // The kernel that takes 32 KB of parameters. A file of its own, and so a module of its own: a driver that
 // knows no such parameters would refuse everything that is compiled beside it.
-#include "tables_cuda.h"
+#include "cuda/device.h"
 
 namespace fused_optim {
 

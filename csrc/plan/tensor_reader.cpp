@@ -1,4 +1,4 @@
-#include "tensor_reader.h"
+#include "plan/tensor_reader.h"
 
 #include <structmember.h>  // PyMemberDef, until Python 3.12
 

@@ -8,7 +8,7 @@
 #include <cstring>
 #include <vector>
 
-#include "phases_cuda.h"
+#include "cuda/phases.h"
 
 namespace fused_optim {
 

@@ -6,8 +6,8 @@
 #include <stdexcept>
 #include <utility>
 
-#include "phases_cuda.h"
-#include "tables_cuda.h"
+#include "cuda/device.h"
+#include "cuda/phases.h"
 
 namespace fused_optim {
 namespace {

@@ -1,11 +1,11 @@
-#include "plan.h"
+#include "plan/plan.h"
 
 #include <algorithm>
 #include <cstring>
 #include <stdexcept>
 #include <unordered_map>
 
-#include "launch_table.h"
+#include "plan/triton_table.h"
 
 namespace fused_optim {
 namespace {

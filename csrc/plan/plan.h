@@ -2,6 +2,10 @@
 //
 // Python builds it once from the param groups. Each step calls refresh(), which reads again what a user may
 // have changed: every address and layout, every hyperparameter; then run().
+//
+// plan.cpp builds and refreshes the table and takes a step through cpu/ and cuda/. tensor_reader reads where
+// a tensor lies, by the structures of dlpack.h. triton_table.h is the table of rows that Triton's kernels
+// step.
 #pragma once
 
 #define PY_SSIZE_T_CLEAN
@@ -13,10 +17,10 @@
 #include <string>
 #include <vector>
 
-#include "phases_cpu.h"
-#include "phases_cuda.h"
+#include "cpu/phases.h"
+#include "cuda/phases.h"
+#include "plan/tensor_reader.h"
 #include "row.h"
-#include "tensor_reader.h"
 
 namespace fused_optim {
 
@@ -65,7 +69,8 @@ class Plan {
   // a CUDA device writes its answer where DeviceScalars says.
   bool non_finite() const { return non_finite_; }
 
-  // What the kernels of a device whose rows are `launched` read, as refresh found it: see launch_table.h.
+  // What the kernels of a device whose rows are `launched` read, as refresh found it: see
+  // plan/triton_table.h.
   void write_table(size_t device, int64_t* words) const;
 
   // The step of all rows that refresh accepted; global_norm: of all gradients, those that others step

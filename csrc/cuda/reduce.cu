@@ -5,8 +5,8 @@
 // so the bits are the same from run to run, on every GPU, and whatever other rows there are.
 #include <cstddef>
 
-#include "tables_cuda.h"
-#include "vector_cuda.h"
+#include "cuda/device.h"
+#include "cuda/vector.h"
 
 namespace fused_optim {
 namespace {

@@ -8,8 +8,8 @@
 #include <initializer_list>
 #include <type_traits>
 
-#include "tables_cuda.h"
-#include "vector_cuda.h"
+#include "cuda/device.h"
+#include "cuda/vector.h"
 
 namespace fused_optim {
 namespace {
