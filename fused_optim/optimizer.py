@@ -29,7 +29,8 @@ from .eager.steps import WitnessSteps
 from .norms import Norms, collect_norms
 from .options.clip import GLOBAL_NORM, NO_CLIP, NORM, GradClip
 from .options.scales import Exclude, Scale, ScaleColumn, column_of, excluded
-from .plan.plan import DEVICE_BACKENDS, GRAD_SQ, NORMS, DeviceScalars, Plan, Row, make_plan, why_not_native, why_refused
+from .plan.plan import DEVICE_BACKENDS, GRAD_SQ, NORMS, DeviceScalars, Plan, Row, why_not_native, why_refused
+from .plan.planner import make_plan
 from .shards import Shards, agree, check_placement, settle_grad
 from .state import checkpoint, masters, states
 from .tensors import is_sharded

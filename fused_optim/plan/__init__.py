@@ -2,5 +2,6 @@
 
 `plan.py`: what every plan does, what a row is, and which parameters a native backend takes. The compiled plan is
 csrc/plan; `python_plan.py` reads the same in Python, where there is no extension. `triton_plan.py` is around either of
-them: its Triton rows are stepped by the kernels that Python launches, all others by the plan within.
+them: its Triton rows are stepped by the kernels that Python launches, all others by the plan within. `planner.py`
+decides which of them an optimizer gets.
 """

@@ -8,9 +8,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from .. import extension
 from ..options.clip import ClipOptions
-from ..tensors import is_dense, is_plain, is_sharded, kind_of, local, same_placement
+from ..tensors import is_dense, is_plain, is_sharded, local
 
 NATIVE_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # Those that work on tensors of a device without waiting for it: they read and write numbers where they are.
@@ -158,77 +157,3 @@ def why_refused(row: Row, kind: str) -> str:
     if kind == "state":
         return "its state is not in plain memory"
     return "its memory cannot be read"
-
-
-def make_plan(
-    rows: list[Row],
-    rules: list[str],
-    groups: Sequence[dict[str, Any]],
-    defaults: dict[str, Any],
-    structural_keys: tuple[str, ...],
-    trust_ratio: Callable[[dict[str, Any]], tuple[float, ...] | None] | None,
-) -> Plan:
-    """The compiled plan, or the one in Python; around it the launcher where rows are Triton's."""
-    from .python_plan import PythonPlan
-    from .triton_plan import LaunchedPlan, LaunchedRows
-
-    devices: dict[torch.device, list[int]] = {}
-    for index, row in enumerate(rows):
-        if row.native and row.backend == "triton":
-            devices.setdefault(row.param.device, []).append(index)
-    launched = list(devices.values())
-    reader: Any
-    if extension._C is not None and any(row.native for row in rows):
-        reader = extension._C.Plan(
-            rules=rules,
-            rows=[tuple(row[:8]) for row in rows],
-            launched=launched,
-            defaults=defaults,
-            structural=structural_keys,
-            exchange_api=getattr(torch.Tensor, "__dlpack_c_exchange_api__", None),
-            kind_of=kind_of,
-            same_placement=same_placement,
-            describe=describe_tensor,
-            current_stream=current_stream,
-            trust_ratio=trust_ratio,
-        )
-    elif not launched:
-        reader = PythonPlan(rows, len(groups))
-    else:
-        from ..kernels import phases
-        from ..kernels.rules.trust_ratio import needs_of
-
-        known = phases.rules()
-        reader = PythonPlan(
-            rows,
-            len(groups),
-            launched,
-            {row.group: known[rules[row.group]] for row in rows if row.native and row.backend == "triton"},
-            needs_of,
-            defaults,
-            structural_keys,
-            trust_ratio,
-        )
-    if not launched:
-        return reader
-    from ..kernels import phases
-
-    capturable = any(group.get("capturable", False) for group in groups)
-    return LaunchedPlan(
-        reader,
-        [
-            LaunchedRows(
-                device,
-                indices,
-                phases.Phases(
-                    device,
-                    [rules[rows[index].group] for index in indices],
-                    [local(rows[index].param).numel() for index in indices],
-                    len(groups),
-                    capturable,
-                ),
-            )
-            for device, indices in devices.items()
-        ],
-        phases.Step,
-    )
