@@ -5,6 +5,7 @@ that they share. It has plan/ read which memory is to be stepped with which numb
 parameter keeps, and eager/ step what no fused backend takes. backends.py decides who steps; _C is built from csrc/.
 """
 
+from . import earlier_names
 from .config import __version__, show_config
 from .description import describe
 from .grad_scaler import GradScaler
@@ -21,6 +22,8 @@ from .optimizers.sgd import SGD
 from .options.clip import ClipGradByGlobalNorm, ClipGradByNorm, ClipGradByValue
 from .options.layers import fan_in_lr_scale, layer_decay
 from .options.scales import matrices_only
+
+earlier_names.give_to(__name__)
 
 __all__ = [
     "LAMB",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import pickle
 from typing import Any
 
 import pytest
@@ -133,6 +134,35 @@ def test_signature_of_a_clip(name: str) -> None:
     parameters = inspect.signature(getattr(fused_optim, name)).parameters
     assert {key: parameter.default for key, parameter in parameters.items()} == CLIPS[name]
     assert parameters["need_clip"].kind is inspect.Parameter.KEYWORD_ONLY
+
+
+# As protocol 0 spelled them when every module stood in fused_optim/ itself.
+EARLIER_CLIP = (
+    "ccopy_reg\n_reconstructor\n(cfused_optim.clip\nClipGradByGlobalNorm\nc__builtin__\nobject\nNtR"
+    "(dVoptions\ncfused_optim.clip\nClipOptions\n(I1\nF1.0\nF0.0\nF0.0\ntRsVneed_clip\nNsb."
+)
+EARLIER_CLASSES = {
+    **{name: name.lower() for name in ("AdamW", "AdamWDL", "LAMB", "LARC", "LARS", "Lion", "NovoGrad", "SGD")},
+    "Adam": "adamw",
+    "ClipGradByGlobalNorm": "clip",
+    "ClipGradByNorm": "clip",
+    "ClipGradByValue": "clip",
+}
+
+
+def test_a_clip_that_was_pickled_before_there_were_folders() -> None:
+    clip = pickle.loads(EARLIER_CLIP.encode())
+    assert type(clip) is fused_optim.ClipGradByGlobalNorm
+    assert clip.options == fused_optim.ClipGradByGlobalNorm(1.0).options
+
+
+@pytest.mark.parametrize("name", EARLIER_CLASSES)
+def test_a_class_is_found_where_earlier_pickles_look_for_it(name: str) -> None:
+    assert pickle.loads(f"cfused_optim.{EARLIER_CLASSES[name]}\n{name}\n.".encode()) is getattr(fused_optim, name)
+
+
+def test_what_is_pickled_now_names_the_new_modules() -> None:
+    assert b"fused_optim.options.clip" in pickle.dumps(fused_optim.ClipGradByNorm(1.0), 0)
 
 
 def test_every_public_name_has_a_docstring() -> None:
