@@ -115,6 +115,17 @@ def speech_model() -> list[Parameter]:
     return list(new_groups(1, 200, 64 * 1024)[0]["params"])
 
 
+def convolutions() -> list[Parameter]:
+    """Twelve pairs of a 1x1 and a depthwise convolution, as inputs in channels_last leave them: weights are contiguous,
+    and each gradient has other strides where a dimension has size 1."""
+    shapes = {(64, 64, 1, 1): (64, 1, 64, 64), (64, 1, 3, 3): (9, 1, 3, 1)}
+    params = [Parameter(torch.randn(shape)) for _ in range(12) for shape in shapes]
+    for param in params:
+        shape = tuple(param.shape)
+        param.grad = torch.empty_strided(shape, shapes[shape]).copy_(torch.randn(shape))
+    return params
+
+
 MOMENTUM: dict[str, Any] = {"lr": 1e-3, "momentum": 0.9, "weight_decay": 1e-4}
 LAMB: dict[str, Any] = {"lr": 1e-3, "weight_decay": 0.01, "max_grad_norm": None}
 
@@ -130,6 +141,12 @@ CASES = {
         adamw("8 x 8M float32", 1, 8, 8_000_000),
         adamw("8 x 8M bfloat16", 1, 8, 8_000_000, torch.bfloat16),
         Case("8 x 8M float32, global-norm clip", "clip_grad_norm_ + torch.optim.AdamW(fused=True)", clipped, Clipped),
+        Case(
+            "24 convolutions under channels_last",
+            "torch.optim.AdamW(fused=True)",
+            lambda: fused_optim.AdamW(convolutions()),
+            lambda: torch.optim.AdamW(convolutions(), fused=True),
+        ),
         Case(
             "24 layers, layer-wise decay",
             "fused_optim.AdamW, one learning rate",

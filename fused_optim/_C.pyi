@@ -17,6 +17,7 @@ class Plan:
         same_placement: Callable[[Any, Any], bool],
         describe: Callable[[Tensor], tuple[int, int, int, int, int, tuple[int, ...], tuple[int, ...]] | None],
         current_stream: Callable[[int], int] | None = None,
+        negative_bit: tuple[int, int, int] | None = None,
         trust_ratio: Callable[[dict[str, Any]], tuple[float, ...] | None] | None = None,
     ) -> None: ...
     def refresh(

@@ -429,7 +429,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         if value is None:
             return 0
         whole: Tensor = value.full_tensor() if is_sharded(value) else value  # type: ignore[attr-defined]
-        value = whole.detach().to(device=device, dtype=torch.float32, non_blocking=True)
+        value = whole.detach().to(device=device, dtype=torch.float32, non_blocking=True).resolve_neg()
         self._scalars.append(value)
         return value.data_ptr()
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import sys
-from typing import Any, cast
+from collections.abc import Sequence
+from typing import Any, NamedTuple, cast
 
+import torch
 from torch import Tensor
 from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 
@@ -29,6 +33,64 @@ def is_dense(tensor: Tensor) -> bool:
             return tensor.numel() == 0
         expected *= size
     return True
+
+
+def same_strides(tensor: Tensor, other: Tensor) -> bool:
+    """Whether two tensors of one shape have their elements in the same order in memory."""
+    return is_same_order(tensor.stride(), other.stride(), tensor.shape)
+
+
+def is_same_order(strides: Sequence[int], other: Sequence[int], shape: Sequence[int]) -> bool:
+    """Whether these strides give the elements of a tensor the same order.
+
+    The stride of a dimension of size 1 says nothing: the gradient of a 1x1 convolution whose input is channels_last has
+    another than the weight. Where there are no elements no stride says anything.
+    """
+    return strides == other or 0 in shape or all(a == b for a, b, size in zip(strides, other, shape) if size != 1)
+
+
+WORD = 8  # bytes
+TENSOR_IMPL = 256  # bytes at most; torch 2.13's has 192, and the key set at its end
+
+
+class NegativeBit(NamedTuple):
+    """Where a tensor's pending negation stands, as `NegativeBit` in csrc/tensor_reader.h."""
+
+    handle: int
+    keys: int
+    mask: int
+
+
+@functools.cache
+def negative_bit() -> NegativeBit | None:
+    """Where the compiled plan finds whether a tensor's negation is pending (``is_neg()``); None: it must ask.
+
+    A pending negation is a bit of the key set in torch's TensorImpl, the only fact about a tensor that DLPack does not
+    tell. To ask costs a sixth of what a parameter may cost, so the bit is looked for once: in the word that is one
+    number in all tensors of a mixed lot that answer True, and the same without one bit in all that answer False.
+    """
+    dtypes, shapes = (torch.float32, torch.bfloat16, torch.float64), ((), (2,), (1,) * 7)
+    with torch._C.DisableTorchFunction(), torch._C._DisableTorchDispatch():
+        lot = [torch.empty(shape, dtype=dtype, device="cpu") for dtype in dtypes for shape in shapes]
+        for derive in (torch._neg_view, torch.detach, torch._neg_view, torch.squeeze, torch._neg_view):
+            lot += map(derive, tuple(lot[-len(shapes) :]))
+        answers = [tensor.is_neg() for tensor in lot]
+    handles = range(0, Tensor.__basicsize__, WORD)
+    handle = next((at for at in handles if all(_word(id(tensor), at) == tensor._cdata for tensor in lot)), None)
+    if handle is None:
+        return None
+    for keys in range(0, TENSOR_IMPL, WORD):
+        words = {(answer, _word(tensor._cdata, keys)) for answer, tensor in zip(answers, lot)}
+        if len(words) == 2:
+            (_, positive), (_, negative) = sorted(words)
+            mask = positive ^ negative
+            if mask.bit_count() == 1 and negative & mask:
+                return NegativeBit(handle, keys, mask)
+    return None
+
+
+def _word(address: int, offset: int) -> int:
+    return ctypes.c_uint64.from_address(address + offset).value
 
 
 def dtensor_type() -> Any:

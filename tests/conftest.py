@@ -7,7 +7,6 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import hypothesis
 import pytest
@@ -17,6 +16,8 @@ from cuda_on_host.backend import cuda_phases
 from cuda_on_host.build import OnHost, compile_module
 from ranks import Ranks
 from sources import ROOT
+
+from fused_optim import extension
 
 # The same examples in every run: a failure in CI is one that anyone can repeat. To search for new ones:
 # pytest --hypothesis-profile=explore
@@ -109,6 +110,17 @@ def threads() -> Iterator[Callable[[int], None]]:
 @pytest.fixture
 def two_threads(threads: Callable[[int], None]) -> None:
     threads(2)
+
+
+@pytest.fixture(params=[*EVERYWHERE, pytest.param("triton, python plan", marks=pytest.mark.interpreted)])
+def any_backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """As `everywhere`, and Triton's kernels once more behind the plan in Python."""
+    name, _, plan = request.param.partition(", ")
+    if name == "cuda":
+        request.getfixturevalue("on_host")
+    if plan:
+        monkeypatch.setattr(extension, "_C", None)
+    return str(name)
 
 
 @pytest.fixture(autouse=True)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from cases import (
+    CASES,
     DTYPES,
     Case,
     assert_same_bits,
@@ -23,9 +24,13 @@ from cases import (
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import Parameter
 
 import fused_optim
+from fused_optim import tensors
+from fused_optim.plan import planner
+from fused_optim.state import masters
 
 
 def values(shape: tuple[int, ...], dtype: torch.dtype = torch.float32, seed: int = 3) -> Tensor:
@@ -158,8 +163,6 @@ def test_gradient_of_another_layout(case: Case, shape: tuple[int, ...], gradient
     compare_with_contiguous(case, backend, [param], lambda p, s, i: GRADIENTS[gradient](p))
 
 
-@each_implementation
-@each_case
 @pytest.mark.parametrize(
     "negate",
     [
@@ -168,13 +171,9 @@ def test_gradient_of_another_layout(case: Case, shape: tuple[int, ...], gradient
     ],
     ids=["contiguous", "as_strided"],
 )
-@pytest.mark.parametrize("shape", [(), (1,)], ids=str)
-def test_gradient_with_pending_negation(case: Case, shape: tuple[int, ...], negate: Any, backend: str) -> None:
-    """Its address is that of the raw numbers, and for one element no stride shows it.
-
-    Larger ones that have the parameter's own strides cannot come from autograd, which copies a gradient of another
-    layout; the fused backends do not ask for them.
-    """
+@pytest.mark.parametrize("shape", [(), (1,), (5,), (1, 1), (7, 40), (1030,)], ids=str)
+def test_gradient_with_pending_negation(shape: tuple[int, ...], negate: Any, any_backend: str) -> None:
+    """Its address is that of the raw numbers, and no stride shows it."""
 
     def make_grad(param: Tensor, step: int, position: int) -> Tensor:
         grad = negate(new_grad(param, step))
@@ -182,7 +181,169 @@ def test_gradient_with_pending_negation(case: Case, shape: tuple[int, ...], nega
         assert grad.stride() == param.stride()
         return grad
 
-    compare_with_contiguous(case, backend, [Parameter(values(shape))], make_grad)
+    compare_with_contiguous(CASES[0], any_backend, [Parameter(values(shape))], make_grad)
+
+
+@pytest.mark.parametrize("numel", [1, 2, 700])
+def test_gradient_whose_negation_begins_or_ends(numel: int, any_backend: str) -> None:
+    """The same object, the same address: only the bit changes between two steps."""
+    param, twin = Parameter(values((numel,))), Parameter(values((numel,)))
+    one, other = fused_optim.AdamW([param], backend=any_backend), fused_optim.AdamW([twin], backend="eager")
+    for negative in (False, False, True, True, False, True, False):
+        grad = new_grad(param, 3)
+        if param.grad is None:
+            param.grad = grad
+        else:
+            param.grad.data = torch._neg_view(grad) if negative else grad
+        assert param.grad.is_neg() == negative
+        twin.grad = param.grad.resolve_neg().clone()
+        one.step()
+        other.step()
+    assert_same_snapshots(snapshot(one), snapshot(other))
+
+
+def pending(tensor: Tensor) -> Tensor:
+    """The same numbers, as a view that negates those in memory."""
+    return torch._neg_view(tensor.detach().neg())
+
+
+READ = [
+    (what, dtype, master)
+    for what in ("param", "step", "exp_avg", "exp_avg_sq", "master_param", "param_remainder", "lr")
+    for dtype, master in (
+        (torch.float32, None),
+        (torch.complex64, None),
+        (torch.bfloat16, "float32"),
+        (torch.bfloat16, "split"),
+    )
+    if what in ("param", masters.KEYS.get(str(master))) or (not what.startswith(("master", "param")) and master is None)
+]
+
+
+@pytest.mark.parametrize(("what", "dtype", "master"), READ, ids=str)
+@pytest.mark.parametrize("shape", [(1,), (33, 35)], ids=str)
+def test_pending_negation_of_what_a_step_reads(
+    shape: tuple[int, ...], what: str, dtype: torch.dtype, master: str | None, any_backend: str
+) -> None:
+    """Its numbers count, and what is written goes to its memory."""
+    results = []
+    for negate, backend in ((pending, any_backend), (torch.clone, "eager")):
+        start = values(shape, dtype)
+        param = Parameter(negate(start) if what == "param" else start)
+        optimizer = fused_optim.AdamW([param], torch.tensor(0.25), backend=backend, master_weights=master)
+        for step in range(4):
+            param.grad = values(shape, dtype, seed=step)
+            group, state = optimizer.param_groups[0], optimizer.state[param]
+            if step == 1 and what != "param":
+                owner: Any = group if what == "lr" else state
+                kept = owner[what] = negate(owner[what])
+            optimizer.step()
+        assert what == "param" or owner[what] is kept
+        assert (param if what == "param" else kept).is_neg() == (negate is pending)
+        results.append(snapshot(optimizer))
+    assert_same_snapshots(*results)
+
+
+@pytest.mark.parametrize("what", ["param", "grad", "exp_avg", "exp_avg_sq"])
+def test_pending_conjugation_of_what_a_step_reads(what: str) -> None:
+    def conjugate(tensor: Tensor) -> Tensor:
+        return tensor.detach().conj().resolve_conj().conj()
+
+    results = []
+    for pends in (True, False):
+        start = torch.view_as_complex(values((5, 2)))
+        param = Parameter(conjugate(start) if pends and what == "param" else start)
+        assert param.is_conj() == (pends and what == "param")
+        optimizer = fused_optim.AdamW([param], 0.25)
+        for step in range(3):
+            grad = torch.view_as_complex(values((5, 2), seed=step))
+            param.grad = conjugate(grad) if pends and what == "grad" else grad
+            if pends and step == 1 and what.startswith("exp"):
+                kept = optimizer.state[param][what] = conjugate(optimizer.state[param][what])
+            optimizer.step()
+        results.append(snapshot(optimizer))
+        if pends and what.startswith("exp"):
+            assert optimizer.state[param][what] is kept
+    assert_same_snapshots(*results)
+
+
+def test_where_torch_keeps_a_pending_negation() -> None:
+    """Found in this torch, in every kind of tensor; a plan that does not know it asks each tensor."""
+    found = tensors.negative_bit()
+    assert found is not None
+    for dtype in (*DTYPES, torch.int16, torch.complex64):
+        for base in (torch.zeros(()), torch.zeros(0, 3), torch.zeros(3, 4, 5), torch.zeros((1,) * 9)):
+            tensor = base.to(dtype)
+            for one in (tensor, Parameter(tensor, requires_grad=False), tensor.t() if tensor.ndim < 3 else tensor):
+                for each in (one, torch._neg_view(one), torch._neg_view(one).detach(), torch._neg_view(one).clone()):
+                    word = tensors._word(each._cdata, found.keys)
+                    assert bool(word & found.mask) == each.is_neg()
+    assert found == tensors.negative_bit.__wrapped__()
+    with FakeTensorMode(), torch.device("meta"), torch.inference_mode():
+        assert found == tensors.negative_bit.__wrapped__()
+
+
+def test_a_plan_that_does_not_know_where_the_negation_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planner, "negative_bit", lambda: None)
+    param, twin = Parameter(values((40,))), Parameter(values((40,)))
+    one, other = fused_optim.AdamW([param], backend="cpu"), fused_optim.AdamW([twin], backend="eager")
+    for negative in (False, True, False):
+        grad = new_grad(param, 3)
+        param.grad, twin.grad = torch._neg_view(grad) if negative else grad, grad.neg() if negative else grad
+        one.step()
+        other.step()
+    assert_same_snapshots(snapshot(one), snapshot(other))
+
+
+# Shape, and the strides of parameter and gradient, as convolutions under channels_last make them, and others.
+SIZE_ONE = {
+    "1x1 convolution": ((64, 64, 1, 1), (64, 1, 1, 1), (64, 1, 64, 64)),
+    "1x1 convolution, the other way": ((64, 64, 1, 1), (64, 1, 64, 64), (64, 1, 1, 1)),
+    "depthwise": ((64, 1, 3, 3), (9, 9, 3, 1), (9, 1, 3, 1)),
+    "one channel": ((1, 6, 3, 3), (54, 1, 18, 6), (1, 1, 18, 6)),
+    "one element": ((1, 1, 1), (1, 1, 1), (9, 0, 3)),
+    "row": ((1, 700), (700, 1), (1, 1)),
+    "none": ((0, 3), (3, 1), (1, 0)),
+}
+
+
+@pytest.mark.parametrize("layouts", SIZE_ONE)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_strides_that_say_nothing(layouts: str, dtype: torch.dtype, any_backend: str, fallbacks: list[str]) -> None:
+    """Those of dimensions of size 1: the gradient is native, whatever they are, and however they change."""
+    shape, strides, other = SIZE_ONE[layouts]
+    param = Parameter(torch.empty_strided(shape, strides, dtype=dtype).copy_(values(shape, dtype)))
+    assert param.stride() == strides
+    turns = iter((other, other, strides, other))
+
+    def make_grad(param: Tensor, step: int, position: int) -> Tensor:
+        return torch.empty_strided(shape, next(turns), dtype=dtype).copy_(new_grad(param, step))
+
+    compare_with_contiguous(CASES[0], any_backend, [param], make_grad, steps=4)
+    assert fallbacks == []
+
+
+def test_states_and_parameters_whose_strides_say_nothing(any_backend: str, fallbacks: list[str]) -> None:
+    param = Parameter(torch.empty_strided((8, 8, 1, 1), (8, 1, 1, 1)).copy_(values((8, 8, 1, 1))))
+    twin = contiguous_twin(param)
+    one, other = fused_optim.AdamW([param], backend=any_backend), fused_optim.AdamW([twin], backend="eager")
+    for step in range(4):
+        param.grad, twin.grad = new_grad(param, step), new_grad(param, step)
+        if step == 2:
+            kept = {}
+            for name in ("exp_avg", "exp_avg_sq"):
+                state = one.state[param][name]
+                kept[name] = one.state[param][name] = state.as_strided(state.shape, (8, 1, 64, 64))
+            param.data = param.data.as_strided(param.shape, (8, 1, 3, 5))
+            del one.state[param]["step"]  # calls for a repair
+            one.state[param]["step"] = torch.tensor(2.0, dtype=torch.float64)
+        one.step()
+        other.step()
+    for name, state in kept.items():
+        assert one.state[param][name] is state
+    for name in ("param", "exp_avg", "exp_avg_sq"):
+        assert_same_bits(snapshot(one)[0][name], snapshot(other)[0][name], name)
+    assert fallbacks == []
 
 
 @each_implementation

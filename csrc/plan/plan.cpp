@@ -98,9 +98,9 @@ const std::vector<RuleNames>& rule_names() {
 }
 
 bool Plan::open(PyObject* exchange_api, PyObject* kind_of, PyObject* same_placement, PyObject* describe,
-                PyObject* current_stream, const CpuKernels* kernels) {
+                PyObject* current_stream, PyObject* negative_bit, const CpuKernels* kernels) {
   kernels_ = kernels;
-  return reader_.open(exchange_api, kind_of, same_placement, describe, current_stream);
+  return reader_.open(exchange_api, kind_of, same_placement, describe, current_stream, negative_bit);
 }
 
 bool Plan::build(PyObject* rules, PyObject* rows, PyObject* launched, PyObject* defaults,
@@ -571,18 +571,22 @@ PyObject* Plan::refresh(PyObject* param_groups, PyObject* state) {
   return attention != nullptr ? attention : PyTuple_New(0);
 }
 
-bool Plan::same_layout(const HostRow& host, const TensorView& view, bool exact) const {
+// Whether a tensor's elements lie in the order of the parameter's. The stride of a dimension of size 1 says
+// nothing, and none does where there are no elements.
+bool Plan::same_layout(const HostRow& host, const TensorView& view) const {
   if (view.ndim != host.ndim || view.device.device_type != host.device.device_type ||
       view.device.device_id != host.device.device_id) {
     return false;
   }
   const int64_t* shape = layouts_.data() + host.layout;
   const int64_t* strides = shape + host.ndim;
+  bool same = true, empty = false;
   for (int i = 0; i < host.ndim; ++i) {
     if (view.shape[i] != shape[i]) return false;
-    if (view.strides[i] != strides[i] && (exact || shape[i] != 1)) return false;
+    same = same && (view.strides[i] == strides[i] || shape[i] == 1);
+    empty = empty || shape[i] == 0;
   }
-  return true;
+  return same || empty;
 }
 
 // The memory of one of a row's tensors, which must be of the parameter's kind and, if that is sharded, lie as
@@ -607,7 +611,7 @@ bool Plan::read_column(const HostRow& host, int column, PyObject* object, Tensor
 const char* Plan::refresh_row(HostRow& host, Row& row, PyObject* state) {
   if (!host.native) return "param";
   TensorView view;
-  if (!read_column(host, kParam, host.param, view) || !same_layout(host, view, true) ||
+  if (!read_column(host, kParam, host.param, view) || !same_layout(host, view) ||
       view.dtype != row.dtype[kParam])
     return "";
   if (view.address == 0 && row.numel != 0) return "param";
@@ -615,20 +619,9 @@ const char* Plan::refresh_row(HostRow& host, Row& row, PyObject* state) {
     row.address[kParam] = view.address;
     written_moved_ = true;
   }
-  // The gradient must be the row's to the letter: that is what excludes, besides other layouts, views with a
-  // pending negation or conjugation, whose address is that of the raw numbers. One element is the exception
-  // that strides cannot tell.
-  if (!read_column(host, kGrad, host.grad, view) || !same_layout(host, view, true)) return "grad";
+  if (!read_column(host, kGrad, host.grad, view) || !same_layout(host, view)) return "grad";
   if (!is_number(view.dtype) || (view.address == 0 && row.numel != 0)) return "grad";
   if (view.dtype == DType::float64 && !computes_in_double(row.dtype[kParam])) return "grad";
-  if (row.numel == 1) {
-    PyObject* grad = host.sharded ? reader_.local_of(host.grad) : host.grad;
-    PyObject* negative = PyObject_CallMethod(grad, "is_neg", nullptr);
-    const bool plain = negative == Py_False;
-    Py_XDECREF(negative);
-    if (PyErr_Occurred()) PyErr_Clear();
-    if (!plain) return "grad";
-  }
   row.address[kGrad] = view.address;
   row.dtype[kGrad] = view.dtype;
   return read_states(host, row, state);
@@ -670,7 +663,7 @@ const char* Plan::read_state(const HostRow& host, Row& row, int column, bool per
     }
     if (view.dtype != DType::float32 && view.dtype != DType::float64) return "state";
   } else {
-    if (!same_layout(host, view, false)) return "state";
+    if (!same_layout(host, view)) return "state";
     const DType param = row.dtype[kParam];
     const bool narrow =
         size_of(param) == 2;  // 16-bit parameters may have wider states; others have their own dtype

@@ -40,7 +40,7 @@ class Plan {
   // All PyObject* results are new references; null means that a Python error is set.
 
   bool open(PyObject* exchange_api, PyObject* kind_of, PyObject* same_placement, PyObject* describe,
-            PyObject* current_stream, const CpuKernels* kernels);
+            PyObject* current_stream, PyObject* negative_bit, const CpuKernels* kernels);
 
   // rules: the rule's name of each group. launched: for each device whose kernels others launch, the indices
   // of its rows; they are read here, and neither reduced nor stepped. rows: (group index, param, lr scale,
@@ -157,7 +157,7 @@ class Plan {
   bool read_column(const HostRow& host, int column, PyObject* object, TensorView& view);
   bool exchange_on_host(PyObject* exchange, double* sum);
   static bool exchange_on(int device, PyObject* exchange, double* sum);
-  bool same_layout(const HostRow& host, const TensorView& view, bool exact) const;
+  bool same_layout(const HostRow& host, const TensorView& view) const;
   void find_overlaps();
 
   TensorReader reader_;

@@ -34,7 +34,7 @@ PyObject* in_slot(PyObject* object, Py_ssize_t offset) {
 }  // namespace
 
 bool TensorReader::open(PyObject* capsule, PyObject* kind_of, PyObject* same_placement, PyObject* describe,
-                        PyObject* current_stream) {
+                        PyObject* current_stream, PyObject* negative_bit) {
   if (capsule != Py_None) {
     api_ = static_cast<const dlpack::ExchangeApi*>(PyCapsule_GetPointer(capsule, dlpack::kCapsuleName));
     if (api_ == nullptr) return false;
@@ -43,6 +43,12 @@ bool TensorReader::open(PyObject* capsule, PyObject* kind_of, PyObject* same_pla
       api_ = nullptr;  // another ABI: the slow way is right whatever the version
     }
   }
+  unsigned long long mask = 0;
+  if (negative_bit != Py_None &&
+      !PyArg_ParseTuple(negative_bit, "llK", &negative_bit_.handle, &negative_bit_.keys, &mask)) {
+    return false;
+  }
+  negative_bit_.mask = mask;
   Py_INCREF(kind_of);
   kind_of_ = kind_of;
   Py_INCREF(same_placement);
@@ -86,12 +92,9 @@ void TensorReader::find_slots(PyTypeObject* type) {
   if (local_slot_ != 0 && spec_slot_ != 0) sharded_type_ = type;
 }
 
-PyObject* TensorReader::local_of(PyObject* object) {
-  return kind_of(Py_TYPE(object)) == TensorKind::sharded ? in_slot(object, local_slot_) : nullptr;
-}
-
 bool TensorReader::read_local(PyObject* object, TensorView& view, PyObject** spec) {
-  PyObject* local = local_of(object);
+  if (kind_of(Py_TYPE(object)) != TensorKind::sharded) return false;
+  PyObject* local = in_slot(object, local_slot_);
   if (local == nullptr || !read(local, view)) return false;
   *spec = in_slot(object, spec_slot_);
   return *spec != nullptr;
@@ -111,6 +114,7 @@ bool TensorReader::read_plain(PyObject* object, TensorView& view) {
     PyErr_Clear();
     return false;
   }
+  if (is_negative(object)) return false;  // DLPack has handed out the address of the raw numbers
   view.address = reinterpret_cast<uint64_t>(tensor.data) + tensor.byte_offset;
   view.device = tensor.device;
   view.dtype = dtype_of(tensor.dtype.code, tensor.dtype.bits);
@@ -118,6 +122,15 @@ bool TensorReader::read_plain(PyObject* object, TensorView& view) {
   view.shape = tensor.shape;
   view.strides = tensor.strides;
   return true;
+}
+
+bool TensorReader::ask_negative(PyObject* tensor) {
+  static PyObject* const name = PyUnicode_InternFromString("is_neg");
+  PyObject* answer = PyObject_CallMethodNoArgs(tensor, name);
+  const bool positive = answer == Py_False;
+  Py_XDECREF(answer);
+  if (PyErr_Occurred()) PyErr_Clear();
+  return !positive;
 }
 
 bool TensorReader::read_slowly(PyObject* object, TensorView& view) {

@@ -8,6 +8,7 @@
 #include <Python.h>
 
 #include <cstdint>
+#include <cstring>
 #include <vector>
 
 #include "plan/dlpack.h"
@@ -24,6 +25,14 @@ struct TensorView {
   const int64_t* strides;
 };
 
+// Where a tensor's pending negation stands, which DLPack does not know: a bit of the key set in torch's
+// TensorImpl. `handle`: of the TensorImpl's address in the Python object; `keys`: of the word in the
+// TensorImpl. Found by `negative_bit` in fused_optim/tensors.py; a mask of 0: not found, the tensor is asked.
+struct NegativeBit {
+  long handle = 0, keys = 0;
+  uint64_t mask = 0;
+};
+
 // What stands behind an object of a Python type.
 enum class TensorKind : uint8_t {
   other,    // nothing that may be read
@@ -37,9 +46,9 @@ class TensorReader {
   // as a number. `same_placement(spec, spec)` says whether two DTensors of these specs lie in the same way.
   // `describe(tensor)` returns (address, device type, device index, type code, bits,
   // shape, strides) or None. `current_stream(index)` returns the address of torch's stream on a CUDA device.
-  // Returns false with a Python error set.
+  // `negative_bit`: (handle, keys, mask) or None. Returns false with a Python error set.
   bool open(PyObject* capsule, PyObject* kind_of, PyObject* same_placement, PyObject* describe,
-            PyObject* current_stream);
+            PyObject* current_stream, PyObject* negative_bit);
 
   // The stream that torch works on now on a CUDA device. False with a Python error set.
   bool read_stream(int device, void** stream) const;
@@ -51,16 +60,14 @@ class TensorReader {
     return ask_kind(type);
   }
 
-  // False if the object is not a tensor in plain memory; no Python error is left behind.
+  // False if the object is not a tensor in plain memory, or one whose numbers are the negatives of those in
+  // memory; no Python error is left behind.
   bool read(PyObject* object, TensorView& view) {
     return kind_of(Py_TYPE(object)) == TensorKind::plain && read_plain(object, view);
   }
 
   // The memory that this process has of a DTensor, and how the whole lies: borrowed from the object.
   bool read_local(PyObject* object, TensorView& view, PyObject** spec);
-
-  // The local tensor of a DTensor, borrowed from it; null if it has none.
-  PyObject* local_of(PyObject* object);
 
   // Whether DTensors of these specs lie in the same way: 1 or 0; -1 with a Python error set.
   int same_placement(PyObject* spec, PyObject* other) const;
@@ -71,6 +78,15 @@ class TensorReader {
  private:
   TensorKind ask_kind(PyTypeObject* type);
   bool read_plain(PyObject* object, TensorView& view);
+  bool is_negative(PyObject* tensor) const {
+    if (negative_bit_.mask == 0) return ask_negative(tensor);
+    const char* impl;
+    uint64_t keys;
+    std::memcpy(&impl, reinterpret_cast<const char*>(tensor) + negative_bit_.handle, sizeof impl);
+    std::memcpy(&keys, impl + negative_bit_.keys, sizeof keys);
+    return (keys & negative_bit_.mask) != 0;
+  }
+  static bool ask_negative(PyObject* tensor);
   bool read_slowly(PyObject* object, TensorView& view);
   void find_slots(PyTypeObject* type);
 
@@ -79,6 +95,7 @@ class TensorReader {
   PyObject* same_placement_ = nullptr;
   PyObject* describe_ = nullptr;
   PyObject* current_stream_ = nullptr;
+  NegativeBit negative_bit_;
   struct KnownType {
     PyTypeObject* type;
     TensorKind kind;

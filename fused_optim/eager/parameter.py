@@ -117,6 +117,11 @@ def _real(tensor: Tensor) -> Tensor:
     return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
 
 
+def _store(tensor: Tensor, value: Tensor) -> None:
+    """Write numbers of `_real` back: not through `_real` itself, which has resolved a conjugation by a copy."""
+    tensor.copy_(torch.view_as_complex(value.contiguous()) if tensor.is_complex() else value)
+
+
 def _norm(tensor: Tensor, keep: bool, order: float = 2) -> Number:
     """A vector norm in float64, as a Python float or as a 0-d tensor."""
     wide = tensor.to(torch.float64)
@@ -243,11 +248,9 @@ def step_eager(
     else:
         result = rule.update(whole, grad, wide, s)
     for name, value in wide.items():
-        _real(state[name]).copy_(value)
-    if param.is_complex():
-        param.copy_(torch.view_as_complex(result.contiguous()))  # not through _real, which resolves a conjugation
-    elif master is None:
-        param.copy_(result)
+        _store(state[name], value)
+    if master is None:
+        _store(param, result)
     else:
         masters.write(param, state, master, result)
     param_norm = tensor.param_norm if trust is not None or rule.has_direction else math.nan

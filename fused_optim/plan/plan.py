@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..options.clip import ClipOptions
-from ..tensors import is_dense, is_plain, is_sharded, local
+from ..tensors import is_dense, is_plain, is_sharded, local, same_strides
 
 NATIVE_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # Those that work on tensors of a device without waiting for it: they read and write numbers where they are.
@@ -133,6 +133,8 @@ def why_not_native(param: Tensor, group: dict[str, Any], backend: str) -> str | 
         return "its group is differentiable"
     if param.layout != torch.strided or param.is_inference():
         return "it is an inference or a sparse tensor"
+    if local(param).is_neg():
+        return "it is a view whose negation is pending"
     if not is_dense(local(param)):
         return f"its strides {tuple(local(param).stride())} leave gaps in memory or overlap"
     return None
@@ -147,7 +149,7 @@ def why_refused(row: Row, kind: str) -> str:
             return "its gradient is sparse"
         if not is_plain(type(grad)):
             return f"its gradient is a {type(grad).__name__}, not plain memory"
-        if grad.stride() != param.stride():
+        if not same_strides(grad, param):
             return f"its gradient has strides {grad.stride()}, the parameter {param.stride()}"
         if grad.dtype != param.dtype:
             return f"its gradient has dtype {grad.dtype}, the parameter {param.dtype}"

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from .. import extension
-from ..tensors import kind_of, local, same_placement
+from ..tensors import kind_of, local, negative_bit, same_placement
 from .plan import Plan, Row, current_stream, describe_tensor
 from .python_plan import PythonPlan
 from .triton_plan import LaunchedPlan, LaunchedRows
@@ -41,6 +41,7 @@ def make_plan(
             same_placement=same_placement,
             describe=describe_tensor,
             current_stream=current_stream,
+            negative_bit=negative_bit(),
             trust_ratio=trust_ratio,
         )
     elif not launched:

@@ -58,6 +58,11 @@ def memory_of(tensor: Any) -> Memory | None:
     return facts and Memory(facts[0], tensor.device, DTYPES[tensor.dtype], facts[5], facts[6])
 
 
+def lies_as(memory: Memory, other: Memory) -> bool:
+    """Whether two tensors have the same shape, and their elements in the same order."""
+    return memory.shape == other.shape and is_same_order(memory.strides, other.strides, memory.shape)
+
+
 class RowReader:
     """What one launched row is expected to be, and how its tensors are read one by one."""
 
@@ -78,14 +83,25 @@ class RowReader:
     def is_same(self) -> bool:
         """Whether the parameter still is what the plan was built for; its address may be another."""
         memory = memory_of(local(self.param))
-        return type(self.param) is self.type and memory is not None and memory[1:] == self.memory[1:]
+        return (
+            type(self.param) is self.type
+            and memory is not None
+            and memory.device == self.memory.device
+            and memory.dtype == self.memory.dtype
+            and lies_as(memory, self.memory)
+        )
 
     def read(self, states: Mapping[str, Any] | None, out: list[Memory | None]) -> str | None:
         """Why the row cannot be stepped as it is; None: it can, and `out` has the memory of each column."""
         param, grad = self._memory(self.param), self._memory(self.param.grad)
         if param is None or (param.address == 0 and self.numel):
             return "param"
-        if grad is None or grad[3:] != param[3:] or grad.device != param.device or (grad.address == 0 and self.numel):
+        if (
+            grad is None
+            or not lies_as(grad, param)
+            or grad.device != param.device
+            or (grad.address == 0 and self.numel)
+        ):
             return "grad"
         if grad.dtype == REMAINDER or (grad.dtype == FLOAT64 and param.dtype != FLOAT64):
             return "grad"
@@ -108,9 +124,7 @@ class RowReader:
             return False
         if per_tensor:
             return memory.shape == () and memory.dtype in (FLOAT32, FLOAT64)
-        strides = [s for s, n in zip(memory.strides, memory.shape) if n != 1]
-        expected = [s for s, n in zip(self.memory.strides, self.memory.shape) if n != 1]
-        if memory.shape != self.memory.shape or strides != expected:
+        if not lies_as(memory, self.memory):
             return False
         param, found = self.memory.dtype, memory.dtype
         if column == MASTER:
@@ -429,7 +443,13 @@ class FastPath:
         self._guards = TensorGuards(
             *tensors,
             dynamic_dims_sizes=[list(tensor.shape) for tensor in tensors],
-            dynamic_dims_strides=[list(tensor.stride()) for tensor in tensors],
+            dynamic_dims_strides=[
+                [
+                    None if size == 1 or tensor.numel() == 0 else stride
+                    for stride, size in zip(tensor.stride(), tensor.shape)
+                ]
+                for tensor in tensors
+            ],
         )
         addresses = [tensor.data_ptr() for tensor in tensors]
         self._nowhere = addresses.count(0)

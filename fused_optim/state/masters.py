@@ -49,9 +49,8 @@ def key_for(param: Tensor, option: str | None, name: str) -> str | None:
 
 
 def _bits(value: Tensor) -> Tensor:
-    return (
-        value.contiguous().view(torch.int32) if value.dtype == torch.float32 else value.contiguous().view(torch.int16)
-    )
+    value = value.resolve_neg().contiguous()  # torch refuses another dtype where a negation is pending
+    return value.view(torch.int32) if value.dtype == torch.float32 else value.view(torch.int16)
 
 
 def round_ties_away(value: Tensor, dtype: torch.dtype) -> Tensor:
