@@ -26,7 +26,8 @@ class GradScaler(torch.amp.GradScaler):
 
     These go torch's way: an optimizer of another library; ``unscale_`` called by the user, which writes the gradients
     by contract, and the step after it; parameters that are tensor subclasses, such as DTensor, whose other parts are
-    with other processes; an optimizer whose ``_step_supports_amp_scaling`` the user has set to False.
+    with other processes; an optimizer whose ``_step_supports_amp_scaling`` the user has set to False. torch's scaler
+    leaves the division to the step of an optimizer made with ``fused=True``, and otherwise unscales in place.
 
     ``state_dict()`` is torch's, both ways.
 
@@ -91,7 +92,7 @@ class GradScaler(torch.amp.GradScaler):
 
 def finds_inf_itself(optimizer: torch.optim.Optimizer) -> bool:
     """Whether the optimizer's step looks at all of its gradients, and there are any."""
-    if not all(getattr(optimizer, name, False) for name in ("_step_supports_amp_scaling", "_step_finds_inf")):
+    if not getattr(optimizer, "_step_finds_inf", False):
         return False
     groups = optimizer.param_groups
     if not all(map(is_plain, {type(param) for group in groups for param in group["params"]})):

@@ -95,10 +95,8 @@ class FusedOptimizer(torch.optim.Optimizer):
     # the class must not have them.
     grad_scale: Tensor | None
     found_inf: Tensor | None
-    _step_supports_amp_scaling = True
     # This library's GradScaler sets it likewise: found_inf is then not read but written, by the step.
     finds_inf: bool = False
-    _step_finds_inf = True
 
     # torch's __getstate__ drops instance attributes: each has its default here.
     _forced_backend: str | None = None
@@ -206,6 +204,21 @@ class FusedOptimizer(torch.optim.Optimizer):
     def exempt(self, group: dict[str, Any], param: Tensor) -> bool:
         """Whether a parameter has neither trust ratio nor weight decay, whatever the user said."""
         return False
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Whether torch's GradScaler leaves the gradients scaled: as in torch with ``fused=True``, or if the user has
+        set it. Frameworks that clip between unscaling and step, as Lightning does, refuse an optimizer that says so."""
+        return bool(self.__dict__.get("_step_supports_amp_scaling", self.defaults.get("fused")))
+
+    @_step_supports_amp_scaling.setter
+    def _step_supports_amp_scaling(self, value: bool) -> None:
+        self.__dict__["_step_supports_amp_scaling"] = value
+
+    @property
+    def _step_finds_inf(self) -> bool:
+        """Whether this library's GradScaler leaves them so, unless the user has set the other one to False."""
+        return bool(self.__dict__.get("_step_supports_amp_scaling", True))
 
     def _devices(self) -> set[torch.device]:
         return {param.device for group in self.param_groups for param in group["params"]}

@@ -523,6 +523,7 @@ def scaled_run(
     """Six steps under GradScaler, two of them with an Inf in the gradients."""
     params = new_params(dtype, [(7,), (3, 5)])
     optimizer = make(params, **optimizer_options)
+    optimizer._step_supports_amp_scaling = not unscale
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=2)
     history = []
     for step in range(6):

@@ -204,8 +204,10 @@ FRAMEWORKS = {
             "32 bits, gradient_clip_val",
             "32 bits, resumed beside uninterrupted",
             "16 bits, grad_clip of the optimizer",
-            "16 bits, gradient_clip_val, the scaler unscales",
-            "16 bits, gradient_clip_val with neither",
+            "16 bits, gradient_clip_val, torch's scaler",
+            "16 bits, gradient_clip_val, this library's scaler",
+            "16 bits, bf16-mixed, gradient_clip_val",
+            "16 bits, gradient_clip_val with fused=True",
         ],
     ),
 }

@@ -222,7 +222,7 @@ def test_nothing_waits_for_the_device(backend: str, all_native: None) -> None:
 
 def test_grad_scaler(backend: str) -> None:
     params = new_params(device="cuda")
-    optimizer = AdamW(params, backend=backend)
+    optimizer = AdamW(params, backend=backend, fused=True)
     train(optimizer, params, 1)
     scaler = torch.amp.GradScaler("cuda", init_scale=1024.0)
     before = snapshot(optimizer)
@@ -242,7 +242,8 @@ def test_grad_scaler(backend: str) -> None:
 
 def test_our_grad_scaler_waits_for_nothing(backend: str, all_native: None) -> None:
     params, twins = new_params(device="cuda"), new_params(device="cuda")
-    optimizers = [AdamW(group, backend=backend, grad_clip=ClipGradByGlobalNorm(1.0)) for group in (params, twins)]
+    clip = ClipGradByGlobalNorm(1.0)
+    optimizers = [AdamW(group, backend=backend, grad_clip=clip, fused=True) for group in (params, twins)]
     scalers = [GradScaler("cuda", init_scale=1024.0), torch.amp.GradScaler("cuda", init_scale=1024.0)]
     for scaler in scalers:
         scaler.scale(torch.zeros((), device="cuda"))

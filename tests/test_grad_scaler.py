@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import pickle
 import threading
@@ -13,6 +14,7 @@ import torch
 from cases import (
     assert_same_bits,
     assert_same_snapshots,
+    bits,
     each_backend,
     each_dtype,
     each_implementation,
@@ -25,13 +27,17 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from fused_optim import (
+    LAMB,
     LARC,
     SGD,
+    Adam,
     AdamW,
+    AdamWDL,
     ClipGradByGlobalNorm,
     ClipGradByNorm,
     ClipGradByValue,
     GradScaler,
+    NovoGrad,
     grad_scaler,
 )
 
@@ -76,6 +82,8 @@ def run(
     """Six steps, two of them with an element that is not finite; no step may change a gradient."""
     params = new_params(dtype, SHAPES)
     optimizer = make(params)
+    if type(scaler) is not GradScaler:
+        inner(optimizer)._step_supports_amp_scaling = True
     start_scale(scaler)
     history: list[Any] = []
     for step in range(6):
@@ -87,9 +95,9 @@ def run(
         grads = [(param.grad.clone(), param.grad, param.grad._version) for param in params]
         scaler.step(optimizer)
         scaler.update()
-        for param, (copy, grad, version) in zip(params, grads, strict=True):
+        for param, (kept, grad, version) in zip(params, grads, strict=True):
             assert param.grad is grad
-            assert_same_bits(grad, copy, "gradient")
+            assert_same_bits(grad, kept, "gradient")
             if type(scaler) is GradScaler and not unscale:
                 assert grad._version == version
         for old, new in zip(before, snapshot(inner(optimizer)), strict=True) if bad is not None else ():
@@ -397,6 +405,76 @@ def test_an_optimizer_that_leaves_scaling_to_the_scaler() -> None:
     assert_same_snapshots(snapshot(one), snapshot(other))
 
 
+# torch's protocol: who takes the scale out of the gradients ----------------------------------------------------------
+
+FUSED = {"AdamW": AdamW, "Adam": Adam, "AdamWDL": AdamWDL, "SGD": lambda params, **o: SGD(params, 0.1, 0.9, **o)}
+
+
+@pytest.mark.parametrize("kind", FUSED)
+def test_the_protocol_is_offered_as_torch_offers_it(kind: str) -> None:
+    """With fused=True alone, and in every copy; this library's scaler leaves the gradients scaled either way."""
+    for fused in (None, False, True):
+        optimizer = FUSED[kind]([Parameter(torch.ones(3))], fused=fused)
+        copies = [copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))]
+        around = [LARC(each) for each in (*copies, optimizer)]
+        for each in (optimizer, *copies, *around):
+            assert each._step_supports_amp_scaling is bool(fused)
+            assert each._step_finds_inf
+    for optimizer in (NovoGrad([Parameter(torch.ones(3))]), LAMB([Parameter(torch.ones(3))])):
+        assert not optimizer._step_supports_amp_scaling
+
+
+@pytest.mark.parametrize("clipped", [False, True])
+@pytest.mark.parametrize("kind", ["AdamW", "SGD"])
+def test_torchs_scaler_unscales_as_for_torchs_optimizer(kind: str, clipped: bool, any_backend: str) -> None:
+    """Gradients, steps and scales are those of the stock optimizer, with a clip of torch's between."""
+    stock = {"AdamW": torch.optim.AdamW, "SGD": lambda params, **o: torch.optim.SGD(params, 0.1, 0.9, **o)}[kind]
+    histories = []
+    for make in (lambda params: FUSED[kind](params, backend=any_backend), lambda params: stock(params, foreach=False)):
+        params = new_params(torch.float32, SHAPES)
+        optimizer, scaler = make(params), torch.amp.GradScaler("cpu", SCALE)
+        start_scale(scaler)
+        history: list[Any] = []
+        for step in range(5):
+            put_grads(params, step, scaler.get_scale(), {0: math.inf, 3: math.nan}.get(step))
+            if clipped:
+                scaler.unscale_(optimizer)
+                torch.nn.utils.clip_grad_norm_(params, 0.5, foreach=False)
+            scaler.step(optimizer)
+            scaler.update()
+            history += [scaler.get_scale(), *(param.grad.clone() for param in params)]
+        histories.append((history, [param.detach().clone() for param in params]))
+    for one, other in zip(histories[0][0], histories[1][0], strict=True):
+        assert one == other if isinstance(one, float) else torch.equal(bits(one), bits(other))
+    for one, other in zip(histories[0][1], histories[1][1], strict=True):
+        torch.testing.assert_close(one, other, rtol=3e-6, atol=3e-6)
+
+
+@pytest.mark.parametrize("kind", FUSED)
+@pytest.mark.parametrize("fused", [None, True])
+@pytest.mark.parametrize("ours", [False, True])
+def test_scaling_goes_on_after_a_default_checkpoint(ours: bool, fused: bool | None, kind: str) -> None:
+    """It holds fused=None, over which torch's own AdamW(fused=True) stumbles."""
+    (param,), (twin,) = (new_params(shapes=[(5,)]) for _ in range(2))
+    optimizer, plain = FUSED[kind]([param], fused=fused), FUSED[kind]([twin])
+    optimizer.load_state_dict(plain.state_dict())
+    assert optimizer.param_groups[0]["fused"] is None
+    assert optimizer._step_supports_amp_scaling is bool(fused)
+    scaler = (GradScaler if ours else torch.amp.GradScaler)("cpu", 8.0)
+    start_scale(scaler)
+    for step in range(3):
+        twin.grad = new_grad(twin, step)
+        param.grad = twin.grad * scaler.get_scale()
+        if step == 1:
+            param.grad[2] = math.inf
+        scaler.step(optimizer)
+        scaler.update()
+        if step != 1:
+            plain.step()
+    assert scaler.get_scale() == 4.0
+    assert_same_snapshots(snapshot(optimizer), snapshot(plain))
+
+
 def test_larc_around_an_optimizer_of_torchs() -> None:
     param = Parameter(torch.ones(4))
     scaler = GradScaler("cpu", 8.0)
@@ -442,8 +520,10 @@ def test_misuse_raises_as_torchs_does(kind: Any) -> None:
         scaler.step(optimizer)
     scaler.update()
     param.grad = None
-    scaler.step(optimizer)
-    with pytest.raises(AssertionError, match="No inf checks"):
+    with pytest.raises(AssertionError, match="No inf checks were recorded for this optimizer"):
+        scaler.step(optimizer)
+    scaler.step(AdamW([param], fused=True))
+    with pytest.raises(AssertionError, match="No inf checks were recorded prior to update"):
         scaler.update()
 
 

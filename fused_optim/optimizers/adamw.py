@@ -95,7 +95,8 @@ class Adam(FusedOptimizer):
         weight_decay: L2 penalty :math:`\lambda \ge 0`, added to the gradient. Default 0.
         amsgrad: divide by the root of the largest :math:`v_t` so far.
         maximize: ascend instead of descend.
-        foreach, fused: accepted for scripts and checkpoints that carry them; they choose nothing, ``backend`` does.
+        foreach, fused: accepted for scripts and checkpoints that carry them; they choose no backend, ``backend`` does.
+            With ``fused=True`` torch's GradScaler leaves the loss scale to the step.
         capturable: for capture into a CUDA graph; without effect on CPU tensors.
         differentiable: record the step with autograd; it then runs on the eager path.
         decoupled_weight_decay: decay as :class:`AdamW` does. Default False; loading a checkpoint replaces it.
@@ -237,7 +238,8 @@ class AdamW(Adam):
             :math:`1 - \gamma\lambda`. Default 1e-2.
         amsgrad: divide by the root of the largest :math:`v_t` so far.
         maximize: ascend instead of descend.
-        foreach, fused: accepted for scripts and checkpoints that carry them; they choose nothing, ``backend`` does.
+        foreach, fused: accepted for scripts and checkpoints that carry them; they choose no backend, ``backend`` does.
+            With ``fused=True`` torch's GradScaler leaves the loss scale to the step.
         capturable: for capture into a CUDA graph; without effect on CPU tensors.
         differentiable: record the step with autograd; it then runs on the eager path.
         lazy_mode: take sparse gradients, and update only the rows that they list; see :class:`Adam`. Default False.

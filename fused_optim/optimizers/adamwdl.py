@@ -277,7 +277,8 @@ class AdamWDL(AdamW):
         lazy_mode: take sparse gradients, and update only the rows that they list; see :class:`Adam`. Default False.
         multi_precision: Paddle's word for ``master_weights="float32"``; a ``master_weights`` given beside it counts.
         maximize: ascend instead of descend.
-        foreach, fused: accepted for scripts and checkpoints that carry them; they choose nothing, ``backend`` does.
+        foreach, fused: accepted for scripts and checkpoints that carry them; they choose no backend, ``backend`` does.
+            With ``fused=True`` torch's GradScaler leaves the loss scale to the step.
         capturable: for capture into a CUDA graph; without effect on CPU tensors.
         differentiable: record the step with autograd; it then runs on the eager path.
         backend: ``"cuda"``, ``"triton"``, ``"cpu"`` or ``"eager"``; default None: what the environment variable

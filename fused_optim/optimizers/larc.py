@@ -161,11 +161,11 @@ class LARC(torch.optim.Optimizer):
     @property
     def _step_supports_amp_scaling(self) -> bool:
         # Another optimizer's kernels would take the scale out of the gradient after the factor has been computed.
-        return isinstance(self.optimizer, FusedOptimizer)
+        return isinstance(self.optimizer, FusedOptimizer) and self.optimizer._step_supports_amp_scaling
 
     @property
     def _step_finds_inf(self) -> bool:
-        return isinstance(self.optimizer, FusedOptimizer)
+        return isinstance(self.optimizer, FusedOptimizer) and self.optimizer._step_finds_inf
 
     def state_dict(self) -> dict[str, Any]:
         """The inner optimizer's."""

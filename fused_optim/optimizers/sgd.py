@@ -99,7 +99,8 @@ class SGD(MomentumOptimizer):
         weight_decay: L2 penalty :math:`\lambda \ge 0`, added to the gradient. Default 0.
         nesterov: look ahead; takes momentum and no dampening.
         maximize: ascend instead of descend.
-        foreach, fused: accepted for scripts and checkpoints that carry them; they choose nothing, ``backend`` does.
+        foreach, fused: accepted for scripts and checkpoints that carry them; they choose no backend, ``backend`` does.
+            With ``fused=True`` torch's GradScaler leaves the loss scale to the step.
         differentiable: record the step with autograd; it then runs on the eager path.
         capturable: for capture into a CUDA graph; without effect on CPU tensors.
         backend: ``"cuda"``, ``"triton"``, ``"cpu"`` or ``"eager"``; default None: what the environment variable
