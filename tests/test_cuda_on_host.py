@@ -354,6 +354,20 @@ def test_rules_with_exact_norms_give_the_cpu_backends_bits(
         assert_same_results(inner(ours), inner(twin))
 
 
+@pytest.mark.parametrize("rule", [rule for rule in RULES if "novograd" in rule])
+def test_a_second_moment_starts_at_the_first_gradient_that_is_not_zeros(
+    rule: str, on_host: OnHost, all_native: None
+) -> None:
+    averaged = {"grad_averaging": True} if rule in ("novograd kozistr", "novograd tfa") else {}
+    ours, twin = pair_of(rule, NORM_SHAPES, torch.float32, **averaged)
+    for optimizer in (ours, twin):
+        for param in params_of(optimizer):
+            param.grad = torch.zeros_like(param)
+        optimizer.step()
+        step_exactly(optimizer)
+    assert_near(ours, twin)
+
+
 @each_rule
 def test_rules_with_norms_stay_near_the_cpu_backend(rule: str, on_host: OnHost, all_native: None) -> None:
     ours, twin = pair_of(rule, NORM_SHAPES, torch.float32)

@@ -51,15 +51,13 @@ struct NovoGrad {
     step = step + 1;
     const double lr = hyper.lr * tensor.lr_scale;
     const double weight_decay = hyper.weight_decay * tensor.weight_decay_scale;
-    const bool first = step == 1;
     const bool apex = hyper.variant == kApex;
     const bool inf_norm = hyper.norm_type == 0;
 
     // The second moment of the norm.
     const double grad_norm_sq = inf_norm ? tensor.grad_max : tensor.grad_norm * tensor.grad_norm;
-    bool replace = first && hyper.init_zero == 0;
-    if (hyper.variant == kOpenSeq2Seq) replace = true;
-    if (hyper.variant == kTimm) replace = exp_avg_sq == 0;
+    const bool starts = exp_avg_sq == 0 && grad_norm_sq != 0;  // the first gradient that is not all zeros
+    const bool replace = hyper.variant == kOpenSeq2Seq || (starts && hyper.init_zero == 0);
     exp_avg_sq = replace ? grad_norm_sq : hyper.beta2 * exp_avg_sq + (1 - hyper.beta2) * grad_norm_sq;
     double second_moment = exp_avg_sq;
     if constexpr (kAmsgrad) {
@@ -89,6 +87,7 @@ struct NovoGrad {
       coupled = 0;
     }
 
+    const bool first = step == 1 || starts;
     const bool averaged =
         hyper.grad_averaging != 0 && !(first && (hyper.variant == kKozistr || hyper.variant == kTfa));
     const double grad_weight = averaged ? 1 - hyper.beta1 : 1;

@@ -101,19 +101,14 @@ def prepare(group: dict[str, Any], tensor: TensorContext) -> SimpleNamespace:
     step = tensor.state["step"] = tensor.state["step"] + 1
     lr = group["lr"] * tensor.lr_scale
     weight_decay = group["weight_decay"] * tensor.weight_decay_scale
-    first = step == 1
     inf_norm = group["norm_type"] == 0
 
     # The second moment of the norm.
     grad_norm_sq = tensor.grad_max if inf_norm else tensor.grad_norm * tensor.grad_norm
     exp_avg_sq = tensor.state["exp_avg_sq"]
-    average = beta2 * exp_avg_sq + (1 - beta2) * grad_norm_sq
-    if variant == "openseq2seq":
-        exp_avg_sq = grad_norm_sq
-    elif variant == "timm":
-        exp_avg_sq = where(exp_avg_sq == 0, grad_norm_sq, average)
-    else:
-        exp_avg_sq = average if group["init_zero"] else where(first, grad_norm_sq, average)
+    starts = (exp_avg_sq == 0) & (grad_norm_sq != 0)  # the first gradient that is not all zeros
+    replace = variant == "openseq2seq" or (not group["init_zero"] and starts)
+    exp_avg_sq = where(replace, grad_norm_sq, beta2 * exp_avg_sq + (1 - beta2) * grad_norm_sq)
     tensor.state["exp_avg_sq"] = second_moment = exp_avg_sq
     if "max_exp_avg_sq" in tensor.state:
         second_moment = larger(tensor.state["max_exp_avg_sq"], exp_avg_sq)
@@ -134,6 +129,7 @@ def prepare(group: dict[str, Any], tensor: TensorContext) -> SimpleNamespace:
     if group["decoupled_decay"] or group["weight_decouple"] or not divided_before:
         decay, coupled = 1 - (weight_decay if group["fixed_decay"] else lr * weight_decay), 0.0
 
+    first = (step == 1) | starts
     grad_weight = 1 - beta1 if group["grad_averaging"] else 1.0
     if variant in ("kozistr", "tfa"):
         grad_weight = where(first, 1.0, grad_weight)
@@ -166,30 +162,34 @@ class NovoGrad(FusedOptimizer):
 
     .. math::
 
-        v_t &= \beta_2\, v_{t-1} + (1 - \beta_2)\,\lVert g_t \rVert^2, \qquad v_1 = \lVert g_1 \rVert^2 \\
+        v_t &= \beta_2\, v_{t-1} + (1 - \beta_2)\,\lVert g_t \rVert^2, \qquad v_s = \lVert g_s \rVert^2 \\
         m_t &= \beta_1\, m_{t-1} + \frac{g_t}{\sqrt{v_t} + \epsilon} + \lambda\,\theta_{t-1} \\
         \theta_t &= \theta_{t-1} - \gamma\, m_t
 
     Here :math:`\theta` is one tensor ``param``, :math:`g` its gradient, :math:`m` ``exp_avg``, :math:`v` the number
     ``exp_avg_sq``, :math:`\gamma` ``lr``, :math:`\lambda` ``weight_decay``, :math:`\epsilon` ``eps``, and
-    :math:`t = 1, 2, \dots` ``step``, which counts the steps of that tensor alone.
+    :math:`t = 1, 2, \dots` ``step``, which counts the steps of that tensor alone. At :math:`s`, the first step whose
+    gradient is not all zeros, :math:`v` starts from that gradient; before, it is 0. Only timm's code does so: the other
+    sources start at step 1 whatever the gradient, and where that is all zeros (LoRA's :math:`A` while :math:`B` is 0)
+    their next update is :math:`1 / \sqrt{1 - \beta_2}` times as long.
 
     The other variants are what others have published under this name; each sets what the caller leaves at None:
 
     - ``"paper"``: the equations above. Options ``grad_averaging`` (:math:`g_t/(\dots) + \lambda\theta` times
-      :math:`1 - \beta_1`), ``init_zero`` (:math:`v_0 = 0`), ``amsgrad`` (divide by the largest :math:`v` so far).
+      :math:`1 - \beta_1`), ``init_zero`` (:math:`v` is an average from the first step on), ``amsgrad`` (divide by the
+      largest :math:`v` so far).
     - ``"openseq2seq"``: as OpenSeq2Seq ships it: its average is never stored, so that :math:`v_t = \lVert g_t \rVert^2`
       whatever :math:`\beta_2`, and :math:`\epsilon` stands inside the root.
     - ``"apex"``: betas (0.9, 0.999), ``grad_averaging``, ``bias_correction``; decay outside the moment and division
       after it, unless ``reg_inside_moment``; ``norm_type=0`` is the largest element instead of the L2 norm.
-    - ``"timm"``: :math:`v` starts anew whenever it is 0; option ``decoupled_decay``
-      (:math:`\theta` times :math:`1 - \gamma\lambda`). torch_optimizer and apex's test reference do the same.
-    - ``"kozistr"``: pytorch_optimizer's: the first step is not averaged; options ``weight_decouple`` and, with it,
-      ``fixed_decay`` (:math:`\theta` times :math:`1 - \lambda`), ``bias_correction``
-      (:math:`\gamma\sqrt{1 - \beta_2^t}`).
+    - ``"timm"``: option ``decoupled_decay`` (:math:`\theta` times :math:`1 - \gamma\lambda`). torch_optimizer and
+      apex's test reference do the same.
+    - ``"kozistr"``: pytorch_optimizer's: the first step is not averaged, nor is step :math:`s`; options
+      ``weight_decouple`` and, with it, ``fixed_decay`` (:math:`\theta` times :math:`1 - \lambda`),
+      ``bias_correction`` (:math:`\gamma\sqrt{1 - \beta_2^t}`).
     - ``"optax"``: betas (0.9, 0.25), eps 1e-6, and ``eps_root`` inside the root.
     - ``"tfa"``: TensorFlow Addons': betas (0.9, 0.999), eps 1e-7, the learning rate inside the moment, the first step
-      not averaged. Its first step is the tensor's own here.
+      not averaged, nor is step :math:`s`. Both are the tensor's own here.
 
     Shapes and dtypes:
         Parameters are float32, float64, bfloat16 or float16, of any shape. Each has the states ``exp_avg`` of its own

@@ -31,8 +31,8 @@ class Hyper(NamedTuple):
 
 
 VARIANTS = ("paper", "openseq2seq", "apex", "timm", "kozistr", "optax", "tfa")
-OPENSEQ2SEQ, APEX, TIMM, KOZISTR, TFA = (
-    tl.constexpr(VARIANTS.index(name)) for name in ("openseq2seq", "apex", "timm", "kozistr", "tfa")
+OPENSEQ2SEQ, APEX, KOZISTR, TFA = (
+    tl.constexpr(VARIANTS.index(name)) for name in ("openseq2seq", "apex", "kozistr", "tfa")
 )
 HYPER = (
     HyperField("lr"),
@@ -74,21 +74,19 @@ def needs(hyper: Mapping[str, float]) -> int:
 
 @triton.jit
 def advance(hyper, tensor, state):
-    """The new step, and the second moment of the norm."""
+    """The new step, the second moment of the norm, and whether it is the first of its moments."""
     step = state.step + 1
-    first = step == 1
     inf_norm = hyper.norm_type == 0
     grad_norm_sq = tl.where(inf_norm, tensor.grad_max, tensor.grad_norm * tensor.grad_norm)
-    replace = first & (hyper.init_zero == 0)
-    replace = replace | (hyper.variant == OPENSEQ2SEQ)
-    replace = tl.where(hyper.variant == TIMM, state.exp_avg_sq == 0, replace)
+    starts = (state.exp_avg_sq == 0) & (grad_norm_sq != 0)  # the first gradient that is not all zeros
+    replace = (hyper.variant == OPENSEQ2SEQ) | (starts & (hyper.init_zero == 0))
     average = hyper.beta2 * state.exp_avg_sq + (1 - hyper.beta2) * grad_norm_sq
     exp_avg_sq = tl.where(replace, grad_norm_sq, average)
-    return step, exp_avg_sq
+    return step, exp_avg_sq, (step == 1) | starts
 
 
 @triton.jit
-def finish(hyper, tensor, state, second_moment):
+def finish(hyper, tensor, state, second_moment, first):
     step = state.step
     lr = hyper.lr * tensor.lr_scale
     weight_decay = hyper.weight_decay * tensor.weight_decay_scale
@@ -112,7 +110,7 @@ def finish(hyper, tensor, state, second_moment):
     decay = tl.where(divided_before, decay, 1 - lr * weight_decay)
     coupled = tl.where(divided_before, coupled, 0)
 
-    averaged = (hyper.grad_averaging != 0) & ((step != 1) | ((hyper.variant != KOZISTR) & (hyper.variant != TFA)))
+    averaged = (hyper.grad_averaging != 0) & ~(first & ((hyper.variant == KOZISTR) | (hyper.variant == TFA)))
     grad_weight = tl.where(averaged, 1 - hyper.beta1, 1)
     lr_in_buffer = hyper.variant == TFA
     step_size = tl.where(lr_in_buffer, 1, lr / bias_correction1)
@@ -137,16 +135,16 @@ def finish(hyper, tensor, state, second_moment):
 @triton.jit
 def prepare(hyper, tensor, state):
     hyper, state = Hyper(*hyper), State(*state)
-    step, exp_avg_sq = advance(hyper, tensor, state)
-    return finish(hyper, tensor, State(step, exp_avg_sq), exp_avg_sq)
+    step, exp_avg_sq, first = advance(hyper, tensor, state)
+    return finish(hyper, tensor, State(step, exp_avg_sq), exp_avg_sq, first)
 
 
 @triton.jit
 def prepare_amsgrad(hyper, tensor, state):
     hyper, state = Hyper(*hyper), AmsgradState(*state)
-    step, exp_avg_sq = advance(hyper, tensor, state)
+    step, exp_avg_sq, first = advance(hyper, tensor, state)
     max_exp_avg_sq = maximum(state.max_exp_avg_sq, exp_avg_sq)
-    return finish(hyper, tensor, AmsgradState(step, exp_avg_sq, max_exp_avg_sq), max_exp_avg_sq)
+    return finish(hyper, tensor, AmsgradState(step, exp_avg_sq, max_exp_avg_sq), max_exp_avg_sq, first)
 
 
 @triton.jit
