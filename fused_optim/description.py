@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from . import backends
+from .hyperparameters import is_number
 from .optimizer import FusedOptimizer
 from .plan.plan import why_not_native
 from .state import masters, states
@@ -130,4 +131,4 @@ def _word(dtype: torch.dtype) -> str:
 
 
 def _product(value: Any, scale: float) -> str:
-    return "-" if not states.is_number(value) else f"{float(value) * scale:.6g}"
+    return "-" if not is_number(value) else f"{float(value) * scale:.6g}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from numbers import Real
 from typing import Any
 
 from torch import Tensor
@@ -27,7 +28,7 @@ def check_arguments(
         raise ValueError(f"Invalid momentum value: {momentum}")
     if eps is not None and not eps >= 0.0:
         raise ValueError(f"Invalid epsilon value: {eps}")
-    for index, beta in enumerate(betas or ()):
+    for index, beta in enumerate(() if betas is None else betas):
         if not 0.0 <= beta < 1.0:
             raise ValueError(f"Invalid beta parameter at index {index}: {beta}")
     if not weight_decay >= 0.0:
@@ -35,5 +36,21 @@ def check_arguments(
 
 
 def is_sequence(value: Any) -> bool:
-    """Whether a hyperparameter is a pair such as betas: a tuple, a list, or what a configuration has for one."""
-    return isinstance(value, Iterable) and not isinstance(value, (str, Tensor)) and getattr(value, "ndim", 1) == 1
+    """Whether a hyperparameter is a pair such as betas: a tuple, a list, what a configuration has for one, or a Tensor
+    or an array of one dimension."""
+    if isinstance(value, str) or not isinstance(value, Iterable):
+        return False
+    return not hasattr(value, "ndim") or (value.ndim == 1 and len(value) != 1)  # type: ignore[arg-type]
+
+
+def is_number(value: Any) -> bool:
+    """Whether a step count or a hyperparameter is a number, numpy's of no dimension included, or a one-element real
+    Tensor."""
+    if isinstance(value, Tensor):
+        return value.numel() == 1 and not value.is_complex()
+    return isinstance(plain_number(value), Real)
+
+
+def plain_number(value: Any) -> Any:
+    """A number of numpy's, or an array of it that has no dimension, as Python's."""
+    return value.item() if getattr(value, "shape", None) == () and not isinstance(value, Tensor) else value

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from cases import (
@@ -165,6 +166,29 @@ def test_backend_is_not_in_the_checkpoint(case: Case) -> None:
     other = case.make(new_params(shapes=FEW), backend="cpu")
     other.load_state_dict(optimizer.state_dict())
     assert other.backend == "cpu"
+
+
+@each_implementation
+@each_case
+@pytest.mark.parametrize("kind", [np.array, np.float64, np.int64, int, lambda value: torch.tensor([value])])
+@pytest.mark.parametrize("loaded", [True, False])
+def test_a_step_may_be_any_number(case: Case, kind: Callable[[int], Any], loaded: bool, backend: str) -> None:
+    """An array of no dimension, as a tree of tensors becomes by Tensor.numpy(), among them."""
+    optimizer, params = trained(case, backend)
+    twins = [nn.Parameter(param.detach().clone()) for param in params]
+    other = case.make(twins, "all", backend=backend)
+    saved = copy.deepcopy(optimizer.state_dict())
+    for state in saved["state"].values():
+        state["step"] = kind(int(state["step"]))
+    if loaded:
+        other.load_state_dict(saved)
+        assert_same_results(optimizer, other)
+    else:
+        other.state.update({twins[key]: state for key, state in saved["state"].items()})
+    train(optimizer, params, 2, first=3)
+    train(other, twins, 2, first=3)
+    for one, two in zip(params, twins, strict=True):
+        assert_same_bits(one, two)
 
 
 @each_implementation

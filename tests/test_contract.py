@@ -988,15 +988,69 @@ class OfConfiguration(Sequence):  # type: ignore[type-arg]
         return len(self.values)
 
 
+SEQUENCES: dict[str, Callable[[list[float]], Any]] = {
+    "configuration": OfConfiguration,
+    "list": list,
+    "array": np.array,
+    "tensor": lambda values: torch.tensor(values, dtype=torch.float64),
+    "tensors": lambda values: tuple(torch.tensor(value, dtype=torch.float64) for value in values),
+}
+
+
 @each_implementation_daily
+@pytest.mark.parametrize("later", [False, True])
+@pytest.mark.parametrize("sequence", SEQUENCES)
 @pytest.mark.parametrize("kind", [fused_optim.AdamW, fused_optim.Lion, fused_optim.LAMB, fused_optim.NovoGrad])
-def test_betas_may_be_any_sequence(kind: Any, backend: str) -> None:
+def test_betas_may_be_any_sequence(kind: Any, sequence: str, later: bool, backend: str) -> None:
     results = []
-    for betas in ((0.8, 0.9), OfConfiguration([0.8, 0.9])):
+    for betas in ((0.8, 0.9), SEQUENCES[sequence]([0.8, 0.9])):
         param = Parameter(torch.ones(3))
-        optimizer = kind([param], lr=0.1, betas=betas, backend=backend)
+        optimizer = kind([param], lr=0.1, betas=(0.5, 0.5) if later else betas, backend=backend)
+        optimizer.param_groups[0]["betas"] = betas
         for _ in range(2):
             param.grad = torch.ones(3)
             optimizer.step()
         results.append(param.detach().clone())
     assert torch.equal(*results)
+
+
+@each_implementation_daily
+@pytest.mark.parametrize("key", ["lr", "eps", "weight_decay"])
+def test_a_hyperparameter_may_be_an_array_of_no_dimension(key: str, backend: str) -> None:
+    """As torch takes lr and weight_decay; a scheduler multiplies it like any other number."""
+    results = []
+    for value in (0.125, np.array(0.125)):
+        param = Parameter(torch.ones(3))
+        options: dict[str, Any] = {"lr": 0.5, key: value}
+        optimizer = fused_optim.AdamW([param], backend=backend, **options)
+        scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)
+        train(optimizer, [param], 2)
+        scheduler.step()
+        optimizer.param_groups[0][key] = value * 2
+        train(optimizer, [param], 2, first=2)
+        results.append(optimizer)
+    assert_same_results(*results)
+
+
+@each_implementation_daily
+@pytest.mark.parametrize("key", ["lr", "momentum"])
+def test_larc_around_an_optimizer_with_a_number_of_numpys(key: str, backend: str) -> None:
+    results = []
+    for value in (0.5, np.array(0.5)):
+        param = Parameter(torch.ones(3))
+        options: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, key: value}
+        optimizer = fused_optim.LARC(fused_optim.SGD([param], backend=backend, **options))
+        train(optimizer, [param], 3)
+        results.append(optimizer.optimizer)
+    assert_same_results(*results)
+
+
+@pytest.mark.parametrize("variant", [None, "apex"])
+def test_larc_around_another_librarys_optimizer_with_a_number_of_numpys(variant: str | None) -> None:
+    results = []
+    for value in (0.5, np.array(0.5)):
+        param = Parameter(torch.ones(3))
+        optimizer = fused_optim.LARC(torch.optim.AdamW([param], value, weight_decay=value), variant=variant)
+        train(optimizer, [param], 3)
+        results.append(param)
+    assert_same_bits(*results)

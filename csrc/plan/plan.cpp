@@ -45,6 +45,15 @@ bool is_constant(PyObject* value) {
   return true;
 }
 
+// An element of a pair such as betas. PySequence_GetItem would not take a Tensor.
+PyObject* item_of(PyObject* value, int index) {
+  PyObject* key = PyLong_FromLong(index);
+  if (key == nullptr) return nullptr;
+  PyObject* item = PyObject_GetItem(value, key);
+  Py_DECREF(key);
+  return item;
+}
+
 // Lets other Python threads run while it lives, and marks the plan as busy for them.
 class Unlocked {
  public:
@@ -411,7 +420,7 @@ bool Plan::parse_group(PyObject* group, size_t index, bool* stale) {
       Py_DECREF(item);
       const auto of_key = [&](const auto& other) { return other.key == key; };
       const auto length = std::count_if(rule.hyper.begin(), rule.hyper.end(), of_key);
-      item = PySequence_Size(value) == length ? PySequence_GetItem(value, field.index) : nullptr;
+      item = PySequence_Size(value) == length ? item_of(value, field.index) : nullptr;
     }
     TensorView view;
     bool good = item != nullptr;

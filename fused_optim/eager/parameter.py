@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..arithmetic import Number, where
-from ..hyperparameters import is_sequence
+from ..hyperparameters import is_sequence, plain_number
 from ..state import masters
 from ..tensors import is_plain
 from ..trust_ratio import IN_NORM, OUTSIDE, SKIP, TrustRatio
@@ -107,7 +107,7 @@ def _scalar(value: Any, device: torch.device, keep: bool) -> Any:
     if is_sequence(value):
         return tuple(_scalar(item, device, keep) for item in value)
     if not isinstance(value, Tensor):
-        return value
+        return plain_number(value)  # numpy's would take part in torch's operations as an array
     if keep or value.device.type != "cpu":
         return value.reshape(()).to(device=device, dtype=torch.float64)
     return value.item()

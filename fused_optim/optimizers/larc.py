@@ -14,6 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from ..arithmetic import Number, where
 from ..backends import logger
 from ..eager.parameter import squares_dtype
+from ..hyperparameters import plain_number
 from ..norms import Norms
 from ..optimizer import FusedOptimizer
 from ..options.scales import Exclude, ScaleColumn, excluded
@@ -300,7 +301,7 @@ class LARC(torch.optim.Optimizer):
 
 def number(value: float | Tensor) -> Number:
     """A hyperparameter, if a Tensor then one without dimensions: one of shape [1] would give its own to a gradient."""
-    return value.reshape(()) if isinstance(value, Tensor) else value
+    return value.reshape(()) if isinstance(value, Tensor) else plain_number(value)
 
 
 def resolve(variant: str | None, mode: str, given: dict[str, Any]) -> TrustRatio:

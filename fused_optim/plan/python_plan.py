@@ -15,10 +15,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..hyperparameters import is_sequence
+from ..hyperparameters import is_number, is_sequence
 from ..options.clip import ClipOptions
-from ..state.states import is_number
-from ..tensors import is_plain, is_sharded, local, same_placement
+from ..tensors import is_plain, is_same_order, is_sharded, local, same_placement
 from .plan import NORMS, DeviceScalars, Exchange, Row, describe_tensor
 
 TensorGuards: Any
@@ -206,7 +205,8 @@ class GroupReader:
         if value is None and field.optional:
             return 0.0, 0, 0
         item = value
-        if field.index >= 0 and is_sequence(value) and field.index < len(value):
+        length = sum(other.key == field.key for other in self._rule.hyper)
+        if field.index >= 0 and is_sequence(value) and len(value) == length:
             item = value[field.index]
         elif field.index >= 0:
             item = None

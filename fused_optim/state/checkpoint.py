@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from ..backends import logger
+from ..hyperparameters import is_number, plain_number
 from . import masters
 from .states import (
-    is_number,
     kept_dtype,
     like_param,
     name_of,
@@ -68,8 +68,11 @@ def compare_scales(optimizer: FusedOptimizer, state_dict: dict[str, Any]) -> Non
         )
 
 
-def admit(optimizer: Any, state_dict: dict[str, Any]) -> None:
+def admit(optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
     """A ``load_state_dict`` pre-hook: refuse what cannot be loaded, before anything has changed.
+
+    Returns:
+        What torch then goes through: it would go through an array of numpy's, too, which one without dimension forbids.
 
     Raises:
         ValueError: the text names what is missing or wrong.
@@ -77,6 +80,11 @@ def admit(optimizer: Any, state_dict: dict[str, Any]) -> None:
     for key in ("state", "param_groups"):
         if key not in state_dict:
             raise ValueError(f"the state dict has no {key!r}: it is not an optimizer's, or it is truncated")
+    states = {
+        key: {name: plain_number(value) for name, value in state.items()} if isinstance(state, Mapping) else state
+        for key, state in state_dict["state"].items()
+    }
+    state_dict = {**state_dict, "state": states}
     groups = optimizer.param_groups
     saved_groups = state_dict["param_groups"]
     for index, (group, saved) in enumerate(zip(groups, saved_groups)):
@@ -118,6 +126,7 @@ def admit(optimizer: Any, state_dict: dict[str, Any]) -> None:
                         f"the state dict, found {value!r}; the state has {sorted(state)}"
                     )
     optimizer._loading = state_dict
+    return state_dict
 
 
 def restore(optimizer: FusedOptimizer, state_dict: dict[str, Any]) -> None:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from ..eager import sparse
-from ..hyperparameters import is_sequence
+from ..hyperparameters import is_number, is_sequence
 from ..plan.plan import Row
 from ..tensors import is_plain, is_sharded, local, same_placement
 from . import masters
@@ -30,13 +29,6 @@ def name_of(group: dict[str, Any], index: int, position: int) -> str:
     place = f"param_groups[{index}]['params'][{position}]"
     name = own_name(group, position)
     return place if name is None else f"{name!r} ({place})"
-
-
-def is_number(value: Any) -> bool:
-    """Whether a step count or a hyperparameter is a number or a one-element real Tensor."""
-    if isinstance(value, Tensor):
-        return value.numel() == 1 and not value.is_complex()
-    return isinstance(value, Real)
 
 
 def check_hyperparameters(group: dict[str, Any], index: int, optimizer: FusedOptimizer) -> None:
