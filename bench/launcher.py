@@ -57,12 +57,12 @@ def _change_grads(optimizer: FusedOptimizer) -> None:
 
 
 def _refresh(optimizer: FusedOptimizer) -> Callable[[], None]:
-    plan = optimizer._plan
+    plan = optimizer.plan
     assert plan is not None
 
     def refresh() -> None:
         with torch._C.DisableTorchFunction():
-            plan.refresh(optimizer.param_groups, optimizer.state)
+            plan.native.refresh(optimizer.param_groups, optimizer.state)
 
     return refresh
 
@@ -91,7 +91,7 @@ def _launches(rounds: int) -> dict[str, Any]:
     from fused_optim.kernels import apply
 
     optimizer = _optimizer(150, 1, "triton")
-    ((_, _, phases),) = optimizer._plan._launched  # type: ignore[union-attr]
+    ((_, _, phases),) = optimizer.plan.native._launched  # type: ignore[union-attr]
     layout, table = phases._layout, phases._live
     (bucket,) = layout.buckets
     number = torch.ones(ELEMENTS)

@@ -17,7 +17,7 @@ from torch.profiler import ProfilerActivity, record_function
 from torch.profiler import profile as profiled
 
 from fused_optim import FusedOptimizer, backends
-from fused_optim.eager.steps import WitnessSteps
+from fused_optim.eager.steps import EagerSteps
 
 from .contenders import contenders_for, ours
 from .footprint import bytes_of_step, optimizer_of, state_bytes
@@ -58,23 +58,23 @@ class NamedPhases:
 @contextmanager
 def named_phases(optimizer: Any) -> Iterator[None]:
     """Within, the phases of one of our optimizers are ranges of torch.profiler; any other is left alone."""
-    if not isinstance(optimizer, FusedOptimizer) or optimizer._plan is None:
+    if not isinstance(optimizer, FusedOptimizer) or optimizer.plan is None:
         yield
         return
-    plan, advance = optimizer._plan, WitnessSteps._advance
-    optimizer._plan = NamedPhases(plan)  # type: ignore[assignment]
+    plan, advance = optimizer.plan, EagerSteps._advance
+    native = plan.native
+    plan.native = NamedPhases(native)  # type: ignore[assignment]
 
     def named_advance(*arguments: Any) -> Any:
         with record_function("fused_optim: witness (torch operations)"):
             return advance(*arguments)
 
-    WitnessSteps._advance = named_advance  # type: ignore[method-assign]
+    EagerSteps._advance = named_advance  # type: ignore[method-assign]
     try:
         yield
     finally:
-        WitnessSteps._advance = advance  # type: ignore[method-assign]
-        if isinstance(optimizer._plan, NamedPhases):
-            optimizer._plan = plan
+        EagerSteps._advance = advance  # type: ignore[method-assign]
+        plan.native = native
 
 
 @dataclass(frozen=True)

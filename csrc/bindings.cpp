@@ -187,6 +187,7 @@ PYBIND11_MODULE(_C, module) {
           },
           py::arg("device"), py::arg("words"))
       .def("captured", &Plan::captured)
+      .def("release", &Plan::release)
       .def("norms", [](const Plan& plan) { return owned(plan.norms()); })
       .def("touched", [](Plan& plan) { return owned(plan.touched()); });
   module.def("build_info", &build_info);

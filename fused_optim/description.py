@@ -10,10 +10,13 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from . import backends
 from .hyperparameters import is_number
 from .optimizer import FusedOptimizer
-from .plan.plan import why_not_native
+from .options.options import Options
+from .parameters import parameters
+from .plan.plan import Row
+from .plan.planner import row_of
+from .rule import Rule
 from .state import masters, states
 from .tensors import local
 
@@ -77,46 +80,44 @@ def describe(optimizer: Any, *, file: TextIO | None = None) -> None:
 
 
 def _lines(optimizer: Any) -> Iterator[tuple[str, ...]]:
-    for index, group in enumerate(optimizer.param_groups):
-        for position, param in enumerate(group["params"]):
-            name, place = states.own_name(group, position), states.name_of(group, index, position)
-            lr_scale = weight_decay_scale = 1.0
-            backend = "-"
-            tensors = getattr(optimizer, "state", {}).get(param) or {}
-            found = {key: value for key, value in tensors.items() if isinstance(value, Tensor)}
-            state = [(key, value.dtype, local(value).numel()) for key, value in found.items()]
-            if isinstance(optimizer, FusedOptimizer):
-                group = {**optimizer.defaults, **group}
-                lr_scale, weight_decay_scale, *_ = (column.of(name, place, param) for column in optimizer._scales)
-                if optimizer.exempt(group, param):
-                    weight_decay_scale = 0.0
-                backend, _ = backends.choose(param.device, optimizer._forced_backend)
-                backend = backend if why_not_native(param, group, backend) is None else "eager"
-                state += [entry for entry in _first_state(optimizer, group, param, place) if entry[0] not in found]
-            yield (
-                place if name is None else name,
-                "not known" if is_lazy(param) else str(tuple(param.shape)),
-                _word(param.dtype),
-                _product(group.get("lr"), lr_scale),
-                _product(group.get("weight_decay"), weight_decay_scale),
-                _state_cell(state),
-                f"{sum(dtype.itemsize * numel for _, dtype, numel in state):,}",
-                backend,
-            )
+    defaults = optimizer.defaults if isinstance(optimizer, FusedOptimizer) else {}
+    for place in parameters([{**defaults, **group} for group in optimizer.param_groups]):
+        group, param = place.group, place.param
+        lr_scale = weight_decay_scale = 1.0
+        backend = "-"
+        tensors = getattr(optimizer, "state", {}).get(param) or {}
+        found = {key: value for key, value in tensors.items() if isinstance(value, Tensor)}
+        state = [(key, value.dtype, local(value).numel()) for key, value in found.items()]
+        if isinstance(optimizer, FusedOptimizer):
+            row, _ = row_of(place, optimizer, optimizer.options)
+            lr_scale, weight_decay_scale = row.lr_scale, row.weight_decay_scale
+            backend = row.backend if row.native else "eager"
+            first = _first_state(optimizer, optimizer.options, group, row)
+            state += [entry for entry in first if entry[0] not in found]
+        yield (
+            place.name if place.own_name is None else place.own_name,
+            "not known" if is_lazy(param) else str(tuple(param.shape)),
+            _word(param.dtype),
+            _product(group.get("lr"), lr_scale),
+            _product(group.get("weight_decay"), weight_decay_scale),
+            _state_cell(state),
+            f"{sum(dtype.itemsize * numel for _, dtype, numel in state):,}",
+            backend,
+        )
 
 
 def _first_state(
-    optimizer: FusedOptimizer, group: dict[str, Any], param: Tensor, place: str
+    rule: Rule, options: Options, group: dict[str, Any], row: Row
 ) -> Iterator[tuple[str, torch.dtype, int]]:
     """The states that a first step makes: name, dtype, elements."""
+    param = row.param
     numel = 0 if is_lazy(param) else local(param).numel()
-    for key in optimizer.state_names(group):
-        yield key, states.state_dtype_of(param, optimizer._state_dtype), numel
-    for key in optimizer.tensor_state_names(group):
+    for key in rule.state_names(group):
+        yield key, states.state_dtype_of(param, options.state_dtype), numel
+    for key in rule.tensor_state_names(group):
         yield key, states.number_dtype(key, param), 1
-    master = masters.key_for(param, optimizer._master_weights, place)
-    if master is not None:
-        yield master, torch.float32 if master == "master_param" else torch.int16, numel
+    if row.master is not None:
+        yield row.master, masters.DTYPES[row.master], numel
 
 
 def _state_cell(state: Iterable[tuple[str, torch.dtype, int]]) -> str:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .eager.parameter import MeasuredNorms
-from .plan.plan import Plan, Row
+from .plan.built_plan import BuiltPlan
 
 
 class Norms(NamedTuple):
@@ -26,27 +27,38 @@ class Norms(NamedTuple):
     trust_ratio: Tensor
 
 
-def collect_norms(
-    rows: Sequence[Row],
-    plan: Plan | None,
-    witnessed: Mapping[int, MeasuredNorms],
-    measured: Mapping[torch.device, Tensor],
-) -> Norms | None:
-    """The norms of all rows that the last step measured, in their order; None if there are none."""
-    found: dict[int, Tensor] = {}
-    for index, norms in witnessed.items():
-        device = rows[index].param.device
-        found[index] = torch.stack([torch.as_tensor(norm, dtype=torch.float32, device=device) for norm in norms])
-    for index, *numbers in plan.norms() if plan is not None else ():
-        device = rows[index].param.device
-        if device in measured:
-            place = sum(row.native and row.param.device == device for row in rows[:index])
-            found[index] = measured[device][place]
-        else:
-            found[index] = torch.tensor(numbers, dtype=torch.float32)
-    if not found:
-        return None
-    first = found[min(found)].device
-    table = torch.stack([found[index].to(first) for index in sorted(found)])
-    names = tuple(rows[index].own_name or rows[index].name for index in sorted(found))
-    return Norms(names, *table.unbind(1))
+class LastStep:
+    """What is known of the last step; read when the user asks.
+
+    Args:
+        plan: whose rows it stepped.
+        eager: norms of the rows that the eager path stepped, by index.
+        grad_norm: the global norm of the gradients; a tensor where a device has measured it; None: nobody asked.
+    """
+
+    def __init__(self, plan: BuiltPlan, eager: Mapping[int, MeasuredNorms], grad_norm: float | Tensor | None) -> None:
+        self._plan, self._eager, self._grad_norm = plan, eager, grad_norm
+
+    def grad_norm(self) -> Tensor | None:
+        """The global norm of the gradients as a tensor of its own: the next step writes the device's again."""
+        if isinstance(self._grad_norm, Tensor):
+            return self._grad_norm.clone()
+        return None if self._grad_norm is None else torch.tensor(self._grad_norm, dtype=torch.float32)
+
+    def norms(self) -> Norms | None:
+        """The norms of all rows that the step measured, in their order; None if there are none."""
+        rows, found = self._plan.rows, dict(self._plan.measured())
+        for index, norms in self._eager.items():
+            device = rows[index].param.device
+            found[index] = torch.stack([torch.as_tensor(norm, dtype=torch.float32, device=device) for norm in norms])
+        if not found:
+            return None
+        first = found[min(found)].device
+        table = torch.stack([found[index].to(first) for index in sorted(found)])
+        names = tuple(rows[index].own_name or rows[index].name for index in sorted(found))
+        return Norms(names, *table.unbind(1))
+
+
+def global_norm(squares: list[float]) -> float:
+    """The root of a sum that is rounded once."""
+    return math.sqrt(math.fsum(squares) if all(map(math.isfinite, squares)) else sum(squares))

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from .plan.plan import GRAD_MAX, GRAD_SQ, Row
+from .plan.plan import GRAD_MAX, GRAD_SQ, NORMS, Row
 from .tensors import is_sharded, like, same_placement
 
 
@@ -32,7 +32,7 @@ def check_placement(param: Tensor, place: str) -> None:
             )
 
 
-def settle_grad(param: Tensor) -> str | None:
+def redistribute_grad(param: Tensor) -> str | None:
     """Bring the gradient of a DTensor to where its parameter is; None if it is there, else how it lay.
 
     ``param.grad`` is replaced by its equal: a Partial gradient by its sum, as torch's operations would at each use.
@@ -61,7 +61,7 @@ class MeshRows(NamedTuple):
 class Shards:
     """The rows of one table of norms whose parameters are DTensors, by mesh.
 
-    Every process of a mesh must have the same rows in the same order; `agree` compares them.
+    Every process of a mesh must have the same rows in the same order; `check_same_rows` compares them.
 
     Args:
         rows: all rows of the plan.
@@ -130,7 +130,40 @@ class Shards:
         return sum_of_squares
 
 
-def agree(rows: Sequence[Row], rules: Sequence[str], agreed: str) -> str:
+class Exchange:
+    """Adds up the norms of one step over the processes; `Step.exchange` of the plan.
+
+    Args:
+        shards: of each CUDA device and, at None, of the host.
+        eager: the rows that the eager path steps take part: ``exchange(table, shards)`` puts theirs in.
+        buffers: of each CUDA device.
+        wants_total: the host asks for a device's sum of squares, and waits for it.
+    """
+
+    def __init__(
+        self,
+        shards: Mapping[torch.device | None, Shards],
+        eager: Any,
+        buffers: Sequence[Any],
+        *,
+        wants_total: bool,
+    ) -> None:
+        self._shards, self._eager, self._buffers, self._wants_total = shards, eager, buffers, wants_total
+
+    def __call__(self, norms: Any) -> float:
+        """Of the norms on the host, a buffer; or of those on a CUDA device, by its index."""
+        if not isinstance(norms, int):
+            if None not in self._shards:
+                return 0.0
+            table = torch.frombuffer(norms, dtype=torch.float64).view(-1, NORMS)
+            return self._eager.exchange(table, self._shards[None])
+        buffers = next(buffers for buffers in self._buffers if (buffers.device.index or 0) == norms)
+        self._eager.exchange(buffers.exchanged, self._shards[buffers.device])
+        clipped = [row.clipped for row in buffers.rows.values()]
+        return float(buffers.exchanged[clipped, GRAD_SQ].sum()) if self._wants_total else 0.0
+
+
+def check_same_rows(rows: Sequence[Row], rules: Sequence[str], agreed: str) -> str:
     """Compare the sharded rows of all processes of each mesh, unless they are those that were ``agreed``: a collective.
 
     Returns:
@@ -188,7 +221,7 @@ def _signature(row: Row, rules: Sequence[str]) -> str:
     return (
         f"{row.name} of shape {tuple(param.shape)}, {param.dtype}, {param.placements}, rule {rules[row.group]}, "
         f"lr_scale {row.lr_scale!r}, weight_decay_scale {row.weight_decay_scale!r}, clipped {row.clipped}, "
-        f"trusted {row.trusted}"
+        f"has_trust_ratio {row.has_trust_ratio}"
     )
 
 

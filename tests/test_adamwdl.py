@@ -202,7 +202,7 @@ def test_group_that_is_none_is_torchs_to_refuse() -> None:
 def test_later_group_is_asked_for_its_ratios() -> None:
     optimizer = AdamWDL(named()[:1], 1e-2, **DEEP)
     optimizer.add_param_group({"params": named()[1:]})
-    ratios = [row.lr_scale for row in (trained(optimizer), optimizer._rows)[1]]
+    ratios = [row.lr_scale for row in (trained(optimizer), optimizer.plan.rows)[1]]
     assert ratios == list(RATIOS)
 
 
@@ -376,8 +376,8 @@ def test_ratios_are_numbers_of_a_plan(all_native: None) -> None:
     optimizer = AdamWDL(parameters, apply_decay_param_fun=lambda name: "norm" not in name, **DEEP)
     trained(optimizer)
     assert len(optimizer.param_groups) == 1
-    assert [row.lr_scale for row in optimizer._rows] == list(RATIOS)
-    assert [row.weight_decay_scale for row in optimizer._rows] == [float("norm" not in name) for name in NAMES]
+    assert [row.lr_scale for row in optimizer.plan.rows] == list(RATIOS)
+    assert [row.weight_decay_scale for row in optimizer.plan.rows] == [float("norm" not in name) for name in NAMES]
 
 
 def test_first_step_is_where_the_ratio_says() -> None:

@@ -7,7 +7,7 @@ import json
 import math
 import sys
 import types
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from importlib.machinery import ModuleSpec
 from typing import Any
 
@@ -20,6 +20,8 @@ from torch.nn import Parameter
 
 import fused_optim
 from fused_optim import fan_in_lr_scale, layer_decay
+from fused_optim import optimizer as optimizer_module
+from fused_optim.plan.planner import build_plan
 
 TIMM = np.load(GOLDEN / "timm_layer_decay.npz")
 
@@ -192,13 +194,13 @@ def test_groups_of_layers_are_one_launch(key: str, all_native: None, monkeypatch
         optimizer = optimizer_class(groups, lr=1e-2)
         calls = []
         if isinstance(optimizer, fused_optim.AdamW):
-            build = optimizer._build_plan
 
-            def counting(build: Callable[[], None] = build, optimizer: Any = optimizer, calls: Any = calls) -> None:
-                build()
-                calls.append(len(optimizer._rows))
+            def counting(*arguments: Any, calls: Any = calls) -> Any:
+                plan = build_plan(*arguments)
+                calls.append(len(plan.rows))
+                return plan
 
-            monkeypatch.setattr(optimizer, "_build_plan", counting)
+            monkeypatch.setattr(optimizer_module, "build_plan", counting)
         generator = torch.Generator().manual_seed(6)
         for step in range(3):
             if key == "lr_scale":  # what timm's schedulers do
@@ -366,7 +368,7 @@ def test_factors_serve_an_optimizer_without_names() -> None:
     for param in model.parameters():
         param.grad = torch.ones(1)
     optimizer.step()
-    assert [row.lr_scale for row in optimizer._rows] == [0.5 ** (3 - layer) for layer in NAMES["Llama"].values()]
+    assert [row.lr_scale for row in optimizer.plan.rows] == [0.5 ** (3 - layer) for layer in NAMES["Llama"].values()]
 
 
 NONE = ["encoder.block.0.weight", "decoder.block.0.weight", "shared.weight"]

@@ -265,7 +265,7 @@ def test_a_model_with_an_embedding_and_a_checkpoint_midway(backend: str) -> None
     run(other, resumed, range(3, 6))
     for one, two in zip(model.parameters(), other.parameters()):
         assert_same_bits(one, two)
-    assert copy.deepcopy(optimizer)._lazy_mode
+    assert copy.deepcopy(optimizer).options.lazy_mode
 
 
 def refused(match: str, param: Parameter, optimizer: Any) -> None:

@@ -77,7 +77,7 @@ def pair_of(rule: str, shapes: Any, dtype: torch.dtype, **options: Any) -> tuple
 
 
 def phases_of(optimizer: Any) -> Any:
-    ((_, _, phases),) = inner(optimizer)._plan._launched
+    ((_, _, phases),) = inner(optimizer).plan.native._launched
     return phases
 
 
@@ -120,7 +120,7 @@ def test_the_plan_in_python_gives_the_same_bits(
             monkeypatch.setattr(extension, "_C", None)
         optimizers.append(case.make(new_params(dtype, RAGGED), "all", backend="triton"))
         train(optimizers[-1], params_of(optimizers[-1]), 2)
-        assert isinstance(optimizers[-1]._plan._reader, python_plan.PythonPlan) != compiled
+        assert isinstance(optimizers[-1].plan.native._reader, python_plan.PythonPlan) != compiled
     assert_same_results(*optimizers)
 
 
@@ -655,7 +655,7 @@ def stepped(monkeypatch: pytest.MonkeyPatch, **options: Any) -> Any:
 def test_addresses_alone_change_on_the_fast_path(monkeypatch: pytest.MonkeyPatch) -> None:
     optimizer = stepped(monkeypatch)
     reads: list[Any] = []
-    plan = optimizer._plan._reader
+    plan = optimizer.plan.native._reader
     monkeypatch.setattr(plan, "_read_rows", lambda state: reads.append(state) or [])
     for _ in range(3):
         set_grads(params_of(optimizer), 5)
@@ -764,12 +764,12 @@ def test_a_group_may_hold_more_than_hyperparameters(monkeypatch: pytest.MonkeyPa
 
 def test_a_parameter_of_another_layout_calls_for_a_new_plan(monkeypatch: pytest.MonkeyPatch) -> None:
     optimizer = stepped(monkeypatch)
-    plan = optimizer._plan
+    plan = optimizer.plan
     param = params_of(optimizer)[1]
     param.data = torch.ones(4, 3).t()
     param.grad = torch.ones(4, 3).t()
     optimizer.step()
-    assert optimizer._plan is not plan
+    assert optimizer.plan is not plan
     assert bool((param != 1).all())
 
 

@@ -109,7 +109,7 @@ def compile_rules() -> None:
         optimizer = make([Parameter(torch.ones(n)) for n in SHAPES], backend="triton")
         step(optimizer)
         # What only a caller that waits launches.
-        ((_, _, phases),) = inner(optimizer)._plan._launched
+        ((_, _, phases),) = inner(optimizer).plan.native._launched
         phases.reduce(phases_step())
 
 

@@ -822,7 +822,6 @@ bool Plan::run(const StepOptions& options, int threads, std::optional<double> gl
                global_norm.value_or(0), on_host);
     }
   }
-  release();
   return good;
 }
 

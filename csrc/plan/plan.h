@@ -88,6 +88,9 @@ class Plan {
   // its rows; here they are 0, and without such an address the row is not listed.
   PyObject* norms() const;
 
+  // Lets go of the gradients that refresh() holds; the plan itself stays.
+  void release();
+
   // The parameters that the last run() wrote, in a list that stays the plan's.
   PyObject* touched();
 
@@ -123,7 +126,6 @@ class Plan {
     bool constant = false;        // no value can change while its object stays
   };
 
-  void release();  // lets go of the gradients that refresh() holds
   bool row_from_tuple(PyObject* tuple);
   PyObject* grad_of(const HostRow& host) const;
   enum class Read { ok, stale, error };

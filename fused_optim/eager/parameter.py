@@ -9,34 +9,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..arithmetic import Number, where
 from ..hyperparameters import is_sequence, plain_number
+from ..rule import Rule, TensorContext
 from ..state import masters
 from ..tensors import is_plain
 from ..trust_ratio import IN_NORM, OUTSIDE, SKIP, TrustRatio
-
-
-@dataclass
-class TensorContext:
-    """What `prepare` knows of one tensor, and what it may say to the mechanism."""
-
-    state: dict[str, Number]  # the per-tensor states; prepare advances them
-    lr_scale: float
-    weight_decay_scale: float
-    trusted: bool = True  # not excluded from trust ratios
-    grad_norm: Number = 0.0  # of the gradient, clipped and times the trust ratio, where the rule asks for it
-    grad_max: Number = 0.0  # its largest magnitude, likewise
-    param_norm: Number = 0.0  # likewise; of the master, where there is one
-    direction_norm: Number = 0.0  # for scale_direction
-    grad_scale: Number = 1.0  # out: what `update` sees is this times the gradient,
-    coupled_weight_decay: Number = 0.0  # out: plus this times the parameter
-    trust_ratio: Number = 1.0  # out: for the log
 
 
 class MeasuredNorms(NamedTuple):
@@ -69,27 +52,6 @@ class TensorNorms(NamedTuple):
 # Yields the norms of what it was given and takes those of the whole, and the clip's coefficient: before its `prepare`
 # and, where the rule has a direction, before its last pass.
 EagerStep = Generator[TensorNorms, tuple[TensorNorms, float], MeasuredNorms | None]
-
-
-class Rule(Protocol):
-    """The mathematics of one optimizer; the twin of a struct in ``csrc/rules``."""
-
-    @property
-    def has_direction(self) -> bool: ...
-
-    def prepare(self, group: dict[str, Any], tensor: TensorContext) -> Any: ...
-
-    def update(self, param: Tensor, grad: Tensor, states: dict[str, Tensor], s: Any) -> Tensor: ...
-
-    def accumulate(self, grad: Tensor, states: dict[str, Tensor], s: Any) -> None: ...
-
-    def direction(self, param: Tensor, states: dict[str, Tensor], s: Any) -> Tensor: ...
-
-    def scale_direction(self, group: dict[str, Any], tensor: TensorContext) -> Number: ...
-
-    def norms(self, group: dict[str, Any]) -> frozenset[str]: ...
-
-    def trust_ratio(self, group: dict[str, Any]) -> TrustRatio | None: ...
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -168,7 +130,7 @@ def step_eager(
     *,
     lr_scale: float,
     weight_decay_scale: float,
-    trusted: bool,
+    has_trust_ratio: bool,
     grad_scale: Number,
     clips: bool,
     bounds: tuple[float, float] | None,
@@ -213,13 +175,13 @@ def step_eager(
         state={name: state[name].to(torch.float64) if keep else state[name].item() for name in number_names},
         lr_scale=lr_scale,
         weight_decay_scale=weight_decay_scale,
-        trusted=trusted,
+        has_trust_ratio=has_trust_ratio,
         grad_norm=coefficient * norms.grad_norm,
         grad_max=coefficient * norms.grad_max,
         param_norm=norms.param_norm,
     )
     grad_norm = tensor.grad_norm if trust is not None or clips or "grad_norm" in asked else math.nan
-    if trust is not None and trusted:
+    if trust is not None and has_trust_ratio:
         apply_trust_ratio(trust, group, tensor, tensor.grad_norm, norms.decayed_norm)
     s = rule.prepare(group, tensor)
     for name, value in tensor.state.items():

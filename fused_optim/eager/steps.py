@@ -2,47 +2,62 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..options.clip import GLOBAL_NORM, NO_CLIP, NORM, VALUE
+from ..options.clip import GLOBAL_NORM, NORM, VALUE, ClipOptions
 from ..plan.plan import NORMS, Row
+from ..rule import Rule
 from ..shards import Shards
 from ..tensors import is_sharded, local
 from .parameter import EagerStep, MeasuredNorms, TensorNorms, step_eager
 from .sparse import listed_rows
 
-if TYPE_CHECKING:
-    from ..optimizer import FusedOptimizer
 
+class EagerSteps:
+    """Steps of single rows by torch operations; each waits in a phase for the norms of the whole tensor.
 
-class WitnessSteps:
-    """Steps of single rows by torch operations; each waits in a phase for the norms of the whole."""
+    Args:
+        rule: the mathematics.
+        rows: by their indices in the plan.
+        groups: theirs, by index, with the optimizer's defaults in them.
+        states: the optimizer's.
+        clip: how gradients are clipped.
+        grad_scale: what gradients are multiplied by.
+    """
 
-    def __init__(self, optimizer: FusedOptimizer, indices: Sequence[int], grad_scale: float) -> None:
+    def __init__(
+        self,
+        rule: Rule,
+        rows: Mapping[int, Row],
+        groups: Mapping[int, dict[str, Any]],
+        states: Mapping[Tensor, dict[str, Any]],
+        clip: ClipOptions,
+        grad_scale: float,
+    ) -> None:
         self.measured: dict[int, MeasuredNorms] = {}  # of the rows that are done
-        self._optimizer = optimizer
+        self._rule, self._rows, self._groups, self._states, self._clip = rule, rows, groups, states, clip
+        self._coalesced: dict[Tensor, Tensor] = {}  # sparse gradients, by parameter
         self._steps: dict[int, EagerStep] = {}
         self._norms: dict[int, TensorNorms] = {}
-        self._clip = NO_CLIP if optimizer._grad_clip is None else optimizer._grad_clip.options
-        for index in indices:
-            self._steps[index] = self._begin(optimizer._rows[index], grad_scale)
+        for index, row in rows.items():
+            grad = row.param.grad
+            if grad is not None and grad.is_sparse:
+                self._coalesced[row.param] = grad.detach().coalesce()
+            self._steps[index] = self._begin(row, grad_scale)
             self._advance(index, None)
 
     def squares(self) -> list[float]:
         """Of the gradients that take part in clipping, scaled."""
-        rows = self._optimizer._rows
-        return [norms.sums()[0] for index, norms in self._norms.items() if rows[index].clipped]
+        return [norms.sums()[0] for index, norms in self._norms.items() if self._rows[index].clipped]
 
     def non_finite(self) -> bool:
         """Whether some gradient has an element that is infinite or NaN."""
-        return any(
-            not torch.isfinite(local(self._grad_of(self._optimizer._rows[index]))).all() for index in self._steps
-        )
+        return any(not torch.isfinite(local(self._grad_of(self._rows[index]))).all() for index in self._steps)
 
     def exchange(self, table: Tensor, shards: Shards) -> float:
         """Put the norms of the rows among ``shards`` into the table that is added up, and take them from it."""
@@ -58,11 +73,10 @@ class WitnessSteps:
         """Take every row to its end; one among ``shards`` to where it needs the norm of its direction."""
         for index in list(self._steps):
             coefficient = 1.0
-            if self._optimizer._rows[index].clipped and self._clip.kind in (GLOBAL_NORM, NORM):
+            if self._rows[index].clipped and self._clip.kind in (GLOBAL_NORM, NORM):
                 norm = global_norm if self._clip.kind == GLOBAL_NORM else float(self._norms[index].grad_norm)
                 coefficient = self._clip.coefficient(norm)
             self._advance(index, (self._norms[index], coefficient))
-
             if index in self._steps and not any(index in table.positions for table in shards):
                 self._advance(index, (self._norms[index], 1.0))
 
@@ -72,9 +86,8 @@ class WitnessSteps:
             self._advance(index, (self._norms[index], 1.0))
 
     def _advance(self, index: int, sent: tuple[TensorNorms, float] | None) -> None:
-        group = self._optimizer.param_groups[self._optimizer._rows[index].group]
         try:
-            with torch.set_grad_enabled(bool(group.get("differentiable", False))):
+            with torch.set_grad_enabled(bool(self._groups[self._rows[index].group]["differentiable"])):
                 step = self._steps[index]
                 self._norms[index] = next(step) if sent is None else step.send(sent)
         except StopIteration as done:
@@ -83,19 +96,18 @@ class WitnessSteps:
             del self._steps[index], self._norms[index]
 
     def _begin(self, row: Row, grad_scale: float) -> EagerStep:
-        optimizer = self._optimizer
-        group = {**optimizer.defaults, **optimizer.param_groups[row.group]}
-        names = optimizer.state_names(group)
+        group = self._groups[row.group]
+        names = self._rule.state_names(group)
         with self._tensors(row, names if row.master is None else (*names, row.master)) as (param, grad, state):
             measured = yield from step_eager(
-                optimizer,
+                self._rule,
                 group,
                 param,
                 grad,
                 state,
                 names,
-                optimizer.tensor_state_names(group),
-                trusted=row.trusted,
+                self._rule.tensor_state_names(group),
+                has_trust_ratio=row.has_trust_ratio,
                 lr_scale=row.lr_scale,
                 weight_decay_scale=row.weight_decay_scale,
                 grad_scale=grad_scale,
@@ -108,13 +120,12 @@ class WitnessSteps:
     @contextmanager
     def _tensors(self, row: Row, columns: tuple[str, ...]) -> Iterator[tuple[Tensor, Tensor, dict[str, Tensor]]]:
         """What the step reads and writes: of a DTensor this process's part, of a sparse gradient the listed rows."""
-        optimizer = self._optimizer
-        param, grad, state = row.param, self._grad_of(row), optimizer.state[row.param]
-        coalesced = optimizer._coalesced.get(param)
+        param, grad, state = row.param, self._grad_of(row), self._states[row.param]
+        coalesced = self._coalesced.get(param)
         if coalesced is not None:
             with listed_rows(param, coalesced, state, columns) as (listed, its_state):
                 yield listed, grad, its_state
-        elif is_sharded(param) and not optimizer.param_groups[row.group].get("differentiable", False):
+        elif is_sharded(param) and not self._groups[row.group]["differentiable"]:
             parts = {name: local(value) if isinstance(value, Tensor) else value for name, value in state.items()}
             yield local(param).detach(), local(grad), parts
             torch._C._increment_version([param])  # what was written is the part
@@ -123,7 +134,7 @@ class WitnessSteps:
 
     def _grad_of(self, row: Row) -> Tensor:
         """Its gradient; of a sparse one the rows that it lists."""
-        coalesced = self._optimizer._coalesced.get(row.param)
+        coalesced = self._coalesced.get(row.param)
         grad = row.param.grad if coalesced is None else coalesced._values()
         assert grad is not None
         return grad

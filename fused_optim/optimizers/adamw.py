@@ -11,10 +11,10 @@ from torch.optim import Adam as TorchAdam  # at import: a user may put ours into
 from torch.optim.optimizer import ParamsT
 
 from ..arithmetic import one_minus_power, square_root
-from ..eager.parameter import TensorContext
 from ..optimizer import FusedOptimizer
 from ..options.clip import GradClip
 from ..options.scales import Scale
+from ..rule import TensorContext
 
 # Which learning rate decoupled weight decay takes; csrc/rules/adamw.h has the same.
 DECAY_SCALINGS = ("scaled", "base", "double")
@@ -170,7 +170,6 @@ class Adam(FusedOptimizer):
         master_weights: str | None = None,
         state_dtype: torch.dtype | None = None,
     ) -> None:
-        self._lazy_mode = lazy_mode
         torch_optimizer = TorchAdam(
             [torch.zeros(0)],
             lr,
@@ -194,6 +193,7 @@ class Adam(FusedOptimizer):
             grad_clip=grad_clip,
             master_weights=master_weights,
             state_dtype=state_dtype,
+            lazy_mode=lazy_mode,
         )
 
     def rule(self, group: dict[str, Any]) -> str:

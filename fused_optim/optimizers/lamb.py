@@ -10,11 +10,11 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from ..arithmetic import Number, divide, one_minus_power, square_root, where
-from ..eager.parameter import TensorContext
 from ..hyperparameters import check_arguments
 from ..optimizer import FusedOptimizer
 from ..options.clip import ClipGradByGlobalNorm, GradClip
 from ..options.scales import Exclude, Scale
+from ..rule import TensorContext
 
 VARIANTS = ("timm", "apex", "paper")
 
@@ -55,7 +55,7 @@ def direction(param: Tensor, states: dict[str, Tensor], s: SimpleNamespace) -> T
 
 def scale_direction(group: dict[str, Any], tensor: TensorContext) -> Number:
     """Per tensor: the step's length."""
-    adapts: Any = tensor.trusted
+    adapts: Any = tensor.has_trust_ratio
     if adapts and not group["always_adapt"]:
         adapts = group["weight_decay"] * tensor.weight_decay_scale != 0
     ratio = divide(tensor.param_norm, tensor.direction_norm)

@@ -18,7 +18,7 @@ from ..hyperparameters import plain_number
 from ..norms import Norms
 from ..optimizer import FusedOptimizer
 from ..options.scales import Exclude, ScaleColumn, excluded
-from ..state.states import name_of, own_name
+from ..parameters import Place, parameters
 from ..trust_ratio import FLOOR, IN_RATIO, ONE, OUTSIDE, SKIP, TrustRatio
 from .lamb import LAMB
 from .lars import LARS, refuse_clip
@@ -135,7 +135,7 @@ class LARC(torch.optim.Optimizer):
             optimizer.attach_trust_ratio(trust, self._trusted)
         else:
             self._trusted.resolve(
-                [(own_name(group, i), name_of(group, g, i), param) for g, group, i, param in self._places()]
+                [(place.own_name, place.name, place.param) for place in parameters(self.param_groups)]
             )
         super().__setstate__({})  # the hooks; torch's __init__ would make groups and a state of its own
 
@@ -242,11 +242,6 @@ class LARC(torch.optim.Optimizer):
 
     # Around optimizers of other libraries ------------------------------------------------------------------------
 
-    def _places(self) -> Iterator[tuple[int, dict[str, Any], int, Tensor]]:
-        for index, group in enumerate(self.param_groups):
-            for position, param in enumerate(group["params"]):
-                yield index, group, position, param
-
     @contextmanager
     def _scaled_grads(self) -> Iterator[None]:
         """Scaled copies in the place of all gradients, and no weight decay where it is inside the ratio."""
@@ -254,9 +249,9 @@ class LARC(torch.optim.Optimizer):
         grads: list[tuple[Tensor, Tensor]] = []
         decays = [group.get("weight_decay") for group in self.param_groups]
         scaled = [
-            (param, param.grad, self._scaled(param, group, index, position, inside))
-            for index, group, position, param in self._places()
-            if param.grad is not None
+            (place.param, place.param.grad, self._scaled(place, inside))
+            for place in parameters(self.param_groups)
+            if place.param.grad is not None
         ]
         try:
             for param, grad, copy in scaled:
@@ -274,17 +269,17 @@ class LARC(torch.optim.Optimizer):
                     group["weight_decay"] = decay
 
     @torch.no_grad()
-    def _scaled(self, param: Tensor, group: dict[str, Any], index: int, position: int, inside: bool) -> Tensor:
-        grad, place = param.grad, name_of(group, index, position)
+    def _scaled(self, place: Place, inside: bool) -> Tensor:
+        param, group, grad = place.param, place.group, place.param.grad
         assert grad is not None
         if grad.layout != torch.strided:
-            raise RuntimeError(f"LARC does not support sparse gradients: {place} has one of layout {grad.layout}")
+            raise RuntimeError(f"LARC does not support sparse gradients: {place.name} has one of layout {grad.layout}")
         lr, weight_decay = number(group["lr"]), number(group.get("weight_decay", 0.0))
         # With maximize the inner optimizer turns the sign of all that it sees, the decay in the gradient too.
         sign = -1.0 if group.get("maximize", False) else 1.0
         dtype = torch.promote_types(param.dtype, torch.float32)
         whole, result = param.to(dtype), grad.to(dtype)
-        if self._trusted.of(own_name(group, position), place, param) == 0:
+        if self._trusted.of(place.own_name, place.name, param) == 0:
             return (result + sign * weight_decay * whole).to(grad.dtype) if inside else grad
         grad_norm, param_norm = (
             torch.linalg.vector_norm(tensor, dtype=squares_dtype(tensor)) for tensor in (result, whole)
@@ -341,10 +336,10 @@ def check_inner(optimizer: torch.optim.Optimizer, trust: TrustRatio) -> None:
     if isinstance(optimizer, (LARC, LARS, LAMB)):
         raise ValueError(f"LARC around {type(optimizer).__name__}: that has a trust ratio of its own")
     if isinstance(optimizer, FusedOptimizer):
-        if optimizer._outer_trust_ratio is not None:
+        if optimizer.options.trust_ratio is not None:
             raise ValueError(f"LARC is around this {type(optimizer).__name__} already")
         normed = isinstance(optimizer, NovoGrad) and trust.weight_decay != OUTSIDE
-        refuse_clip("LARC", optimizer._grad_clip, decay_in_norm=normed)
+        refuse_clip("LARC", optimizer.options.grad_clip, decay_in_norm=normed)
     if isinstance(optimizer, NovoGrad):
         groups = optimizer.param_groups
         if trust.weight_decay != OUTSIDE and any(group["norm_type"] == 0 for group in groups):

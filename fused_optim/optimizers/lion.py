@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from ..eager.parameter import TensorContext
 from ..hyperparameters import check_arguments
 from ..optimizer import FusedOptimizer
 from ..options.clip import GradClip
 from ..options.scales import Scale
+from ..rule import TensorContext
 
 
 def prepare(group: dict[str, Any], tensor: TensorContext) -> SimpleNamespace:

@@ -10,11 +10,11 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from ..arithmetic import divide, larger, one_minus_power, square_root, where
-from ..eager.parameter import TensorContext
 from ..hyperparameters import check_arguments
 from ..optimizer import FusedOptimizer
 from ..options.clip import GradClip
 from ..options.scales import Scale
+from ..rule import TensorContext
 from .momentum import update_momentum
 
 

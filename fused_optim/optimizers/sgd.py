@@ -11,10 +11,10 @@ from torch.optim import SGD as TorchSGD  # at import: a user may put ours into t
 from torch.optim.optimizer import ParamsT
 
 from ..arithmetic import where
-from ..eager.parameter import TensorContext
 from ..optimizer import FusedOptimizer
 from ..options.clip import GradClip
 from ..options.scales import Scale
+from ..rule import TensorContext
 from .momentum import update_momentum
 
 

@@ -34,7 +34,7 @@ class Row(NamedTuple):
     weight_decay_scale: float
     native: bool
     clipped: bool  # takes part in clipping
-    trusted: bool  # takes part in trust ratios
+    has_trust_ratio: bool  # takes part in trust ratios
     master: str | None  # state key of its master weight
     dtype: torch.dtype  # of the parameter, and
     device: torch.device  # where it was, when the plan was built
@@ -89,6 +89,8 @@ class Plan(Protocol):
     def captured(self) -> bool: ...
 
     def touched(self) -> list[Tensor]: ...
+
+    def release(self) -> None: ...
 
     def norms(self) -> list[tuple[int, float, float, float]]: ...
 

@@ -1,17 +1,108 @@
-"""Which plan an optimizer gets: the compiled one or the one in Python, and Triton's around it."""
+"""From param groups to a plan: a row of each parameter, and which plan steps them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 
-from .. import extension
-from ..tensors import kind_of, local, negative_bit, same_placement
-from .plan import Plan, Row, current_stream, describe_tensor
+from .. import backends, extension
+from ..fallbacks import FallbackLog
+from ..options.clip import GLOBAL_NORM, NORM
+from ..options.options import Options
+from ..parameters import Place, parameters
+from ..rule import Rule
+from ..shards import Shards, check_placement, check_same_rows
+from ..state import masters
+from ..tensors import is_sharded, kind_of, local, negative_bit, same_placement
+from .built_plan import BuiltPlan, is_on_device, rows_on_devices
+from .plan import Plan, Row, current_stream, describe_tensor, why_not_native
 from .python_plan import PythonPlan
 from .triton_plan import LaunchedPlan, LaunchedRows
+
+
+def build_plan(
+    param_groups: Sequence[dict[str, Any]],
+    defaults: dict[str, Any],
+    rule: Rule,
+    options: Options,
+    log: FallbackLog,
+    same_rows: str,
+) -> BuiltPlan:
+    """The plan of an optimizer's groups as they are now; a collective where parameters are shards.
+
+    Args:
+        param_groups, defaults: the optimizer's.
+        rule: its mathematics.
+        options: what its constructor was told.
+        log: says which better backend is passed over.
+        same_rows: what the processes had found to be the same everywhere when the last plan was built.
+    """
+    groups = [{**defaults, **group} for group in param_groups]
+    options.factors.forget_all_but({place.param for place in parameters(groups)})
+    rows = []
+    for place in parameters(groups):
+        row, passed_over = row_of(place, rule, options)
+        if passed_over is not None:
+            log.serves(f"parameters on {place.param.device}", passed_over, served_by=row.backend)
+        if is_sharded(place.param):
+            check_placement(place.param, place.name)
+        rows.append(row)
+    rules = [rule.rule(group) for group in groups]
+    has_trust_ratio = any(rule.trust_ratio(group) is not None for group in groups)
+    asks = has_trust_ratio or any(rule.norms(group) for group in groups)
+    reduces, measures = asks or options.clip.kind in (GLOBAL_NORM, NORM), asks or rule.has_direction
+    shards: Mapping[torch.device | None, Shards] = {}
+    if (reduces or measures) and any(is_sharded(row.param) for row in rows):
+        same_rows = check_same_rows(rows, rules, same_rows)
+        # Only a global norm or the norm of each gradient is left.
+        total_only = not measures and options.clip.kind == GLOBAL_NORM
+        takes_maximum = any("grad_max" in rule.norms(group) for group in groups)
+        shards = shards_of(rows, total_only=total_only, takes_maximum=takes_maximum)
+    native = make_plan(
+        rows, rules, groups, defaults, rule.structural_keys, rule.trust_ratio if has_trust_ratio else None
+    )
+    return BuiltPlan(rows, native, shards, measures=measures, reduces=reduces, same_rows=same_rows)
+
+
+def row_of(place: Place, rule: Rule, options: Options) -> tuple[Row, str | None]:
+    """The row of a parameter whose group has the defaults in it, and why a better backend is passed over."""
+    param = place.param
+    backend, passed_over = backends.choose(param.device, options.backend)
+    lr_scale, weight_decay_scale, clips, has_trust_ratio = options.factors.of(place)
+    if rule.exempt(place.group, param):
+        weight_decay_scale = has_trust_ratio = 0.0
+    refused = why_not_native(param, place.group, backend)
+    row = Row(
+        group=place.group_index,
+        param=param,
+        lr_scale=lr_scale,
+        weight_decay_scale=weight_decay_scale,
+        native=refused is None,
+        clipped=clips != 0,
+        has_trust_ratio=has_trust_ratio != 0,
+        master=masters.key_for(param, options.master_weights, place.name),
+        dtype=param.dtype,
+        device=param.device,
+        name=place.name,
+        backend=backend,
+        refused=refused,
+        own_name=place.own_name,
+    )
+    return row, passed_over
+
+
+def shards_of(rows: Sequence[Row], *, total_only: bool, takes_maximum: bool) -> Mapping[torch.device | None, Shards]:
+    """What is exchanged between processes: of each CUDA device and, at None, of the host."""
+    on_host = {index: index for index, row in enumerate(rows) if not is_on_device(row)}
+    shards: dict[torch.device | None, Shards] = {
+        None: Shards(rows, on_host, torch.device("cpu"), total_only=total_only, takes_maximum=takes_maximum)
+    }
+    for device, of_device in rows_on_devices(rows).items():
+        positions = {index: position for position, index in enumerate(of_device)}
+        shards[device] = Shards(rows, positions, device, total_only=False, takes_maximum=takes_maximum)
+    return {device: of_table for device, of_table in shards.items() if of_table}
 
 
 def make_plan(

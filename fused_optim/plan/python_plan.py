@@ -367,7 +367,7 @@ class PythonPlan:
         put(first + 2, [_bits(reader.row.weight_decay_scale) for reader in readers])
         put(first + 3, [reader.row.group for reader in readers])
         put(first + 4, [int(reader.row.clipped) for reader in readers])
-        put(first + 5, [int(reader.row.trusted) for reader in readers])
+        put(first + 5, [int(reader.row.has_trust_ratio) for reader in readers])
         dtypes = [[of_column[index] for of_column in self._dtypes] for index in indices]
         put(first + 6, [sum(dtype << (8 * column) for column, dtype in enumerate(of_row)) for of_row in dtypes])
 
@@ -398,13 +398,15 @@ class PythonPlan:
         exchange: Exchange | None = None,
     ) -> None:
         self._exchange(exchange)
-        self._grads = []
 
     def captured(self) -> bool:
         return False
 
     def touched(self) -> list[Tensor]:
         return self._touched
+
+    def release(self) -> None:
+        self._grads = []
 
     def norms(self) -> list[tuple[int, float, float, float]]:
         return []

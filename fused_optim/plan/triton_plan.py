@@ -111,6 +111,9 @@ class LaunchedPlan:
     def touched(self) -> list[Tensor]:
         return self._reader.touched()
 
+    def release(self) -> None:
+        self._reader.release()
+
     def norms(self) -> list[tuple[int, float, float, float]]:
         return [*self._reader.norms(), *((row, 0.0, 0.0, 0.0) for row in self._measured)]
 

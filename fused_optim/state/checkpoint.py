@@ -3,73 +3,71 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
 from ..backends import logger
 from ..hyperparameters import is_number, plain_number
+from ..options.options import Options
+from ..parameters import Place, parameters
+from ..rule import Rule
 from . import masters
 from .states import (
     kept_dtype,
     like_param,
-    name_of,
     new_number,
     not_begun,
     number_of,
-    own_name,
     state_dtype_of,
 )
-
-if TYPE_CHECKING:
-    from ..optimizer import FusedOptimizer
 
 SCALES = "fused_optim_scales"  # key of a state dict: factors that are not 1
 
 
-def factors(optimizer: FusedOptimizer) -> Iterator[tuple[str, int, str, float]]:
-    """For each factor of each parameter: the argument, the parameter's position over all groups, its place, it."""
-    position_over_all = 0
-    for index, group in enumerate(optimizer.param_groups):
-        for position, param in enumerate(group["params"]):
-            place = name_of(group, index, position)
-            for argument, column in zip(("lr_scale", "weight_decay_scale"), optimizer._scales):
-                yield argument, position_over_all, place, column.of(own_name(group, position), place, param)
-            position_over_all += 1
+Groups = Sequence[dict[str, Any]]
 
 
-def remember_scales(optimizer: FusedOptimizer, state_dict: dict[str, Any]) -> None:
+def factors(groups: Groups, options: Options) -> Iterator[tuple[str, int, str, float]]:
+    """For each factor of each parameter: the argument, the parameter's position over all groups, its name, it."""
+    for position_over_all, place in enumerate(parameters(groups)):
+        lr, weight_decay, *_ = options.factors.of(place)
+        yield "lr_scale", position_over_all, place.name, lr
+        yield "weight_decay_scale", position_over_all, place.name, weight_decay
+
+
+def remember_scales(groups: Groups, options: Options, state_dict: dict[str, Any]) -> None:
     """Note the factors in a state dict, if one of them differs from 1."""
     found: dict[str, dict[int, float]] = {}
-    for argument, position, _, factor in factors(optimizer):
+    for argument, position, _, factor in factors(groups, options):
         if factor != 1:
             found.setdefault(argument, {})[position] = factor
     if found:
         state_dict[SCALES] = found
 
 
-def compare_scales(optimizer: FusedOptimizer, state_dict: dict[str, Any]) -> None:
+def compare_scales(groups: Groups, rule: Rule, options: Options, state_dict: dict[str, Any]) -> None:
     """Warn if the checkpoint remembers other factors than the optimizer has; a dict without any says nothing."""
     saved = state_dict.get(SCALES)
     if not isinstance(saved, Mapping):
         return
     differ = []
-    for argument, position, place, factor in factors(optimizer):
+    for argument, position, place, factor in factors(groups, options):
         before = saved.get(argument, {}).get(position, 1.0)
         if not math.isclose(before, factor, rel_tol=1e-9):
             differ.append(f"{argument} of {place} was {before:g} and is {factor:g}")
     if differ:
         logger.warning(
             "%s: the checkpoint was written with other factors: %s",
-            type(optimizer).__name__,
+            type(rule).__name__,
             "; ".join(differ[:20]) + (f"; and {len(differ) - 20} more" if len(differ) > 20 else ""),
         )
 
 
-def admit(optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
-    """A ``load_state_dict`` pre-hook: refuse what cannot be loaded, before anything has changed.
+def admit(groups: Groups, defaults: dict[str, Any], rule: Rule, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """Refuse what cannot be loaded, before anything has changed.
 
     Returns:
         What torch then goes through: it would go through an array of numpy's, too, which one without dimension forbids.
@@ -85,15 +83,14 @@ def admit(optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
         for key, state in state_dict["state"].items()
     }
     state_dict = {**state_dict, "state": states}
-    groups = optimizer.param_groups
     saved_groups = state_dict["param_groups"]
     for index, (group, saved) in enumerate(zip(groups, saved_groups)):
         if "params" not in saved:
             raise ValueError(f"param_groups[{index}] of the state dict has no 'params'")
-        if saved.get("bias_correction", True) is False and "bias_correction" not in optimizer.defaults:
+        if saved.get("bias_correction", True) is False and "bias_correction" not in defaults:
             raise ValueError(
                 f"param_groups[{index}] of the state dict was trained with bias_correction=False (apex, DeepSpeed), "
-                f"which {type(optimizer).__name__} does not have"
+                f"which {type(rule).__name__} does not have"
             )
         if "exp_avg_sq" in saved:
             raise ValueError(
@@ -102,15 +99,15 @@ def admit(optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
                 "state[i]['exp_avg_sq'] = norm ** 2, where norm is its element of group['exp_avg_sq'][0] (float16) or "
                 "[1] (float32)"
             )
-        names = optimizer.state_names({**optimizer.defaults, **saved})
+        names = rule.state_names({**defaults, **saved})
         for position, (param, key) in enumerate(zip(group["params"], saved["params"])):
             state = state_dict["state"].get(key)
-            if not state or not_begun(state, optimizer):
+            if not state or not_begun(state, rule):
                 continue
-            place = name_of(group, index, position)
+            place = Place(index, group, position, param).name
             for name in names:
                 if name not in state:
-                    if name in optimizer.late_states:
+                    if name in rule.late_states:
                         continue
                     raise ValueError(f"the state dict has no {name!r} for {place}; it has {sorted(state)}")
                 shape = tuple(getattr(state[name], "shape", ()))
@@ -118,43 +115,40 @@ def admit(optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
                     raise ValueError(
                         f"{name!r} of {place} has shape {shape} in the state dict, the parameter {tuple(param.shape)}"
                     )
-            for name in optimizer.tensor_state_names({**optimizer.defaults, **saved}):
-                value = number_of(state, name, saved, optimizer.missing_step)
-                if not is_number(value) and not (value is None and name in optimizer.late_states):
+            for name in rule.tensor_state_names({**defaults, **saved}):
+                value = number_of(state, name, saved, rule.missing_step)
+                if not is_number(value) and not (value is None and name in rule.late_states):
                     raise ValueError(
                         f"{name!r} of {place}, in its state or its group, must be a number or a one-element Tensor in "
                         f"the state dict, found {value!r}; the state has {sorted(state)}"
                     )
-    optimizer._loading = state_dict
     return state_dict
 
 
-def restore(optimizer: FusedOptimizer, state_dict: dict[str, Any]) -> None:
+def restore(
+    groups: Groups, states: dict[Tensor, Any], rule: Rule, options: Options, state_dict: dict[str, Any]
+) -> None:
     """Replace the states that torch has cast to the parameters' dtype by copies of those that were saved."""
     keys = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
-    places = (
-        (group, param, name_of(group, index, position))
-        for index, group in enumerate(optimizer.param_groups)
-        for position, param in enumerate(group["params"])
-    )
-    for key, (group, param, place) in zip(keys, places):
+    for key, place in zip(keys, parameters(groups)):
+        group, param = place.group, place.param
         saved = state_dict["state"].get(key)
         if not saved:
             continue
-        names = optimizer.state_names(group)
+        names = rule.state_names(group)
         # Known keys first and as literals: the plan compares them by identity.
         state: dict[str, Any] = {}
-        begun = not not_begun(saved, optimizer)
-        for name in optimizer.tensor_state_names(group) if begun else ():
-            value = number_of(saved, name, group, optimizer.missing_step)
+        begun = not not_begun(saved, rule)
+        for name in rule.tensor_state_names(group) if begun else ():
+            value = number_of(saved, name, group, rule.missing_step)
             state[name] = new_number(name, 0.0 if value is None else value, param)
         for name in names:
             if isinstance(saved.get(name), Tensor):
                 dtype = kept_dtype(param, saved[name].dtype)
-                if optimizer._state_dtype is not None:
-                    dtype = state_dtype_of(param, optimizer._state_dtype)
+                if options.state_dtype is not None:
+                    dtype = state_dtype_of(param, options.state_dtype)
                 state[name] = like_param(saved[name], param, dtype)
-        master = masters.key_for(param, optimizer._master_weights, place)
+        master = masters.key_for(param, options.master_weights, place.name)
         if master is not None:  # of one kind: the step converts the other, or builds one where there is none
             kept = master if master in saved else next((key for key in masters.DTYPES if key in saved), None)
             if kept is not None:
@@ -162,7 +156,7 @@ def restore(optimizer: FusedOptimizer, state_dict: dict[str, Any]) -> None:
         for name, value in saved.items():
             if name not in state and name not in masters.DTYPES and (begun or value is not None):
                 state[name] = value.clone() if isinstance(value, Tensor) else value
-        optimizer.state[param] = state
-    for group in optimizer.param_groups:
+        states[param] = state
+    for group in groups:
         group.pop("step", None)  # apex and DeepSpeed count steps by group; now each parameter has its own
-    compare_scales(optimizer, state_dict)
+    compare_scales(groups, rule, options, state_dict)

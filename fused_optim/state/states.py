@@ -3,45 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..eager import sparse
 from ..hyperparameters import is_number, is_sequence
+from ..options.options import Options
 from ..plan.plan import Row
+from ..rule import Rule
 from ..tensors import is_plain, is_sharded, local, same_placement
 from . import masters
 
-if TYPE_CHECKING:
-    from ..optimizer import FusedOptimizer
 
-
-def own_name(group: dict[str, Any], position: int) -> str | None:
-    """A parameter's name, where the group has names."""
-    names = group.get("param_names")
-    return names[position] if names and position < len(names) else None
-
-
-def name_of(group: dict[str, Any], index: int, position: int) -> str:
-    """How messages name a parameter: its name if the group has names, and its place."""
-    place = f"param_groups[{index}]['params'][{position}]"
-    name = own_name(group, position)
-    return place if name is None else f"{name!r} ({place})"
-
-
-def check_hyperparameters(group: dict[str, Any], index: int, optimizer: FusedOptimizer) -> None:
+def check_hyperparameters(group: dict[str, Any], index: int, rule: Rule, defaults: dict[str, Any]) -> None:
     """Refuse hyperparameters that the witness cannot compute with; the compiled plan refuses the same.
 
     Raises:
         TypeError: what is no number; the text names the group and the key.
         ValueError: a word that is none of the hyperparameter's choices.
     """
-    for key, words in optimizer.choices:
+    for key, words in rule.choices:
         if key in group and group[key] not in words:
             raise ValueError(f"param_groups[{index}][{key!r}] is {group[key]!r}, which is none of its choices")
-    for key, default in optimizer.defaults.items():
+    for key, default in defaults.items():
         if isinstance(default, (bool, str)) or default is None:
             continue
         value, wanted = group[key], len(default) if is_sequence(default) else 0
@@ -81,7 +67,7 @@ def check_writable(param: Tensor, group: dict[str, Any], name: str) -> None:
         )
 
 
-def check_grad(row: Row, optimizer: FusedOptimizer, group: dict[str, Any]) -> None:
+def check_grad(row: Row, group: dict[str, Any], rule: Rule, options: Options) -> None:
     """Refuse a gradient that cannot be used.
 
     Raises:
@@ -93,15 +79,15 @@ def check_grad(row: Row, optimizer: FusedOptimizer, group: dict[str, Any]) -> No
     check_memory(param, row.name)
     check_memory(grad, f"the gradient of {row.name}")
     if grad.layout != torch.strided:
-        name = type(optimizer).__name__
-        if not optimizer._lazy_mode:
-            lazy = "make the optimizer with lazy_mode=True, " if optimizer.takes_sparse else ""
+        name = type(rule).__name__
+        if not options.lazy_mode:
+            lazy = "make the optimizer with lazy_mode=True, " if rule.takes_sparse else ""
             raise RuntimeError(
                 f"{name} does not support sparse gradients, please consider SparseAdam instead: {row.name} has a "
                 f"gradient of layout {grad.layout}; {lazy}build its module with sparse=False or "
                 "step it with torch.optim.SparseAdam"
             )
-        trusts = row.trusted and optimizer.trust_ratio(group) is not None
+        trusts = row.has_trust_ratio and rule.trust_ratio(group) is not None
         reason = sparse.why_refused(grad, trusts=trusts, differentiable=bool(group["differentiable"]))
         if reason is not None:
             raise RuntimeError(f"{name} cannot take the sparse gradient of {row.name}: {reason}")
@@ -130,7 +116,7 @@ def check_grad(row: Row, optimizer: FusedOptimizer, group: dict[str, Any]) -> No
     check_writable(param, group, row.name)
 
 
-def check_state(row: Row, state: Any, group: dict[str, Any], optimizer: FusedOptimizer) -> None:
+def check_state(row: Row, state: Any, group: dict[str, Any], rule: Rule) -> None:
     """Refuse a state that lacks something or has another shape than its parameter.
 
     Raises:
@@ -138,10 +124,10 @@ def check_state(row: Row, state: Any, group: dict[str, Any], optimizer: FusedOpt
     """
     if not state:
         return
-    if not_begun(state, optimizer):
+    if not_begun(state, rule):
         return
-    for name in optimizer.state_names(group):
-        if name not in state and name in optimizer.late_states:
+    for name in rule.state_names(group):
+        if name not in state and name in rule.late_states:
             continue
         value = state.get(name)
         if not isinstance(value, Tensor) or value.shape != row.param.shape:
@@ -158,23 +144,23 @@ def check_state(row: Row, state: Any, group: dict[str, Any], optimizer: FusedOpt
                 "start it anew"
             )
         check_memory(value, f"state {name!r} of {row.name}")
-    for name in optimizer.tensor_state_names(group):
-        value = number_of(state, name, group, optimizer.missing_step)
-        if not is_number(value) and not (value is None and name in optimizer.late_states):
+    for name in rule.tensor_state_names(group):
+        value = number_of(state, name, group, rule.missing_step)
+        if not is_number(value) and not (value is None and name in rule.late_states):
             raise RuntimeError(
                 f"state {name!r} of {row.name} must be a number or a one-element Tensor, found {value!r}; "
                 "delete optimizer.state[param] to start it anew"
             )
 
 
-def not_begun(state: Mapping[str, Any], optimizer: FusedOptimizer) -> bool:
+def not_begun(state: Mapping[str, Any], rule: Rule) -> bool:
     """Whether a parameter that has a state has not had the first step of this rule.
 
     torch's SGD keeps a momentum_buffer of None where there was no gradient yet, or no momentum; and beside a master
     weight alone there is none before momentum is switched on.
     """
     present = {name for name, value in state.items() if value is not None and name not in masters.DTYPES}
-    return bool(optimizer.states_of_first_step) and not present
+    return bool(rule.states_of_first_step) and not present
 
 
 def number_of(state: Mapping[str, Any], name: str, group: Mapping[str, Any], missing_step: float) -> Any:
@@ -227,7 +213,8 @@ def repair_state(
     row: Row,
     all_states: dict[Tensor, Any],
     group: dict[str, Any],
-    optimizer: FusedOptimizer,
+    rule: Rule,
+    options: Options,
     taken: dict[int, Tensor],
 ) -> None:
     """Create what is missing; replace what the plan cannot read by its equal in the right place and layout.
@@ -236,22 +223,22 @@ def repair_state(
     """
     param = row.param
     state = all_states[param]
-    for name in optimizer.tensor_state_names(group):
-        value = number_of(state, name, group, 0.0 if not_begun(state, optimizer) else optimizer.missing_step)
+    for name in rule.tensor_state_names(group):
+        value = number_of(state, name, group, 0.0 if not_begun(state, rule) else rule.missing_step)
         adopted = isinstance(value, Tensor) and value.shape == () and value.device == param.device
         if not adopted or value.dtype not in (torch.float32, torch.float64):
             state[name] = new_number(name, 0.0 if value is None else value, param)
-    for name in optimizer.state_names(group):
+    for name in rule.state_names(group):
         value = state.get(name)
         if value is None:
-            dtype = state_dtype_of(param, optimizer._state_dtype)
+            dtype = state_dtype_of(param, options.state_dtype)
             state[name] = torch.zeros_like(param, dtype=dtype, requires_grad=False)
             continue
         dtype = kept_dtype(param, value.dtype)
         same_layout = not row.native or has_layout_of(value, param)
         if value.dtype != dtype or value.device != param.device or not same_layout:
             state[name] = like_param(value, param, dtype)
-    names = [*optimizer.tensor_state_names(group), *optimizer.state_names(group)]
+    names = [*rule.tensor_state_names(group), *rule.state_names(group)]
     if row.master is not None:
         names.append(row.master)
         repair_master(param, state, row.master)

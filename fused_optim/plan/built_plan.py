@@ -1,0 +1,155 @@
+"""One plan as the step uses it: rows, the native plan that reads and steps them, and what that needs beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..options.clip import ClipOptions
+from ..rule import Rule
+from ..shards import Shards
+from .device_buffers import DeviceBuffers
+from .loss_scale import LossScale
+from .plan import DEVICE_BACKENDS, Plan, Row, why_not_native
+from .step import Step
+
+
+def is_on_device(row: Row) -> bool:
+    """Whether kernels step a row without anything waiting for them."""
+    return row.native and row.backend in DEVICE_BACKENDS
+
+
+class BuiltPlan:
+    """The rows of an optimizer until its groups change.
+
+    Args:
+        rows: one a parameter, in the order of the groups.
+        native: reads and steps them.
+        shards: of each CUDA device and, at None, of the host: rows of which other processes have parts.
+        measures: the rule or a trust ratio asks for norms.
+        reduces: norms are needed before the first pass.
+        same_rows: what the processes have found to be the same everywhere.
+    """
+
+    def __init__(
+        self,
+        rows: Sequence[Row],
+        native: Plan,
+        shards: Mapping[torch.device | None, Shards],
+        *,
+        measures: bool,
+        reduces: bool,
+        same_rows: str,
+    ) -> None:
+        self.rows, self.native, self.shards, self.same_rows = rows, native, shards, same_rows
+        self.measures, self.reduces = measures, reduces
+        self.buffers = [
+            DeviceBuffers(device, of_device, measures=measures, exchanges=device in shards)
+            for device, of_device in rows_on_devices(rows).items()
+        ]
+        # What only one CUDA device steps reads everything there, and nothing waits for it.
+        self.waits = len(self.buffers) != 1 or len(self.buffers[0].rows) != len(rows)
+
+    def refresh(
+        self, param_groups: list[dict[str, Any]], state: dict[Tensor, Any], defaults: dict[str, Any]
+    ) -> Sequence[tuple[int, str]] | None:
+        """Read everything again: the rows that cannot be stepped as they are, or None: the plan is another's."""
+        found = self.native.refresh(param_groups, state)
+        for index, kind in found or ():
+            if kind == "param" and not self._is_current(self.rows[index], param_groups, defaults):
+                return None
+        return found
+
+    def _is_current(self, row: Row, param_groups: Sequence[dict[str, Any]], defaults: dict[str, Any]) -> bool:
+        """Whether a parameter that the native plan does not take still is what the plan was built for."""
+        group = {**defaults, **param_groups[row.group]}
+        return (row.param.dtype, row.param.device) == (row.dtype, row.device) and (
+            row.refused == why_not_native(row.param, group, row.backend)
+        )
+
+    def new_step(self, scale: LossScale, clip: ClipOptions, *, waits: bool) -> Step:
+        """A step of the rows that the refresh has accepted. ``waits``: somebody waits for the devices, if there are."""
+        divisor = 1.0 if scale.scale is None or not waits else float(scale.scale)
+        return Step(
+            grad_scale=1.0 / divisor,
+            threads=torch.get_num_threads(),
+            clip=clip,
+            finds_inf=scale.finds_inf,
+            devices=[buffers.step(scale.scale, scale.found_inf, finds_inf=scale.finds_inf) for buffers in self.buffers],
+            exchange=None,
+            global_norm=0.0 if waits else None,
+        )
+
+    def reduce(self, step: Step) -> float:
+        """The norms that are needed before the first pass; returns the sum of squares of the clipped gradients."""
+        devices = [astuple(device) for device in step.devices]
+        return self.native.reduce(step.grad_scale, step.threads, step.clip, devices, step.exchange, step.finds_inf)
+
+    def apply(self, step: Step, exchange: Any) -> None:
+        """The step itself."""
+        devices = [astuple(device) for device in step.devices]
+        self.native.run(step.grad_scale, step.threads, step.clip, step.global_norm, devices, exchange)
+
+    def has_found_inf(self) -> bool:
+        """Whether the last `reduce` has met an element that is infinite or NaN: waits for the devices."""
+        on_devices = (buffers.found_inf for buffers in self.buffers)
+        return self.native.non_finite() or any(found is not None and found.item() != 0 for found in on_devices)
+
+    def check_capture(self, found: Sequence[tuple[int, str]], groups: Sequence[dict[str, Any]], rule: Rule) -> None:
+        """Refuse a capture into a CUDA graph that could not be replayed.
+
+        Raises:
+            RuntimeError: a group is not capturable, or a parameter is not ready; the text names it and the remedy.
+        """
+        name = type(rule).__name__
+        if self.shards:
+            raise RuntimeError(
+                f"{name}.step() is being captured into a CUDA graph, but its parameters are shards whose norms several "
+                "processes add up at each step; step outside of the graph"
+            )
+        for index, group in enumerate(groups):
+            if not group.get("capturable", False):
+                raise RuntimeError(
+                    f"{name}.step() is being captured into a CUDA graph, but param_groups[{index}]['capturable'] is "
+                    f"False; make the optimizer with {name}(..., capturable=True)"
+                )
+        for index, _ in found:
+            row = self.rows[index]
+            raise RuntimeError(
+                f"{name}.step() is being captured into a CUDA graph, but {row.name} is not ready: "
+                f"{row.refused or 'its state or its gradient is not what the kernels read'}; take one step with a "
+                "gradient for it before the capture, or leave it without a gradient"
+            )
+
+    def measured(self) -> Iterator[tuple[int, Tensor]]:
+        """Of each row of which the last step has measured norms: its index, and they; see `norms.Norms`."""
+        for index, *numbers in self.native.norms():
+            buffers = next((buffers for buffers in self.buffers if index in buffers.rows), None)
+            if buffers is None or buffers.measured is None:
+                yield index, torch.tensor(numbers, dtype=torch.float32)
+            else:
+                yield index, buffers.measured[list(buffers.rows).index(index)]
+
+
+def rows_on_devices(rows: Sequence[Row]) -> dict[torch.device, dict[int, Row]]:
+    """The rows that kernels step, by device and by index, in the order of their tables there."""
+    found: dict[torch.device, dict[int, Row]] = {}
+    for index, row in enumerate(rows):
+        if is_on_device(row):
+            found.setdefault(row.param.device, {})[index] = row
+    return found
+
+
+def astuple(device: Any) -> Any:
+    return (
+        device.device,
+        device.grad_scale,
+        device.found_inf,
+        device.grad_norm,
+        device.non_finite,
+        device.measured,
+        device.exchanged,
+    )
