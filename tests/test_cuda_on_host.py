@@ -862,7 +862,7 @@ def test_replays_outlive_the_plan_and_what_a_step_allocates(on_host: OnHost) -> 
     on_host.begin_capture()
     mine.step()
     graph = on_host.end_capture()
-    norm = weakref.ref(mine._norm_tensors[torch.device("cpu")])
+    norm = weakref.ref(mine.plan.buffers[0].grad_norm)
     extra = Parameter(torch.ones(3))
     extra.grad = torch.ones(3)
     mine.add_param_group({"params": [extra]})  # a new plan at the next step
