@@ -148,8 +148,8 @@ def restore(
                 if options.state_dtype is not None:
                     dtype = state_dtype_of(param, options.state_dtype)
                 state[name] = like_param(saved[name], param, dtype)
-        master = masters.key_for(param, options.master_weights, place.name)
-        if master is not None:  # of one kind: the step converts the other, or builds one where there is none
+        if options.master_weights is not None:  # one kind; the step converts the other, or builds it
+            master = masters.KEYS[options.master_weights]
             kept = master if master in saved else next((key for key in masters.DTYPES if key in saved), None)
             if kept is not None:
                 state[kept] = like_param(saved[kept], param, saved[kept].dtype)
