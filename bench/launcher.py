@@ -91,7 +91,7 @@ def _launches(rounds: int) -> dict[str, Any]:
     from fused_optim.kernels import apply
 
     optimizer = _optimizer(150, 1, "triton")
-    ((_, _, phases),) = optimizer.plan.native._launched  # type: ignore[union-attr]
+    ((_, _, phases),) = optimizer.plan.native._devices  # type: ignore[union-attr]
     layout, table = phases._layout, phases._live
     (bucket,) = layout.buckets
     number = torch.ones(ELEMENTS)

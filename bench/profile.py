@@ -31,7 +31,7 @@ MODEL = "forward and backward"
 PHASES = {
     "refresh": "fused_optim: refresh (addresses and hyperparameters)",
     "reduce": "fused_optim: reduce (norms)",
-    "run": "fused_optim: run (reduce, prepare, apply)",
+    "apply": "fused_optim: apply (reduce, prepare, apply)",
 }
 WARM_UP, TIMED = 3, 5  # steps
 BOUND = 0.6  # the share of a step from which on something is called its bound

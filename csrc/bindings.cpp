@@ -4,12 +4,10 @@
 
 #include <cstdlib>
 #include <memory>
-#include <optional>
 #include <string>
-#include <tuple>
-#include <vector>
 
 #include "plan/plan.h"
+#include "plan/triton_table.h"
 
 #ifndef FO_VERSION
 #define FO_VERSION "unknown"
@@ -72,7 +70,7 @@ const CpuKernels* requested_kernels() {
   return kernels;
 }
 
-std::unique_ptr<Plan> make_plan(const py::list& rules, const py::list& rows, const py::list& launched,
+std::unique_ptr<Plan> make_plan(const py::list& rules, const py::list& rows, const py::list& triton_rows,
                                 const py::dict& defaults, const py::tuple& structural,
                                 const py::object& exchange_api, const py::object& kind_of,
                                 const py::object& same_placement, const py::object& describe,
@@ -81,32 +79,11 @@ std::unique_ptr<Plan> make_plan(const py::list& rules, const py::list& rows, con
   auto plan = std::make_unique<Plan>();
   if (!plan->open(exchange_api.ptr(), kind_of.ptr(), same_placement.ptr(), describe.ptr(),
                   current_stream.ptr(), negative_bit.ptr(), requested_kernels()) ||
-      !plan->build(rules.ptr(), rows.ptr(), launched.ptr(), defaults.ptr(), structural.ptr(),
+      !plan->build(rules.ptr(), rows.ptr(), triton_rows.ptr(), defaults.ptr(), structural.ptr(),
                    trust_ratio.ptr())) {
     throw py::error_already_set();
   }
   return plan;
-}
-
-using ClipTuple = std::tuple<int, double, double, double>;  // ClipOptions in fused_optim/options/clip.py
-
-StepOptions options_of(double grad_scale, const ClipTuple& clip, bool finds_inf = false) {
-  return {grad_scale,        static_cast<Clip>(std::get<0>(clip)),
-          std::get<1>(clip), std::get<2>(clip),
-          std::get<3>(clip), finds_inf};
-}
-
-// Device index, then the addresses on it of loss scale, found_inf, global norm, non-finite flag, norms, and
-// the norms that processes exchange.
-using ScalarsTuples =
-    std::vector<std::tuple<int, uint64_t, uint64_t, uint64_t, uint64_t, uint64_t, uint64_t>>;
-
-std::vector<DeviceScalars> scalars_of(const ScalarsTuples& tuples) {
-  std::vector<DeviceScalars> scalars;
-  for (const auto& [device, grad_scale, found_inf, grad_norm, non_finite, measured, exchanged] : tuples) {
-    scalars.push_back({device, grad_scale, found_inf, grad_norm, non_finite, measured, exchanged});
-  }
-  return scalars;
 }
 
 // For each rule what Python knows of it too: its states, and where its hyperparameters stand in a group.
@@ -130,6 +107,12 @@ py::dict rules() {
   return result;
 }
 
+// The fields of a group and of a row in the table of rows that Triton steps.
+py::tuple table_fields() {
+  const TritonFields fields = triton_fields();
+  return py::make_tuple(py::tuple(py::cast(fields.group)), py::tuple(py::cast(fields.row)));
+}
+
 py::dict build_info() {
   py::dict info;
   info["version"] = FO_VERSION;
@@ -147,7 +130,7 @@ PYBIND11_MODULE(_C, module) {
   using namespace fused_optim;
   py::class_<Plan>(module, "Plan", py::custom_type_setup(make_collectable))
       .def(py::init(&make_plan), py::kw_only(), py::arg("rules"), py::arg("rows"),
-           py::arg("launched") = py::list(), py::arg("defaults"), py::arg("structural"),
+           py::arg("triton_rows") = py::list(), py::arg("defaults"), py::arg("structural"),
            py::arg("exchange_api"), py::arg("kind_of"), py::arg("same_placement"), py::arg("describe"),
            py::arg("current_stream") = py::none(), py::arg("negative_bit") = py::none(),
            py::arg("trust_ratio") = py::none())
@@ -155,31 +138,18 @@ PYBIND11_MODULE(_C, module) {
            [](Plan& plan, const py::object& param_groups, const py::object& state) {
              return owned(plan.refresh(param_groups.ptr(), state.ptr()));
            })
-      .def(
-          "reduce",
-          [](Plan& plan, double grad_scale, int threads, const ClipTuple& clip, const ScalarsTuples& scalars,
-             const py::object& exchange, bool finds_inf) {
-            double sum = 0;
-            if (!plan.reduce(options_of(grad_scale, clip, finds_inf), threads, scalars_of(scalars),
-                             exchange.ptr(), &sum)) {
-              throw py::error_already_set();
-            }
-            return sum;
-          },
-          py::arg("grad_scale"), py::arg("threads"), py::arg("clip"), py::arg("scalars") = ScalarsTuples(),
-          py::arg("exchange") = py::none(), py::arg("finds_inf") = false)
+      .def("reduce",
+           [](Plan& plan, const py::object& step) {
+             double sum = 0;
+             if (!plan.reduce(step.ptr(), &sum)) throw py::error_already_set();
+             return sum;
+           })
+      .def("apply",
+           [](Plan& plan, const py::object& step) {
+             if (!plan.apply(step.ptr())) throw py::error_already_set();
+           })
+      .def("release", &Plan::release)
       .def("non_finite", &Plan::non_finite)
-      .def(
-          "run",
-          [](Plan& plan, double grad_scale, int threads, const ClipTuple& clip,
-             std::optional<double> global_norm, const ScalarsTuples& scalars, const py::object& exchange) {
-            if (!plan.run(options_of(grad_scale, clip), threads, global_norm, scalars_of(scalars),
-                          exchange.ptr())) {
-              throw py::error_already_set();
-            }
-          },
-          py::arg("grad_scale"), py::arg("threads"), py::arg("clip"), py::arg("global_norm"),
-          py::arg("scalars") = ScalarsTuples(), py::arg("exchange") = py::none())
       .def(
           "write_table",
           [](const Plan& plan, size_t device, const py::buffer& words) {
@@ -187,11 +157,11 @@ PYBIND11_MODULE(_C, module) {
           },
           py::arg("device"), py::arg("words"))
       .def("captured", &Plan::captured)
-      .def("release", &Plan::release)
       .def("norms", [](const Plan& plan) { return owned(plan.norms()); })
-      .def("touched", [](Plan& plan) { return owned(plan.touched()); });
+      .def("written", [](Plan& plan) { return owned(plan.written()); });
   module.def("build_info", &build_info);
   module.def("rules", &rules);
+  module.def("table_fields", &table_fields);
   module.def("cpu_capability", [] { return requested_kernels()->capability; });
   module.def("has_openmp", &has_openmp);
   module.def("why_no_cuda", &why_no_cuda);

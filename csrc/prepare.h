@@ -27,6 +27,14 @@ struct GroupHyper {
   uint64_t needs;  // Need bits of the rule and of the trust ratio
 };
 
+// The hyperparameters of one group that are tensors on the rows' device, by their place in GroupHyper::rule.
+// The device reads them at each step, so that a scheduler's change is seen without a copy, and by a replayed
+// graph.
+struct HyperTensors {
+  uint64_t address[kMaxHyper];  // 0: the number in GroupHyper counts
+  DType dtype[kMaxHyper];
+};
+
 // Sums over one tensor, of the gradient after its sign, the loss scale and clipping by value.
 struct Norms {
   double grad_sq;
@@ -160,7 +168,7 @@ FO_HOST_DEVICE inline Record<Rule, T> prepare_row(const Row& row, const GroupHyp
   tensor.grad_norm = coefficient * sqrt(norms.grad_sq);
   tensor.grad_max = coefficient * norms.grad_max;
   tensor.param_norm = sqrt(norms.param_sq);
-  tensor.trusted = row.trusted;
+  tensor.has_trust_ratio = row.has_trust_ratio;
   tensor.grad_scale = 1;
   tensor.trust_ratio = 1;
   const unsigned needs = needs_of(row, group, options);
@@ -192,7 +200,7 @@ FO_HOST_DEVICE inline void prepare_direction(const Row& row, const GroupHyper& g
   tensor.weight_decay_scale = row.weight_decay_scale;
   tensor.param_norm = sqrt(norms.param_sq);
   tensor.direction_norm = sqrt(norms.direction_sq);
-  tensor.trusted = row.trusted;
+  tensor.has_trust_ratio = row.has_trust_ratio;
   record.scalars.step_size = static_cast<T>(Rule::scale_direction(hyper_of<Rule>(group), tensor));
   measured.param_norm = tensor.param_norm;
   measured.trust_ratio = tensor.trust_ratio;

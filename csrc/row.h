@@ -30,9 +30,9 @@ struct Row {
   int32_t group;  // index of the row's hyperparameters
   int32_t rule;   // index into the list of rules
   DType dtype[kColumns];
-  bool clipped;  // takes part in clipping
-  bool trusted;  // takes part in trust ratios
-  bool active;   // has a gradient that this backend takes at this step
+  bool clipped;          // takes part in clipping
+  bool has_trust_ratio;  // takes part in trust ratios
+  bool active;           // has a gradient that this backend takes at this step
 };
 
 template <class T>

@@ -3,13 +3,18 @@ from typing import Any
 
 from torch import Tensor
 
+from .plan.step import Step
+from .row import Row
+from .tensors import NegativeBit
+from .trust_ratio import TrustRatio
+
 class Plan:
     def __init__(
         self,
         *,
         rules: list[str],
-        rows: list[tuple[int, Tensor, float, float, bool, bool, bool, str | None, int]],
-        launched: list[list[int]] = ...,
+        rows: list[Row],
+        triton_rows: list[list[int]] = ...,
         defaults: dict[str, Any],
         structural: tuple[str, ...],
         exchange_api: object | None,
@@ -17,41 +22,26 @@ class Plan:
         same_placement: Callable[[Any, Any], bool],
         describe: Callable[[Tensor], tuple[int, int, int, int, int, tuple[int, ...], tuple[int, ...]] | None],
         current_stream: Callable[[int], int] | None = None,
-        negative_bit: tuple[int, int, int] | None = None,
-        trust_ratio: Callable[[dict[str, Any]], tuple[float, ...] | None] | None = None,
+        negative_bit: NegativeBit | None = None,
+        trust_ratio: Callable[[dict[str, Any]], TrustRatio | None] | None = None,
     ) -> None: ...
     def refresh(
         self, param_groups: list[dict[str, Any]], state: dict[Tensor, Any]
     ) -> Sequence[tuple[int, str]] | None: ...
-    def reduce(
-        self,
-        grad_scale: float,
-        threads: int,
-        clip: tuple[int, float, float, float],
-        scalars: Sequence[tuple[int, int, int, int, int, int, int]] = (),
-        exchange: Callable[[Any], float] | None = None,
-        finds_inf: bool = False,
-    ) -> float: ...
+    def reduce(self, step: Step) -> float: ...
+    def apply(self, step: Step) -> None: ...
+    def release(self) -> None: ...
     def non_finite(self) -> bool: ...
-    def run(
-        self,
-        grad_scale: float,
-        threads: int,
-        clip: tuple[int, float, float, float],
-        global_norm: float | None,
-        scalars: Sequence[tuple[int, int, int, int, int, int, int]] = (),
-        exchange: Callable[[Any], float] | None = None,
-    ) -> None: ...
     def write_table(self, device: int, words: memoryview) -> None: ...
     def captured(self) -> bool: ...
-    def touched(self) -> list[Tensor]: ...
-    def release(self) -> None: ...
+    def written(self) -> list[Tensor]: ...
     def norms(self) -> list[tuple[int, float, float, float]]: ...
 
 StateField = tuple[str, bool]  # whether it has one number a tensor
 HyperField = tuple[str, int, tuple[str, ...], bool]  # key, element of a pair or -1, choices, optional
 
 def rules() -> dict[str, tuple[tuple[StateField, ...], tuple[HyperField, ...]]]: ...
+def table_fields() -> tuple[tuple[str, ...], tuple[str, ...]]: ...  # of a group and of a row
 def build_info() -> dict[str, str]: ...
 def cpu_capability() -> str: ...
 def has_openmp() -> bool: ...

@@ -14,8 +14,8 @@ from .hyperparameters import is_number
 from .optimizer import FusedOptimizer
 from .options.options import Options
 from .parameters import parameters
-from .plan.plan import Row
 from .plan.planner import row_of
+from .row import Row
 from .rule import Rule
 from .state import masters, states
 from .tensors import local

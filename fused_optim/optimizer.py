@@ -29,9 +29,10 @@ from .options.scales import Exclude, Scale, ScaleColumn
 from .parameters import parameters
 from .plan.built_plan import BuiltPlan
 from .plan.loss_scale import LossScale
-from .plan.plan import Row, why_refused
+from .plan.plan import why_refused
 from .plan.planner import build_plan
 from .plan.step import Step
+from .row import Row
 from .rule import Rule
 from .shards import Exchange
 from .state import checkpoint, masters
@@ -280,7 +281,7 @@ class FusedOptimizer(Rule, torch.optim.Optimizer):
                     wants_total = waits and by_global_norm
                     step.exchange = Exchange(plan.shards, eager, plan.buffers, wants_total=wants_total)
                 if (waits and (by_global_norm or step.finds_inf)) or (plan.shards and plan.reduces):
-                    total = plan.reduce(step)
+                    total = plan.native.reduce(step)
                     if waits and by_global_norm:
                         step.global_norm = global_norm([total, *eager.squares()])
                     if waits and step.finds_inf and (plan.has_found_inf() or eager.non_finite()):
@@ -296,14 +297,14 @@ class FusedOptimizer(Rule, torch.optim.Optimizer):
         eager.step(step.global_norm or 0.0, plan.shards.values())
         if plan.buffers and plan.native.captured():
             self._kept.captures.append((plan, [buffers.alive for buffers in plan.buffers]))
-        plan.apply(step, step.exchange if self.has_direction else None)
+        plan.native.apply(step)
         eager.finish()
         grad_norm: float | Tensor | None = None
         if step.clip.kind == GLOBAL_NORM:
             grad_norm = plan.buffers[0].grad_norm if step.global_norm is None else step.global_norm
         self._kept.last = LastStep(plan, eager.measured, grad_norm)
         # Writing through addresses leaves the version counters alone; a stale graph must still raise.
-        torch._C._increment_version(plan.native.touched())
+        torch._C._increment_version(plan.native.written())
         found = plan.buffers[0].found_inf if step.global_norm is None else None
         if found is not None and scale.found_inf is not None and found is not scale.found_inf:
             scale.found_inf.copy_(found, non_blocking=True)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from .plan.plan import GRAD_MAX, GRAD_SQ, NORMS, Row
+from .row import GRAD_MAX, GRAD_SQ, NORMS, Row
 from .tensors import is_sharded, like, same_placement
 
 

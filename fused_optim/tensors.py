@@ -15,6 +15,15 @@ from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-def
 # As `TensorKind` in csrc/plan/tensor_reader.h numbers them.
 OTHER, PLAIN, SHARDED = range(3)
 
+_DLPACK_CODES = {
+    torch.bfloat16: (4, 16),
+    torch.float16: (2, 16),
+    torch.float32: (2, 32),
+    torch.float64: (2, 64),
+    torch.int16: (0, 16),  # the remainder of a split master weight
+}
+_DLPACK_DEVICES = {"cpu": 1, "cuda": 2}
+
 
 def is_plain(kind: type) -> bool:
     """Whether tensors of a type are plain memory: no ``__torch_dispatch__`` stands between them and their data."""
@@ -54,7 +63,7 @@ TENSOR_IMPL = 256  # bytes at most; torch 2.13's has 192, and the key set at its
 
 
 class NegativeBit(NamedTuple):
-    """Where a tensor's pending negation stands, as `NegativeBit` in csrc/tensor_reader.h."""
+    """Where a tensor's pending negation stands, as `NegativeBit` in csrc/plan/tensor_reader.h."""
 
     handle: int
     keys: int
@@ -130,3 +139,30 @@ def like(param: Tensor, part: Tensor) -> Tensor:
 def same_placement(spec: Any, other: Any) -> bool:
     """Whether two DTensors of these specs have their elements in the same processes."""
     return bool(spec.mesh == other.mesh and spec.placements == other.placements and spec.shape == other.shape)
+
+
+def describe_tensor(
+    tensor: Tensor,
+) -> tuple[int, int, int, int, int, tuple[int, ...], tuple[int, ...]] | None:
+    """Address, device type and index, type code and bits (DLPack's), shape, strides: for a torch without the
+    DLPack C exchange API. None for a tensor that is not plain memory."""
+    if tensor.layout != torch.strided or tensor.is_conj() or tensor.is_neg() or tensor.is_quantized:
+        return None
+    code, bits = _DLPACK_CODES.get(tensor.dtype, (0, 0))
+    device = _DLPACK_DEVICES.get(tensor.device.type)
+    if device is None:
+        return None
+    return (
+        tensor.data_ptr(),
+        device,
+        tensor.device.index or 0,
+        code,
+        bits,
+        tuple(tensor.shape),
+        tensor.stride(),
+    )
+
+
+def current_stream(index: int) -> int:
+    """The address of torch's stream on a CUDA device: for a torch without the DLPack C exchange API."""
+    return torch.cuda.current_stream(index).cuda_stream

@@ -10,7 +10,7 @@ import importlib
 import itertools
 import pkgutil
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
@@ -19,11 +19,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..plan.step import DeviceStep, Step
 from .apply import RECORD, TILE, accumulate_kernel, apply_kernel, move_kernel
 from .prepare import PREPARED, direction_kernel, grad_sq_kernel, prepare_kernel
 from .reduce import CHUNK_TILES, SUMS, copy_kernel, reduce_kernel, total_kernel
 from .rule import DIRECTION_SQ, FINITE, GRAD_SQ, MAX_HYPER, Rule
 from .table import (
+    ADDRESSES,
     COLUMNS,
     FIRST_STATE,
     FLOAT64,
@@ -76,28 +78,28 @@ def options(threads: int) -> dict[str, Any]:
     return {"enable_fp_fusion": False, "num_warps": threads // target.warp_size, **registers}
 
 
-class Step(NamedTuple):
-    """What a step needs to know beside its rows."""
+class LaunchedStep(NamedTuple):
+    """A step as the kernels of one device are launched for it."""
 
-    grad_scale: float  # 1 / loss scale
-    clip: tuple[int, float, float, float]  # kind, norm, min, max
-    global_norm: float | None  # of all gradients, where the caller knows it
+    step: Step
+    device: DeviceStep
     reduced: bool  # `reduce` has seen these gradients already
-    # Addresses of float32 numbers on the device: loss scale, found_inf, global norm, non-finite flag, norms of the
-    # rows; and of the norms that processes exchange. 0: there is none. See fused_optim/plan/plan.py.
-    scalars: tuple[int, int, int, int, int, int]
 
     @property
     def finds_inf(self) -> bool:
-        return self.scalars[3] != 0
+        return self.device.non_finite != 0
 
     @property
     def exchanged(self) -> int:
-        return self.scalars[5]
+        return self.device.exchanged
+
+    @property
+    def clip(self) -> int:
+        return self.step.clip.kind
 
     @property
     def clips_by_norm(self) -> bool:
-        return self.clip[0] in (CLIP_BY_GLOBAL_NORM.value, CLIP_BY_NORM.value)
+        return self.clip in (CLIP_BY_GLOBAL_NORM.value, CLIP_BY_NORM.value)
 
 
 class Bucket(NamedTuple):
@@ -171,6 +173,8 @@ class Phases:
         self.device = device
         self.launches = 0  # of kernels, so far
         self.sent = 0  # words copied to the device, so far
+        self._reduced = False  # the sums are those of this step's gradients
+        self._measured: list[int] = []
         self._rules = [rules()[name] for name in rule_names]
         self._numels = list(numels)
         self._group_count, self._row_count = group_count, len(rule_names)
@@ -198,15 +202,13 @@ class Phases:
                 for name in dict.fromkeys(rule_names)
             }
 
-    def is_active(self) -> bool:
-        """Whether any row is to be stepped."""
-        active = self._row_field(ROW_ACTIVE.value)
-        return bytes(active) != bytes(active.nbytes)
+    def begin(self) -> None:
+        """The words of groups and rows are those of a new step."""
+        self._reduced = False
 
     def measured_rows(self) -> list[int]:
-        """The active rows of groups that need norms."""
-        needs, groups = self._needs(), self._row_field(ROW_GROUP.value)
-        return [row for row, active in enumerate(self._row_field(ROW_ACTIVE.value)) if active and needs[groups[row]]]
+        """The rows of which the last step left norms on the device."""
+        return self._measured
 
     def captured(self) -> bool:
         """Whether torch's stream on this device is being captured into a graph."""
@@ -218,43 +220,69 @@ class Phases:
     def reduce(self, step: Step) -> float:
         """The sum of squares over the gradients that take part in clipping; waits for the device.
 
-        Where the step exchanges norms it waits for nothing and returns 0: they are at its address.
+        Where the step exchanges norms it waits for nothing, and returns what the exchange adds.
         """
+        launched = self._launched(step)
+        if not self._takes_part(launched):
+            return 0.0
         if self.captured():
             raise RuntimeError(
                 "a global norm over several devices, or over parameters that the eager path steps, cannot be captured: "
                 "it is added on the host"
             )
         with self._on_device():
-            self._refresh(step)
+            self._refresh(launched)
             layout, table = self._layout, self._live
-            if step.exchanged:
+            if launched.exchanged:
                 layout.sums.zero_()
-            self._launch_reduce(step, layout, table)
-            if step.exchanged:
-                self._copy_sums(layout, step.exchanged, out=True)
-                return 0.0
-            self._launch(grad_sq_kernel, 1, table.words, self._group_count, self._row_count, layout.sums, table.grad_sq)
+            self._launch_reduce(launched, layout, table)
+            if launched.exchanged:
+                self._copy_sums(layout, launched.exchanged, out=True)
+            else:
+                counts = (self._group_count, self._row_count)
+                self._launch(grad_sq_kernel, 1, table.words, *counts, layout.sums, table.grad_sq)
+        self._reduced = True
+        if not launched.exchanged:
             return table.grad_sq.item()
+        assert step.exchange is not None
+        return step.exchange(launched.device.device)
 
-    def run(self, step: Step, exchange: Callable[[], None] | None) -> None:
+    def apply(self, step: Step) -> None:
         """The step of all active rows; waits for nothing.
 
-        ``exchange`` is called when the norms of directions are on their way to where processes exchange them.
+        The exchange is called when the norms of directions are on their way to where processes exchange them.
         """
+        launched = self._launched(step)
+        self._measured = self._active_rows_with_norms() if launched.device.measured else []
+        if not self._takes_part(launched):
+            return
         with self._on_device():
             if self.captured():
-                layout, table = self._layout, self._table_for_replays(step)
+                layout, table = self._layout, self._table_for_replays(launched)
             else:
-                self._refresh(step)
+                self._refresh(launched)
                 layout, table = self._layout, self._live
-            reduces = step.clips_by_norm or step.finds_inf or any(need & ~DIRECTION_SQ.value for need in self._needs())
-            if reduces and not step.reduced:
-                self._launch_reduce(step, layout, table)
-            if step.reduced and step.exchanged:
-                self._copy_sums(layout, step.exchanged, out=False)
-            self._launch_prepare(step, layout, table, reduces)
-            self._launch_update(step, layout, table, reduces, exchange)
+            needs = self._needs()
+            reduces = launched.clips_by_norm or launched.finds_inf or any(need & ~DIRECTION_SQ.value for need in needs)
+            if reduces and not launched.reduced:
+                self._launch_reduce(launched, layout, table)
+            if launched.reduced and launched.exchanged:
+                self._copy_sums(layout, launched.exchanged, out=False)
+            self._launch_prepare(launched, layout, table, reduces)
+            self._launch_update(launched, layout, table, reduces)
+
+    def _launched(self, step: Step) -> LaunchedStep:
+        index = self.device.index or 0
+        return LaunchedStep(step, next(device for device in step.devices if device.device == index), self._reduced)
+
+    def _takes_part(self, launched: LaunchedStep) -> bool:
+        """Without an active row there is nothing to do, unless other processes wait for an exchange."""
+        active = self._row_field(ROW_ACTIVE.value)
+        return launched.exchanged != 0 or bytes(active) != bytes(active.nbytes)
+
+    def _active_rows_with_norms(self) -> list[int]:
+        needs, groups = self._needs(), self._row_field(ROW_GROUP.value)
+        return [row for row, active in enumerate(self._row_field(ROW_ACTIVE.value)) if active and needs[groups[row]]]
 
     # The table ----------------------------------------------------------------------------------------------------
 
@@ -291,13 +319,15 @@ class Phases:
         begin = self.rows_at + field * self._row_count
         return self.words[begin : begin + self._row_count]
 
-    def _write_header(self, step: Step) -> None:
-        numbers = (step.grad_scale, *step.clip[1:], step.global_norm or 0.0)
-        self._numbers[: self.groups_at] = array("q", (*map(bits, numbers), *step.scalars))
+    def _write_header(self, launched: LaunchedStep) -> None:
+        step, clip = launched.step, launched.step.clip
+        numbers = (step.grad_scale, clip.norm, clip.min, clip.max, step.global_norm or 0.0)
+        addresses = (getattr(launched.device, name) for name in ADDRESSES)
+        self._numbers[: self.groups_at] = array("q", (*map(bits, numbers), *addresses))
 
-    def _refresh(self, step: Step) -> None:
+    def _refresh(self, launched: LaunchedStep) -> None:
         """Bring the live table up to date: one copy of the words between the first and the last that has changed."""
-        self._write_header(step)
+        self._write_header(launched)
         self._follow_stream()
         storages = bytes(self._row_field(STORAGES.value))
         if storages != self._storages:
@@ -334,7 +364,7 @@ class Phases:
                 tensor.record_stream(stream)
         self._stream = stream
 
-    def _table_for_replays(self, step: Step) -> Table:
+    def _table_for_replays(self, launched: LaunchedStep) -> Table:
         """A table of this step for the replays of the graph that is being captured.
 
         A later step would change the live one under them. Each replay copies its words from pinned memory.
@@ -345,7 +375,7 @@ class Phases:
         if not self._spares or bytes(self._row_field(STORAGES.value)) != self._storages:
             self._capturable = True
             raise RuntimeError(NOT_READY)
-        self._write_header(step)
+        self._write_header(launched)
         replay = self._spares.pop()
         replay.staging.copy_(self._host)
         replay.table.words.copy_(replay.staging, non_blocking=True)
@@ -422,11 +452,11 @@ class Phases:
         addresses = self._group_field(HYPER_ADDRESS.value, MAX_HYPER)
         return bytes(addresses) != bytes(addresses.nbytes)
 
-    def _launch_reduce(self, step: Step, layout: Layout, table: Table) -> None:
+    def _launch_reduce(self, launched: LaunchedStep, layout: Layout, table: Table) -> None:
         needs, tensors = self._needs(), self._has_tensors()
         for bucket in layout.buckets:
             norms = functools.reduce(int.__or__, (needs[group] for group in bucket.groups)) & ~DIRECTION_SQ.value
-            norms |= (GRAD_SQ.value if step.clips_by_norm else 0) | (FINITE.value if step.finds_inf else 0)
+            norms |= (GRAD_SQ.value if launched.clips_by_norm else 0) | (FINITE.value if launched.finds_inf else 0)
             self._launch(
                 reduce_kernel,
                 len(bucket.chunks) if norms else 0,
@@ -435,8 +465,8 @@ class Phases:
                 COMPUTE=bucket.compute,
                 NORMS=norms,
                 WEIGHT_DECAY=bucket.rule.weight_decay_index,
-                CLIP=step.clip[0],
-                FINDS_INF=step.finds_inf,
+                CLIP=launched.clip,
+                FINDS_INF=launched.finds_inf,
                 TENSORS=tensors,
             )
         self._launch(
@@ -445,12 +475,12 @@ class Phases:
             *(table.words, self._group_count, self._row_count, layout.totals, layout.sums),
         )
 
-    def _launch_prepare(self, step: Step, layout: Layout, table: Table, reduces: bool) -> None:
+    def _launch_prepare(self, launched: LaunchedStep, layout: Layout, table: Table, reduces: bool) -> None:
         trust = self._group_field(TRUST.value, TRUST_WORDS.value)
         constants = {
-            "CLIP": step.clip[0],
-            "FINDS_INF": step.finds_inf,
-            "ADDS_NORM": step.clips_by_norm and step.global_norm is None,
+            "CLIP": launched.clip,
+            "FINDS_INF": launched.finds_inf,
+            "ADDS_NORM": launched.clips_by_norm and launched.step.global_norm is None,
             "MEASURES": reduces,
             "TRUSTS": bytes(trust) != bytes(trust.nbytes),
             "TENSORS": self._has_tensors(),
@@ -470,10 +500,8 @@ class Phases:
                 **constants,
             )
 
-    def _launch_update(
-        self, step: Step, layout: Layout, table: Table, reduces: bool, exchange: Callable[[], None] | None
-    ) -> None:
-        """Each pass begins with what the one before it has touched last."""
+    def _launch_update(self, launched: LaunchedStep, layout: Layout, table: Table, reduces: bool) -> None:
+        """Passes alternate direction: the end of the last one is still in the cache."""
         shared = (table.words, self._group_count, self._row_count)
         directed = [bucket for bucket in layout.buckets if bucket.rule.has_direction]
         for bucket in directed:
@@ -486,13 +514,14 @@ class Phases:
                 BACKWARDS=reduces,
                 **bucket.constants,
             )
-        if directed and step.exchanged:
+        if directed and launched.exchanged:
             layout.sums.zero_()
             self._launch_directions(layout, table, adds_up=True, prepares=False)
-            self._copy_sums(layout, step.exchanged, out=True)
+            self._copy_sums(layout, launched.exchanged, out=True)
+            exchange = launched.step.exchange
             if exchange is not None:
-                exchange()
-            self._copy_sums(layout, step.exchanged, out=False)
+                exchange(launched.device.device)
+            self._copy_sums(layout, launched.exchanged, out=False)
             self._launch_directions(layout, table, adds_up=False, prepares=True)
         else:
             self._launch_directions(layout, table, adds_up=True, prepares=True)

@@ -38,7 +38,7 @@ class TensorContext(NamedTuple):
     grad_max: Any  # its largest magnitude, likewise
     param_norm: Any  # L2 norm of the parameter (of the master, where there is one), likewise
     direction_norm: Any  # L2 norm of the direction; for scale_direction
-    trusted: Any  # not excluded from trust ratios
+    has_trust_ratio: Any  # not excluded from trust ratios
     grad_scale: Any  # what update sees is this times the gradient,
     coupled_weight_decay: Any  # plus this times the parameter
     trust_ratio: Any

@@ -2,7 +2,7 @@
 
 First the step (`HEADER`), then the groups, then the rows: one number a header field, one a group or row for each of
 theirs. A float64 stands as its bits, an address and an integer as they are. csrc/plan/triton_table.h writes the fields
-of groups and rows in the same order.
+of groups and rows under the same names in the same order.
 """
 
 from __future__ import annotations
@@ -15,19 +15,16 @@ import triton.language as tl
 from .rule import MAX_HYPER, MAX_STATES
 from .rules.trust_ratio import TrustRatio
 
-# What a step needs to know beside its rows. Addresses are of float32 numbers; 0: there is none.
+# The addresses of a `DeviceStep`; csrc/step.h and fused_optim/plan/step.py say what is there.
+ADDRESSES = ("grad_scale", "found_inf", "grad_norm", "non_finite", "measured", "exchanged")
+# What a step needs to know beside its rows.
 HEADER = (
     "grad_scale",  # 1 / loss scale
     "clip_norm",  # of clips by a norm; infinity measures and scales nothing
     "clip_min",  # of a clip by value
     "clip_max",
     "global_norm",  # where the caller knows it
-    "grad_scale_address",  # read: the loss scale; takes the place of grad_scale
-    "found_inf_address",  # read: where it is not 0, nothing changes, the step counts included
-    "grad_norm_address",  # written: the gradients' global norm, if the clip asks for norms
-    "non_finite_address",  # written, if asked for: 1 if some gradient is infinite or NaN, otherwise 0
-    "measured_address",  # written: [rows, 3], grad norm, param norm, trust ratio
-    "exchanged_address",  # [rows, `SUMS`] in float64: see `reduce.py`
+    *(f"{name}_address" for name in ADDRESSES),
 )
 GROUP = (
     "maximize",
@@ -48,7 +45,7 @@ ROW = (
     "weight_decay_scale",
     "group",
     "clipped",  # takes part in clipping
-    "trusted",  # takes part in trust ratios
+    "has_trust_ratio",  # takes part in trust ratios
     "storages",  # the dtype of each column, eight bits each
 )
 
@@ -64,8 +61,7 @@ GRAD_SCALE, CLIP_NORM, CLIP_MIN, CLIP_MAX, GLOBAL_NORM = (
     tl.constexpr(HEADER.index(name)) for name in ("grad_scale", "clip_norm", "clip_min", "clip_max", "global_norm")
 )
 GRAD_SCALE_ADDRESS, FOUND_INF_ADDRESS, GRAD_NORM_ADDRESS, NON_FINITE_ADDRESS, MEASURED_ADDRESS, EXCHANGED_ADDRESS = (
-    tl.constexpr(HEADER.index(f"{name}_address"))
-    for name in ("grad_scale", "found_inf", "grad_norm", "non_finite", "measured", "exchanged")
+    tl.constexpr(HEADER.index(f"{name}_address")) for name in ADDRESSES
 )
 MAXIMIZE, NEEDS, TRUST, HYPER, HYPER_ADDRESS, HYPER_DTYPE = (
     tl.constexpr(GROUP.index(name))
@@ -76,8 +72,8 @@ ROW_GRAD, ROW_ACTIVE, ROW_PARAM, ROW_MASTER, ROW_STATE, NUMEL, LR_SCALE, WEIGHT_
     tl.constexpr(ROW.index(name))
     for name in ("grad", "active", "param", "master", "state0", "numel", "lr_scale", "weight_decay_scale")
 )
-ROW_GROUP, CLIPPED, TRUSTED, STORAGES = (
-    tl.constexpr(ROW.index(name)) for name in ("group", "clipped", "trusted", "storages")
+ROW_GROUP, CLIPPED, HAS_TRUST_RATIO, STORAGES = (
+    tl.constexpr(ROW.index(name)) for name in ("group", "clipped", "has_trust_ratio", "storages")
 )
 
 

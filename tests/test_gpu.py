@@ -117,7 +117,7 @@ def launches_of(optimizer: Any, backend: str) -> int:
     if backend == "cuda":
         assert extension._C is not None
         return extension._C.cuda_launches()
-    ((_, _, phases),) = inner(optimizer).plan.native._launched
+    ((_, _, phases),) = inner(optimizer).plan.native._devices
     return phases.launches
 
 

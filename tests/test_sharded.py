@@ -370,6 +370,31 @@ def test_a_step_has_no_dtensor_operations_one_collective_and_no_leak(name: str, 
     ranks.run(cost_of_steps, name, place)
 
 
+def one_without_gradients(name: str, backend: str) -> None:
+    wholes, spreads = both(torch.float32, "FSDP")
+    idle = dist.get_rank() == WORLD - 1
+    with cuda_phases(shim()) if backend == "cuda" else nullcontext():
+        optimizer = MAKERS[name](spreads, backend=backend)
+        for step in range(2):
+            set_both(wholes, spreads, "FSDP", step)
+            square = sum(float(param.grad.to_local().square().sum()) for param in spreads)
+            if idle:
+                for param in spreads:
+                    param.grad = None
+            optimizer.step()
+            squares = [torch.zeros(()) for _ in range(WORLD)]
+            dist.all_gather(squares, torch.tensor(square))
+            norm = inner(optimizer).last_grad_norm
+            torch.testing.assert_close(norm, sum(squares[:-1]).sqrt(), rtol=1e-6, atol=0)
+    assert bool(inner(optimizer).state) != idle
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", ["AdamW, global norm", "LAMB"])
+def test_a_process_without_gradients_takes_part_in_the_exchanges(name: str, backend: str, ranks: Ranks) -> None:
+    ranks.run(one_without_gradients, name, backend)
+
+
 # Gradients, states and parameters that lie otherwise -------------------------------------------------------------
 
 

@@ -43,6 +43,7 @@ from fused_optim import (
     NovoGrad,
     backends,
     extension,
+    row,
 )
 from fused_optim.plan import python_plan
 
@@ -77,7 +78,7 @@ def pair_of(rule: str, shapes: Any, dtype: torch.dtype, **options: Any) -> tuple
 
 
 def phases_of(optimizer: Any) -> Any:
-    ((_, _, phases),) = inner(optimizer).plan.native._launched
+    ((_, _, phases),) = inner(optimizer).plan.native._devices
     return phases
 
 
@@ -616,7 +617,12 @@ def test_python_and_cpp_know_the_same_rules() -> None:
         assert len(rule.hyper) == len(rule.hyper_type._fields)
         assert rule.hyper_type._fields[0] == "lr"
         assert rule.scalar_count + 4 <= phases.RECORD.value
-    assert (len(table.GROUP), table.COLUMNS) == (python_plan.GROUP_FIELDS, python_plan.COLUMNS)
+    assert extension._C.table_fields() == (table.GROUP, table.ROW)
+    assert (table.COLUMNS, table.MAX_STATES, table.MAX_HYPER) == (row.COLUMNS, row.MAX_STATES, row.MAX_HYPER)
+    columns = (table.PARAM, table.GRAD, table.MASTER, table.FIRST_STATE)
+    assert [column.value for column in columns] == [row.PARAM, row.GRAD, row.MASTER, row.FIRST_STATE]
+    formats = (table.FLOAT32, table.FLOAT64, table.BFLOAT16, table.FLOAT16, table.REMAINDER)
+    assert [number.value for number in formats] == list(row.DTYPES.values())
 
 
 @pytest.mark.parametrize("rule", ["nesterov", "larc novograd", "lamb", "lars kozistr"])

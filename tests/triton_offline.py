@@ -109,14 +109,15 @@ def compile_rules() -> None:
         optimizer = make([Parameter(torch.ones(n)) for n in SHAPES], backend="triton")
         step(optimizer)
         # What only a caller that waits launches.
-        ((_, _, phases),) = inner(optimizer).plan.native._launched
+        ((_, _, phases),) = inner(optimizer).plan.native._devices
         phases.reduce(phases_step())
 
 
 def phases_step() -> Any:
-    from fused_optim.kernels import phases
+    from fused_optim.options.clip import GLOBAL_NORM, ClipOptions
+    from fused_optim.plan.step import DeviceStep, Step
 
-    return phases.Step(1.0, (1, 1.0, 0.0, 0.0), None, False, (0,) * 6)
+    return Step(1.0, 1, ClipOptions(GLOBAL_NORM, 1.0), False, [DeviceStep(0)], None)
 
 
 def compile_storages() -> None:

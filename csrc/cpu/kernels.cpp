@@ -6,7 +6,7 @@
 //
 // Nothing here may be shared with the other builds: every function is in this build's namespace, and no
 // standard container is used.
-#include "cpu/phases.h"
+#include "cpu/kernels.h"
 
 #if defined(__AVX2__)
 #include <immintrin.h>

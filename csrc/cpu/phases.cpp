@@ -8,8 +8,10 @@
 #include <atomic>
 #include <cmath>
 #include <cstring>
+#include <functional>
 #include <system_error>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #if defined(__x86_64__)
@@ -23,6 +25,19 @@ namespace {
 constexpr int64_t kSerialElements = 64 * 1024;
 // What a thread takes at a time: small enough to balance, large enough that taking costs nothing.
 constexpr int64_t kTaskElements = 128 * 1024;
+
+// One step's rows and numbers, and where its intermediate results go, row by row.
+struct CpuStep {
+  const CpuKernels& kernels;
+  const std::vector<Row>& rows;
+  const std::vector<GroupHyper>& groups;
+  const StepOptions& options;
+  int threads;
+  std::vector<Norms>& norms;
+  std::vector<ScalarsRecord>& records;
+  std::vector<MeasuredNorms>& measured;
+  std::atomic<bool>& non_finite;  // set where options.finds_inf asks and an element is not
+};
 
 struct Task {
   size_t first_row, last_row;  // rows [first, last)
@@ -186,7 +201,7 @@ Norms reduce_row(const CpuStep& step, size_t r, int64_t begin, int64_t end) {
   bool non_finite = false;
   const auto reduce = in_double ? step.kernels.reduce_double : step.kernels.reduce_float;
   const Norms norms = reduce(row, grad, needs, begin, end, non_finite);
-  if (non_finite && step.non_finite != nullptr) step.non_finite->store(true, std::memory_order_relaxed);
+  if (non_finite) step.non_finite.store(true, std::memory_order_relaxed);
   return norms;
 }
 
@@ -316,31 +331,7 @@ void prepare_rows(const CpuStep& step, double global_norm, const Takes& takes) {
   }
 }
 
-}  // namespace
-
-bool has_openmp() { return find_openmp() != nullptr; }
-
-const CpuKernels* choose_cpu_kernels(const char* requested) {
-  const CpuKernels* available[3];
-  int count = 0;
-  available[count++] = &cpu_kernels_default;
-#if defined(__x86_64__)
-  __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c");
-  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  if (avx2) available[count++] = &cpu_kernels_avx2;
-  if (avx2 && avx512) available[count++] = &cpu_kernels_avx512;
-#endif
-  if (requested == nullptr || *requested == '\0') return available[count - 1];
-  for (int i = 0; i < count; ++i) {
-    if (std::strcmp(available[i]->capability, requested) == 0) return available[i];
-  }
-  return nullptr;
-}
-
-unsigned needs_of_rule(int rule, const GroupHyper& group) { return needs_of(Rules{}, rule, group); }
-
+// The sum over all active, clipped rows; the split into groups does not change it.
 double sum_of_squares(const std::vector<Row>& rows, const std::vector<Norms>& norms) {
   double sum = 0, lost = 0;  // Neumaier's sum: exact enough that the order of the rows does not show
   for (size_t r = 0; r < rows.size(); ++r) {
@@ -352,14 +343,17 @@ double sum_of_squares(const std::vector<Row>& rows, const std::vector<Norms>& no
   return std::isfinite(sum) ? sum + lost : sum;
 }
 
-void reduce_cpu(const CpuStep& step) {
+// The norms of every active row.
+void reduce_rows(const CpuStep& step) {
   const std::vector<Task> tasks = split(step.rows);
   sum_over(
       step, tasks, [](size_t) { return true; },
       [&](size_t r, int64_t begin, int64_t end) { return reduce_row(step, r, begin, end); });
 }
 
-void step_cpu(const CpuStep& step, bool reduced, double global_norm, const std::function<bool()>& exchange) {
+// The step of every active row. exchange: called when the norms of all directions stand in step.norms,
+// whether or not there are any; false gives the step up.
+void step_rows(const CpuStep& step, bool reduced, double global_norm, const std::function<bool()>& exchange) {
   const std::vector<Row>& rows = step.rows;
   const bool serial = step.threads <= 1 || active_elements(rows) < kSerialElements;
   const auto needs = [&](size_t r) {
@@ -424,6 +418,84 @@ void step_cpu(const CpuStep& step, bool reduced, double global_norm, const std::
     });
   };
   run_tasks(job, tasks.size(), serial ? 1 : step.threads);
+}
+
+}  // namespace
+
+bool has_openmp() { return find_openmp() != nullptr; }
+
+const CpuKernels* choose_cpu_kernels(const char* requested) {
+  const CpuKernels* available[3];
+  int count = 0;
+  available[count++] = &cpu_kernels_default;
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c");
+  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  if (avx2) available[count++] = &cpu_kernels_avx2;
+  if (avx2 && avx512) available[count++] = &cpu_kernels_avx512;
+#endif
+  if (requested == nullptr || *requested == '\0') return available[count - 1];
+  for (int i = 0; i < count; ++i) {
+    if (std::strcmp(available[i]->capability, requested) == 0) return available[i];
+  }
+  return nullptr;
+}
+
+unsigned needs_of_rule(int rule, const GroupHyper& group) { return needs_of(Rules{}, rule, group); }
+
+CpuPhases::CpuPhases(const CpuKernels& kernels, const std::vector<GroupHyper>& groups, size_t row_count,
+                     std::vector<size_t> own)
+    : kernels_(kernels),
+      groups_(groups),
+      own_(std::move(own)),
+      own_rows_(own_.size() == row_count ? 0 : row_count),
+      norms_(row_count),
+      records_(row_count),
+      measured_(row_count) {}
+
+void CpuPhases::collect(const std::vector<Row>& rows) {
+  rows_ = own_rows_.empty() ? &rows : &own_rows_;
+  active_ = reduced_ = false;
+  for (const size_t r : own_) {
+    if (!own_rows_.empty()) own_rows_[r] = rows[r];
+    active_ = active_ || rows[r].active;
+  }
+}
+
+bool CpuPhases::reduce(const Step& step, double* sum) {
+  if (step.exchange) std::fill(norms_.begin(), norms_.end(), Norms{});
+  non_finite_ = false;
+  reduce_rows(
+      {kernels_, *rows_, groups_, step.options, step.threads, norms_, records_, measured_, non_finite_});
+  double exchanged = 0;
+  if (step.exchange && !step.exchange(&norms_, 0, &exchanged)) return false;
+  *sum += exchanged + sum_of_squares(*rows_, norms_);
+  reduced_ = true;
+  return true;
+}
+
+bool CpuPhases::apply(const Step& step) {
+  double unused;
+  bool good = true;
+  std::function<bool()> exchange;
+  if (step.exchange) exchange = [&] { return good = step.exchange(&norms_, 0, &unused); };
+  if (step.exchange && !reduced_) std::fill(norms_.begin(), norms_.end(), Norms{});
+  if (!active_) return !exchange || exchange();
+  StepOptions options = step.options;
+  options.finds_inf = false;  // that is for reduce() to answer
+  step_rows({kernels_, *rows_, groups_, options, step.threads, norms_, records_, measured_, non_finite_},
+            reduced_, step.global_norm.value_or(0), exchange);
+  return good;
+}
+
+void CpuPhases::add_norms(std::vector<RowNorms>* norms) const {
+  if (rows_ == nullptr) return;
+  for (const size_t r : own_) {
+    const Row& row = (*rows_)[r];
+    if (row.active && groups_[static_cast<size_t>(row.group)].needs != 0) norms->push_back({r, measured_[r]});
+  }
 }
 
 }  // namespace fused_optim

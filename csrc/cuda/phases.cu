@@ -174,16 +174,31 @@ class SideStream {
   cudaStream_t stream_ = nullptr;
 };
 
+bool is_capturing(int device, cudaStream_t stream) {
+  const DeviceGuard guard(device);  // a thread without a context would get one on device 0
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  if (cudaStreamIsCapturing(stream, &status) != cudaSuccess) {
+    cudaGetLastError();
+    return false;
+  }
+  return status != cudaStreamCaptureStatusNone;
+}
+
 class CudaPhasesOfDevice final : public CudaPhases {
  public:
-  CudaPhasesOfDevice(int device, const std::vector<Row>& rows, size_t groups)
+  CudaPhasesOfDevice(int device, const std::vector<Row>& rows, std::vector<size_t> own,
+                     const std::vector<GroupHyper>& groups, const std::vector<HyperTensors>& tensors)
       : device_(device),
-        row_count_(rows.size()),
-        group_count_(groups),
+        own_(std::move(own)),
+        hypers_(groups),
+        tensors_(tensors),
+        row_count_(own_.size()),
+        group_count_(groups.size()),
         has_large_patches_(has_large_patches()) {
+    for (const size_t r : own_) own_rows_.push_back(rows[r]);
     const DeviceGuard guard(device);
     check(guard.error(), "choosing the device");
-    lay_out(rows);
+    lay_out(own_rows_);
     live_ = std::make_unique<Table>(device_, arena_.size());
     check(cudaEventCreateWithFlags(&done_, cudaEventDisableTiming), "creating an event");
     check(cudaEventCreateWithFlags(&uploaded_, cudaEventDisableTiming), "creating an event");
@@ -196,61 +211,83 @@ class CudaPhasesOfDevice final : public CudaPhases {
     if (uploaded_ != nullptr) cudaEventDestroy(uploaded_);
   }
 
-  double reduce(const std::vector<Row>& rows, const std::vector<GroupHyper>& groups,
-                const std::vector<HyperTensors>& tensors, const CudaStep& step,
-                void* stream_pointer) override {
-    const DeviceGuard guard(device_);
-    check(guard.error(), "choosing the device");
-    const auto stream = static_cast<cudaStream_t>(stream_pointer);
-    if (is_capturing(device_, stream_pointer)) {
-      throw std::runtime_error(
-          "a global norm over several devices, or over parameters that the eager path steps, cannot be "
-          "captured: "
-          "it is added on the host");
+  int device() const override { return device_; }
+  void work_on(void* stream) override { stream_ = static_cast<cudaStream_t>(stream); }
+  bool captured() const override { return is_capturing(device_, stream_); }
+
+  void collect(const std::vector<Row>& rows) override {
+    active_ = reduced_ = measures_ = false;
+    for (size_t i = 0; i < own_.size(); ++i) {
+      own_rows_[i] = rows[own_[i]];
+      active_ = active_ || own_rows_[i].active;
     }
-    refresh(rows, groups, tensors, stream);
-    if (step.exchanged != 0) clear_totals(*live_, stream);
-    launch_reduce(*live_, step, stream);
-    if (step.exchanged != 0) {
-      copy_totals(reinterpret_cast<void*>(step.exchanged), live_->at<Sums>(sums_), stream);
-      return 0;
-    }
-    launch("the reduce phase", grad_sq_kernel, 1, kThreads, stream, prepare_table(*live_), step.non_finite);
-    double grad_sq = 0;
-    check(cudaMemcpyAsync(&grad_sq, &live_->at<Control>(control_)->grad_sq, sizeof grad_sq,
-                          cudaMemcpyDeviceToHost, stream),
-          "reading the global norm");
-    check(cudaStreamSynchronize(stream), "reading the global norm");
-    return grad_sq;
   }
 
-  void run(const std::vector<Row>& rows, const std::vector<GroupHyper>& groups,
-           const std::vector<HyperTensors>& tensors, const CudaStep& step, void* stream_pointer,
-           const std::function<bool()>& exchange) override {
+  bool reduce(const Step& plan_step, double* sum) override {
+    const CudaStep step = step_of(plan_step);
+    if (!takes_part(step)) return true;
+    {
+      const DeviceGuard guard(device_);
+      check(guard.error(), "choosing the device");
+      if (captured()) {
+        throw std::runtime_error(
+            "a global norm over several devices, or over parameters that the eager path steps, cannot be "
+            "captured: "
+            "it is added on the host");
+      }
+      refresh();
+      if (step.exchanged != 0) clear_totals(*live_);
+      launch_reduce(*live_, step);
+      if (step.exchanged != 0) {
+        copy_totals(reinterpret_cast<void*>(step.exchanged), live_->at<Sums>(sums_));
+      } else {
+        *sum += grad_sq(step);
+      }
+    }
+    reduced_ = true;
+    double exchanged = 0;
+    if (step.exchanged != 0 && !plan_step.exchange(nullptr, device_, &exchanged)) return false;
+    *sum += exchanged;
+    return true;
+  }
+
+  bool apply(const Step& plan_step) override {
+    const CudaStep step = step_of(plan_step);
+    if (!takes_part(step)) return true;
     const DeviceGuard guard(device_);
     check(guard.error(), "choosing the device");
-    const auto stream = static_cast<cudaStream_t>(stream_pointer);
-    const bool capturing = is_capturing(device_, stream_pointer);
+    const bool capturing = captured();
     const Table* table = live_.get();
     if (capturing) {
-      table = &table_for_replays(rows, groups, tensors);
+      table = &table_for_replays();
     } else {
-      refresh(rows, groups, tensors, stream);
+      refresh();
     }
     const bool reduces = step.options.clip == Clip::global_norm || step.options.clip == Clip::norm ||
                          step.options.finds_inf ||
-                         std::any_of(groups.begin(), groups.end(), [](const GroupHyper& group) {
+                         std::any_of(hypers_.begin(), hypers_.end(), [](const GroupHyper& group) {
                            return (group.needs & ~uint64_t{kNeedsDirectionSq}) != 0;
                          });
-    if (reduces && !step.reduced) launch_reduce(*table, step, stream);
+    if (reduces && !step.reduced) launch_reduce(*table, step);
     if (step.reduced && step.exchanged != 0) {
-      copy_totals(table->at<Sums>(sums_), reinterpret_cast<const void*>(step.exchanged), stream);
+      copy_totals(table->at<Sums>(sums_), reinterpret_cast<const void*>(step.exchanged));
     }
-    launch_update(*table, step, reduces, stream, exchange);
-    if (capturing) return;
-    check(cudaEventRecord(done_, stream), "recording the step's end");
+    measures_ = step.measured != 0;
+    if (!launch_update(*table, step, reduces, plan_step.exchange)) return false;
+    if (capturing) return true;
+    check(cudaEventRecord(done_, stream_), "recording the step's end");
     recorded_ = true;
-    stream_ = stream;
+    recorded_on_ = stream_;
+    return true;
+  }
+
+  void add_norms(std::vector<RowNorms>* norms) const override {
+    for (size_t i = 0; measures_ && i < own_.size(); ++i) {
+      const Row& row = own_rows_[i];
+      if (row.active && hypers_[static_cast<size_t>(row.group)].needs != 0) {
+        norms->push_back({own_[i], {0, 0, 0}});
+      }
+    }
   }
 
  private:
@@ -261,6 +298,30 @@ class CudaPhasesOfDevice final : public CudaPhases {
     size_t extents, first_extent;
     int64_t first_tile_sums;  // of its tiles among those of all buckets; -1: it has none
   };
+
+  CudaStep step_of(const Step& step) const {
+    CudaStep out{step.of_device(device_)};
+    out.options = step.options;
+    out.options.finds_inf = out.non_finite != 0;
+    out.global_norm_known = step.global_norm.has_value();
+    out.global_norm = step.global_norm.value_or(0);
+    out.reduced = reduced_;
+    return out;
+  }
+
+  // Without an active row there is nothing to do, unless other processes wait for an exchange.
+  bool takes_part(const CudaStep& step) const { return active_ || step.exchanged != 0; }
+
+  // For a caller that wants to know before the step goes on.
+  double grad_sq(const CudaStep& step) const {
+    launch("the reduce phase", grad_sq_kernel, 1, kThreads, stream_, prepare_table(*live_), step.non_finite);
+    double grad_sq = 0;
+    check(cudaMemcpyAsync(&grad_sq, &live_->at<Control>(control_)->grad_sq, sizeof grad_sq,
+                          cudaMemcpyDeviceToHost, stream_),
+          "reading the global norm");
+    check(cudaStreamSynchronize(stream_), "reading the global norm");
+    return grad_sq;
+  }
 
   // Decides where everything lies, and writes what never changes.
   void lay_out(const std::vector<Row>& rows) {
@@ -357,8 +418,7 @@ class CudaPhasesOfDevice final : public CudaPhases {
   }
 
   // What the table should hold.
-  void write(const std::vector<Row>& rows, const std::vector<GroupHyper>& groups,
-             const std::vector<HyperTensors>& tensors) {
+  void write() {
     if (uploading_) {
       const RelaxedCapture relaxed;
       check(cudaEventSynchronize(uploaded_), "waiting for the upload of the table");
@@ -368,20 +428,19 @@ class CudaPhasesOfDevice final : public CudaPhases {
         offsetof(Row, active) + sizeof(bool);  // without the padding behind: it may be anything
     for (size_t r = 0; r < row_count_; ++r) {
       unsigned char* at = bytes(rows_ + r * sizeof(Row));
-      std::memcpy(at, &rows[r], kUsed);
+      std::memcpy(at, &own_rows_[r], kUsed);
       // An inactive row's addresses may be stale: the device never sees them.
-      if (!rows[r].active) std::memset(at, 0, sizeof rows[r].address);
+      if (!own_rows_[r].active) std::memset(at, 0, sizeof own_rows_[r].address);
     }
     for (size_t g = 0; g < group_count_; ++g) {
-      const CudaGroup group{groups[g], tensors[g]};
+      const CudaGroup group{hypers_[g], tensors_[g]};
       std::memcpy(bytes(groups_ + g * sizeof(CudaGroup)), &group,
                   offsetof(CudaGroup, tensors.dtype) + kMaxHyper);
     }
   }
 
   template <int kWords>
-  void patch(void (*kernel)(PatchWords<kWords>), Table& table, const std::vector<uint32_t>& changed,
-             cudaStream_t stream) {
+  void patch(void (*kernel)(PatchWords<kWords>), Table& table, const std::vector<uint32_t>& changed) {
     constexpr int kPatchThreads = 256;
     auto words = std::make_unique<PatchWords<kWords>>();
     words->table = reinterpret_cast<uint32_t*>(table.base);
@@ -392,12 +451,12 @@ class CudaPhasesOfDevice final : public CudaPhases {
         words->value[i] = words_[words->offset[i]];
       }
       const int blocks = (words->count + kPatchThreads - 1) / kPatchThreads;
-      launch("the refresh of the table", kernel, blocks, kPatchThreads, stream, *words);
+      launch("the refresh of the table", kernel, blocks, kPatchThreads, stream_, *words);
     }
   }
 
   // Makes the table on the device equal to words_.
-  void send(Table& table, cudaStream_t stream) {
+  void send(Table& table) {
     changed_.clear();
     std::vector<uint32_t> mirror;  // until everything is on its way, nothing is known of the table
     mirror.swap(table.mirror);
@@ -418,44 +477,42 @@ class CudaPhasesOfDevice final : public CudaPhases {
     const size_t limit = has_large_patches_ ? kPatchWords : kPatchWordsSmall;
     if (fresh) {
       // The sums of a row that is not active are read and not used.
-      check(cudaMemsetAsync(table.base + sums_, 0, sums_bytes_, stream), "clearing the table");
+      check(cudaMemsetAsync(table.base + sums_, 0, sums_bytes_, stream_), "clearing the table");
     }
     if (fresh || changed_.size() > kMostPatches * limit) {
       // The driver may wait until the stream comes to the copy, or, where the device reads the host's pages,
       // copy when it does: nothing for every step, and words_ must not change until then.
       check(
-          cudaMemcpyAsync(table.base, words_.data(), end * sizeof(uint32_t), cudaMemcpyHostToDevice, stream),
+          cudaMemcpyAsync(table.base, words_.data(), end * sizeof(uint32_t), cudaMemcpyHostToDevice, stream_),
           "the upload of the table");
-      check(cudaEventRecord(uploaded_, stream), "recording the upload of the table");
+      check(cudaEventRecord(uploaded_, stream_), "recording the upload of the table");
       uploading_ = true;
     } else if (has_large_patches_) {
-      patch<kPatchWords>(large_patch_kernel(), table, changed_, stream);
+      patch<kPatchWords>(large_patch_kernel(), table, changed_);
     } else {
-      patch<kPatchWordsSmall>(patch_kernel<kPatchWordsSmall>, table, changed_, stream);
+      patch<kPatchWordsSmall>(patch_kernel<kPatchWordsSmall>, table, changed_);
     }
     mirror.resize(words_.size());
     std::copy_n(words_.begin(), end, mirror.begin());
     table.mirror.swap(mirror);
   }
 
-  void refresh(const std::vector<Row>& rows, const std::vector<GroupHyper>& groups,
-               const std::vector<HyperTensors>& tensors, cudaStream_t stream) {
-    cudaGetLastError();  // what somebody left behind unread is not this step's
-    if (stream_ != stream && recorded_) {
-      check(cudaStreamWaitEvent(stream, done_, 0), "waiting for the last step's stream");
+  void refresh() {
+    cudaGetLastError();  // an earlier error that was not read is not this step's
+    if (recorded_on_ != stream_ && recorded_) {
+      check(cudaStreamWaitEvent(stream_, done_, 0), "waiting for the last step's stream");
     }
-    write(rows, groups, tensors);
-    send(*live_, stream);
+    write();
+    send(*live_);
   }
 
   // A table of this step for the replays of the graph that is being captured. A later step would change the
   // live one under them; and the capture may yet fail, so that what it was told was never done. Nothing of
   // it enters the graph: it is there, on the device, before this returns.
-  const Table& table_for_replays(const std::vector<Row>& rows, const std::vector<GroupHyper>& groups,
-                                 const std::vector<HyperTensors>& tensors) {
+  const Table& table_for_replays() {
     cudaGetLastError();
     auto table = std::make_unique<Table>(device_, arena_.size());
-    write(rows, groups, tensors);
+    write();
     const RelaxedCapture relaxed;
     const SideStream side;
     check(cudaMemcpyAsync(table->base, words_.data(), words_.size() * sizeof(uint32_t),
@@ -473,7 +530,7 @@ class CudaPhasesOfDevice final : public CudaPhases {
             table.at<Control>(control_), static_cast<int32_t>(row_count_)};
   }
 
-  void launch_reduce(const Table& table, const CudaStep& step, cudaStream_t stream) const {
+  void launch_reduce(const Table& table, const CudaStep& step) const {
     const ReduceTable reduce{table.at<Row>(rows_),
                              table.at<CudaGroup>(groups_),
                              table.at<Piece>(pieces_),
@@ -482,17 +539,18 @@ class CudaPhasesOfDevice final : public CudaPhases {
                              small_count_,
                              table.at<Sums>(sums_)};
     const int64_t blocks = piece_count_ + (small_count_ + kWarpsPerBlock - 1) / kWarpsPerBlock;
-    launch("the reduce phase", reduce_kernel, blocks, kThreads, stream, reduce, step);
-    launch("the reduce phase", total_kernel, total_count_, kThreads, stream, table.at<const Pieces>(totals_),
+    launch("the reduce phase", reduce_kernel, blocks, kThreads, stream_, reduce, step);
+    launch("the reduce phase", total_kernel, total_count_, kThreads, stream_, table.at<const Pieces>(totals_),
            table.at<const Row>(rows_), table.at<Sums>(sums_));
   }
 
-  void clear_totals(const Table& table, cudaStream_t stream) const {
-    check(cudaMemsetAsync(table.at<Sums>(sums_), 0, row_count_ * sizeof(Sums), stream), "clearing the norms");
+  void clear_totals(const Table& table) const {
+    check(cudaMemsetAsync(table.at<Sums>(sums_), 0, row_count_ * sizeof(Sums), stream_),
+          "clearing the norms");
   }
 
-  void copy_totals(void* to, const void* from, cudaStream_t stream) const {
-    check(cudaMemcpyAsync(to, from, row_count_ * sizeof(Sums), cudaMemcpyDeviceToDevice, stream),
+  void copy_totals(void* to, const void* from) const {
+    check(cudaMemcpyAsync(to, from, row_count_ * sizeof(Sums), cudaMemcpyDeviceToDevice, stream_),
           "copying the norms");
   }
 
@@ -509,41 +567,46 @@ class CudaPhasesOfDevice final : public CudaPhases {
             backwards};
   }
 
-  // Each pass begins with what the one before it has touched last.
-  void launch_update(const Table& table, const CudaStep& step, bool reduces, cudaStream_t stream,
-                     const std::function<bool()>& exchange) const {
+  // Passes alternate direction: the end of the last one is still in the cache. False: the exchange has
+  // failed.
+  bool launch_update(const Table& table, const CudaStep& step, bool reduces, const Exchange& exchange) const {
     const auto blocks = static_cast<int64_t>((row_count_ + kPreparedRows - 1) / kPreparedRows);
-    launch("the prepare phase", prepare_kernel, blocks, kThreads, stream, prepare_table(table), step);
+    launch("the prepare phase", prepare_kernel, blocks, kThreads, stream_, prepare_table(table), step);
     for (const BucketPlan& plan : buckets_) {
       if (plan.first_tile_sums < 0) continue;
       launch("the apply phase", accumulate_kernel_of(plan.rule, plan.in_double), plan.blocks, kThreads,
-             stream, bucket(table, plan, reduces));
+             stream_, bucket(table, plan, reduces));
     }
     if (step.exchanged != 0 && direction_count_ != 0) {
-      clear_totals(table, stream);
-      launch_directions(table, step, DirectionPass::add_up, stream);
-      copy_totals(reinterpret_cast<void*>(step.exchanged), table.at<Sums>(sums_), stream);
-      if (exchange && !exchange()) return;
-      copy_totals(table.at<Sums>(sums_), reinterpret_cast<const void*>(step.exchanged), stream);
-      launch_directions(table, step, DirectionPass::prepare, stream);
+      clear_totals(table);
+      launch_directions(table, step, DirectionPass::add_up);
+      copy_totals(reinterpret_cast<void*>(step.exchanged), table.at<Sums>(sums_));
+      double unused;
+      if (exchange && !exchange(nullptr, device_, &unused)) return false;
+      copy_totals(table.at<Sums>(sums_), reinterpret_cast<const void*>(step.exchanged));
+      launch_directions(table, step, DirectionPass::prepare);
     } else {
-      launch_directions(table, step, DirectionPass::whole, stream);
+      launch_directions(table, step, DirectionPass::whole);
     }
     for (const BucketPlan& plan : buckets_) {
       const bool second = plan.first_tile_sums >= 0;
-      launch("the apply phase", apply_kernel_of(plan.rule, plan.in_double), plan.blocks, kThreads, stream,
+      launch("the apply phase", apply_kernel_of(plan.rule, plan.in_double), plan.blocks, kThreads, stream_,
              bucket(table, plan, reduces != second));
     }
+    return true;
   }
 
-  void launch_directions(const Table& table, const CudaStep& step, DirectionPass pass,
-                         cudaStream_t stream) const {
-    launch("the prepare phase", direction_kernel, direction_count_, kThreads, stream,
+  void launch_directions(const Table& table, const CudaStep& step, DirectionPass pass) const {
+    launch("the prepare phase", direction_kernel, direction_count_, kThreads, stream_,
            table.at<const DirectionRow>(directions_), table.at<const TileSums>(tile_sums_),
            prepare_table(table), step, pass);
   }
 
   const int device_;
+  const std::vector<size_t> own_;  // the rows' indices in the plan
+  std::vector<Row> own_rows_;
+  const std::vector<GroupHyper>& hypers_;
+  const std::vector<HyperTensors>& tensors_;
   const size_t row_count_, group_count_;
   const bool has_large_patches_;
   Arena arena_;
@@ -560,8 +623,12 @@ class CudaPhasesOfDevice final : public CudaPhases {
   cudaEvent_t uploaded_ = nullptr;  // the last upload of words_
   bool uploading_ = false;
   cudaEvent_t done_ = nullptr;
-  cudaStream_t stream_ = nullptr;
   bool recorded_ = false;
+  cudaStream_t recorded_on_ = nullptr;
+  cudaStream_t stream_ = nullptr;  // torch's, of this step
+  bool active_ = false;            // a row is
+  bool reduced_ = false;           // the sums are those of this step's gradients
+  bool measures_ = false;          // the last apply() has left its rows' norms on the device
 };
 
 template <class Kernel>
@@ -592,10 +659,12 @@ cudaError_t load_kernels() {
 
 }  // namespace
 
-std::unique_ptr<CudaPhases> CudaPhases::create(int device, const std::vector<Row>& rows, size_t groups) {
+std::unique_ptr<CudaPhases> CudaPhases::create(int device, const std::vector<Row>& rows,
+                                               std::vector<size_t> own, const std::vector<GroupHyper>& groups,
+                                               const std::vector<HyperTensors>& tensors) {
   const std::string reason = why_no_cuda(device);
   if (!reason.empty()) throw std::runtime_error("fused_optim: the CUDA backend cannot be used: " + reason);
-  return std::make_unique<CudaPhasesOfDevice>(device, rows, groups);
+  return std::make_unique<CudaPhasesOfDevice>(device, rows, std::move(own), groups, tensors);
 }
 
 std::string why_no_cuda(int device) {
@@ -624,16 +693,6 @@ std::string why_no_cuda(int device) {
   cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
   return "no kernel for its architecture, sm_" + std::to_string(major) + std::to_string(minor) +
          ", was compiled in (set FUSED_OPTIM_CUDA_ARCHS when building): " + text;
-}
-
-bool is_capturing(int device, void* stream) {
-  const DeviceGuard guard(device);  // a thread without a context would get one on device 0
-  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
-  if (cudaStreamIsCapturing(static_cast<cudaStream_t>(stream), &status) != cudaSuccess) {
-    cudaGetLastError();
-    return false;
-  }
-  return status != cudaStreamCaptureStatusNone;
 }
 
 uint64_t cuda_launches() { return launches.load(); }

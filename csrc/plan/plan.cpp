@@ -2,18 +2,12 @@
 
 #include <algorithm>
 #include <cstring>
-#include <stdexcept>
 #include <unordered_map>
 
-#include "plan/triton_table.h"
+#include "plan/attributes.h"
 
 namespace fused_optim {
 namespace {
-
-// Below this a step is over sooner than another thread could take the interpreter lock.
-constexpr int64_t kElementsUnderLock = 32 * 1024;
-
-PyObject* intern(const char* text) { return PyUnicode_InternFromString(text); }
 
 template <class R>
 RuleNames names_of() {
@@ -47,31 +41,9 @@ bool is_constant(PyObject* value) {
 
 // An element of a pair such as betas. PySequence_GetItem would not take a Tensor.
 PyObject* item_of(PyObject* value, int index) {
-  PyObject* key = PyLong_FromLong(index);
-  if (key == nullptr) return nullptr;
-  PyObject* item = PyObject_GetItem(value, key);
-  Py_DECREF(key);
-  return item;
+  const Owned key(PyLong_FromLong(index));
+  return key ? PyObject_GetItem(value, key.get()) : nullptr;
 }
-
-// Lets other Python threads run while it lives, and marks the plan as busy for them.
-class Unlocked {
- public:
-  Unlocked(bool worth_it, bool& busy) : busy_(busy) {
-    busy_ = true;
-    if (worth_it) state_ = PyEval_SaveThread();
-  }
-  ~Unlocked() {
-    if (state_ != nullptr) PyEval_RestoreThread(state_);
-    busy_ = false;
-  }
-  Unlocked(const Unlocked&) = delete;
-  Unlocked& operator=(const Unlocked&) = delete;
-
- private:
-  bool& busy_;
-  PyThreadState* state_ = nullptr;
-};
 
 PyObject* grad_name() {
   static PyObject* const name = intern("grad");
@@ -81,17 +53,6 @@ PyObject* grad_name() {
 PyObject* maximize_name() {
   static PyObject* const name = intern("maximize");
   return name;
-}
-
-// Consumes the argument, which is null where making it has failed.
-bool call_exchange(PyObject* exchange, PyObject* argument, double* sum) {
-  if (argument == nullptr) return false;
-  PyObject* result = PyObject_CallFunctionObjArgs(exchange, argument, nullptr);
-  Py_DECREF(argument);
-  if (result == nullptr) return false;
-  *sum = PyFloat_AsDouble(result);
-  Py_DECREF(result);
-  return !PyErr_Occurred();
 }
 
 PyObject* params_name() {
@@ -112,7 +73,7 @@ bool Plan::open(PyObject* exchange_api, PyObject* kind_of, PyObject* same_placem
   return reader_.open(exchange_api, kind_of, same_placement, describe, current_stream, negative_bit);
 }
 
-bool Plan::build(PyObject* rules, PyObject* rows, PyObject* launched, PyObject* defaults,
+bool Plan::build(PyObject* rules, PyObject* rows, PyObject* triton_rows, PyObject* defaults,
                  PyObject* structural, PyObject* trust_ratio) {
   for (Py_ssize_t g = 0; g < PyList_GET_SIZE(rules); ++g) {
     const char* name = PyUnicode_AsUTF8(PyList_GET_ITEM(rules, g));
@@ -139,7 +100,7 @@ bool Plan::build(PyObject* rules, PyObject* rows, PyObject* launched, PyObject* 
     structural_keys_.push_back(key);
   }
   for (Py_ssize_t r = 0; r < PyList_GET_SIZE(rows); ++r) {
-    if (!row_from_tuple(PyList_GET_ITEM(rows, r))) return false;
+    if (!add_row(PyList_GET_ITEM(rows, r))) return false;
   }
   size_t next = 0;
   for (size_t g = 0; g < groups_.size(); ++g) {
@@ -147,117 +108,52 @@ bool Plan::build(PyObject* rules, PyObject* rows, PyObject* launched, PyObject* 
     while (next < rows_.size() && rows_[next].group == static_cast<int32_t>(g)) ++next;
     groups_[g].last_row = next;
   }
-  norms_.resize(rows_.size());
-  records_.resize(rows_.size());
-  measured_.resize(rows_.size());
-  if (!find_launched(launched)) return false;
-  find_devices();
+  if (!read_triton_rows(triton_rows)) return false;
+  make_phases();
   return true;
 }
 
-bool Plan::find_launched(PyObject* launched) {
-  for (Py_ssize_t d = 0; d < PyList_GET_SIZE(launched); ++d) {
-    PyObject* indices = PyList_GET_ITEM(launched, d);
-    launched_.emplace_back();
+bool Plan::read_triton_rows(PyObject* devices) {
+  for (Py_ssize_t d = 0; d < PyList_GET_SIZE(devices); ++d) {
+    PyObject* indices = PyList_GET_ITEM(devices, d);
+    triton_rows_.emplace_back();
     for (Py_ssize_t i = 0; i < PyList_GET_SIZE(indices); ++i) {
       const size_t row = PyLong_AsSize_t(PyList_GET_ITEM(indices, i));
       if (PyErr_Occurred()) return false;
-      launched_.back().push_back(row);
-      hosts_.at(row).launched = true;
+      triton_rows_.back().push_back(row);
+      hosts_.at(row).is_triton = true;
     }
   }
   return true;
 }
 
-void Plan::find_devices() {
-  for (size_t r = 0; r < rows_.size(); ++r) {
-    const HostRow& host = hosts_[r];
-    if (!host.native || host.launched || host.device.device_type != dlpack::kCUDA) continue;
-    const int index = host.device.device_id;
-    size_t d = 0;
-    while (d < devices_.size() && devices_[d].index != index) ++d;
-    if (d == devices_.size()) devices_.push_back({index, {}, {}, nullptr, nullptr, false});
-    Device& device = devices_[d];
-    device.rows.push_back(r);
-    device.table.push_back(rows_[r]);
-  }
-#if defined(FO_WITH_CUDA)
-  for (Device& device : devices_) {
-    device.phases = CudaPhases::create(device.index, device.table, groups_.size());
-  }
-#else
-  if (!devices_.empty()) throw std::runtime_error("fused_optim was built without CUDA");
-#endif
-}
-
-// The rows that the CPU steps.
-const std::vector<Row>& Plan::host_rows() {
-  if (devices_.empty() && launched_.empty()) return rows_;
-  host_rows_ = rows_;
-  for (const auto& rows : launched_) {
-    for (const size_t r : rows) host_rows_[r].active = false;
-  }
-  for (const Device& device : devices_) {
-    for (const size_t r : device.rows) host_rows_[r].active = false;
-  }
-  return host_rows_;
-}
-
-// Copies a device's rows; false if none of them is active.
-bool Plan::collect(Device& device) const {
-  bool active = false;
-  for (size_t i = 0; i < device.rows.size(); ++i) {
-    device.table[i] = rows_[device.rows[i]];
-    active = active || device.table[i].active;
-  }
-  return active;
-}
-
-CudaStep Plan::step_of(const Device& device, const StepOptions& options,
-                       const std::vector<DeviceScalars>& scalars) const {
-  CudaStep step{};
-  step.options = options;
-  for (const DeviceScalars& of_device : scalars) {
-    if (of_device.device != device.index) continue;
-    step.grad_scale = of_device.grad_scale;
-    step.found_inf = of_device.found_inf;
-    step.grad_norm = of_device.grad_norm;
-    step.non_finite = of_device.non_finite;
-    step.measured = of_device.measured;
-    step.exchanged = of_device.exchanged;
-    step.options.finds_inf = of_device.non_finite != 0;
-  }
-  return step;
-}
-
-void Plan::write_table(size_t device, int64_t* words) const {
-  std::vector<Row> rows;
-  for (const size_t r : launched_.at(device)) rows.push_back(rows_[r]);
-  write_launch_table(rows, hypers_, hyper_tensors_, words);
-}
-
-bool Plan::captured() const {
-#if defined(FO_WITH_CUDA)
-  for (const Device& device : devices_) {
-    if (is_capturing(device.index, device.stream)) return true;
-  }
-#endif
-  return false;
-}
-
-bool Plan::row_from_tuple(PyObject* tuple) {
-  int group, native, clipped, trusted;
-  PyObject *param, *master;
+bool Plan::add_row(PyObject* object) {
+  static PyObject* const group = intern("group");
+  static PyObject* const param_name = intern("param");
+  static PyObject* const lr_scale = intern("lr_scale");
+  static PyObject* const weight_decay_scale = intern("weight_decay_scale");
+  static PyObject* const is_native = intern("native");
+  static PyObject* const clipped = intern("clipped");
+  static PyObject* const has_trust_ratio = intern("has_trust_ratio");
+  static PyObject* const master = intern("master");
   Row row{};
-  if (!PyArg_ParseTuple(tuple, "iOddpppO", &group, &param, &row.lr_scale, &row.weight_decay_scale, &native,
-                        &clipped, &trusted, &master)) {
-    return false;
-  }
   HostRow host;
+  bool native = false;
+  Attributes attributes(object);
+  attributes.read(group, row.group);
+  attributes.read(lr_scale, row.lr_scale);
+  attributes.read(weight_decay_scale, row.weight_decay_scale);
+  attributes.read(is_native, native);
+  attributes.read(clipped, row.clipped);
+  attributes.read(has_trust_ratio, row.has_trust_ratio);
+  attributes.read(master, [&](PyObject* key) {
+    const char* text = key == Py_None ? nullptr : PyUnicode_AsUTF8(key);
+    if (text != nullptr) host.master_key = intern(text);
+  });
+  const Owned owned_param(attributes.good() ? PyObject_GetAttr(object, param_name) : nullptr);
+  PyObject* const param = owned_param.get();
+  if (param == nullptr) return false;
   host.type = Py_TYPE(param);
-  row.clipped = clipped != 0;
-  row.trusted = trusted != 0;
-  if (master != Py_None) host.master_key = intern(PyUnicode_AsUTF8(master));
   PyObject* descriptor = PyObject_GetAttr(reinterpret_cast<PyObject*>(Py_TYPE(param)), grad_name());
   if (descriptor == nullptr) return false;
   if (Py_TYPE(descriptor) == &PyGetSetDescr_Type && Py_TYPE(param)->tp_getattro == PyObject_GenericGetAttr) {
@@ -265,8 +161,7 @@ bool Plan::row_from_tuple(PyObject* tuple) {
   }
   Py_DECREF(descriptor);
   TensorView view;
-  row.group = group;
-  row.rule = groups_[static_cast<size_t>(group)].rule;
+  row.rule = groups_[static_cast<size_t>(row.group)].rule;
   PyObject* spec = nullptr;
   host.sharded = reader_.kind_of(host.type) == TensorKind::sharded;
   const bool readable =
@@ -330,16 +225,26 @@ bool Plan::number(PyObject* value, double* out) {
 }
 
 bool Plan::read_trust_ratio(PyObject* group, TrustRatio* out) {
-  PyObject* fields = PyObject_CallFunctionObjArgs(trust_ratio_, group, nullptr);
-  if (fields == nullptr) return false;
-  bool good = true;
-  if (fields != Py_None) {
-    out->present = 1;
-    good = PyArg_ParseTuple(fields, "ddddddd", &out->coefficient, &out->eps, &out->min_update, &out->clip,
-                            &out->zero_norm, &out->weight_decay, &out->always) != 0;
-  }
-  Py_DECREF(fields);
-  return good;
+  static PyObject* const coefficient = intern("coefficient");
+  static PyObject* const eps = intern("eps");
+  static PyObject* const min_update = intern("min_update");
+  static PyObject* const clip = intern("clip");
+  static PyObject* const zero_norm = intern("zero_norm");
+  static PyObject* const weight_decay = intern("weight_decay");
+  static PyObject* const always = intern("always");
+  const Owned found(PyObject_CallFunctionObjArgs(trust_ratio_, group, nullptr));
+  if (!found) return false;
+  if (found.get() == Py_None) return true;
+  out->present = 1;
+  Attributes attributes(found.get());
+  attributes.read(coefficient, out->coefficient);
+  attributes.read(eps, out->eps);
+  attributes.read(min_update, out->min_update);
+  attributes.read(clip, out->clip);
+  attributes.read(zero_norm, out->zero_norm);
+  attributes.read(weight_decay, out->weight_decay);
+  attributes.read(always, out->always);
+  return attributes.good();
 }
 
 // The index of a string among the choices of its field.
@@ -426,7 +331,7 @@ bool Plan::parse_group(PyObject* group, size_t index, bool* stale) {
     bool good = item != nullptr;
     if (field.choices != nullptr) {
       good = good && choice(item, field, &hyper[i]);
-    } else if (good && !(devices_.empty() && launched_.empty()) && !PyFloat_CheckExact(item) &&
+    } else if (good && !(devices_.empty() && triton_rows_.empty()) && !PyFloat_CheckExact(item) &&
                !PyLong_Check(item) && reader_.read(item, view) && is_on_device_of_rows(known, view)) {
       hyper[i] = 0;
       tensors.address[i] = view.address;
@@ -510,7 +415,7 @@ PyObject* Plan::refresh(PyObject* param_groups, PyObject* state) {
     return nullptr;
   }
   release();
-  reduced_ = false;
+  collected_ = false;
   if (!PyList_Check(param_groups) || static_cast<size_t>(PyList_GET_SIZE(param_groups)) != groups_.size() ||
       !PyDict_Check(state)) {
     Py_RETURN_NONE;
@@ -574,8 +479,10 @@ PyObject* Plan::refresh(PyObject* param_groups, PyObject* state) {
     --active_rows_;
     if (!attend(r, "overlap")) return leave(nullptr);
   }
-  for (Device& device : devices_) {
-    if (!reader_.read_stream(device.index, &device.stream)) return leave(nullptr);
+  for (CudaPhases* phases : devices_) {
+    void* stream;
+    if (!reader_.read_stream(phases->device(), &stream)) return leave(nullptr);
+    phases->work_on(stream);
   }
   return attention != nullptr ? attention : PyTuple_New(0);
 }
@@ -750,101 +657,8 @@ void Plan::find_overlaps() {
   written_moved_ = false;
 }
 
-bool Plan::exchange_on_host(PyObject* exchange, double* sum) {
-  auto* const bytes = reinterpret_cast<char*>(norms_.data());
-  const auto size = static_cast<Py_ssize_t>(norms_.size() * sizeof(Norms));
-  return call_exchange(exchange, PyMemoryView_FromMemory(bytes, size, PyBUF_WRITE), sum);
-}
-
-bool Plan::exchange_on(int device, PyObject* exchange, double* sum) {
-  return call_exchange(exchange, PyLong_FromLong(device), sum);
-}
-
-bool Plan::reduce(const StepOptions& options, int threads, const std::vector<DeviceScalars>& scalars,
-                  PyObject* exchange, double* sum) {
-  const std::vector<Row>& rows = host_rows();
-  {
-    const Unlocked unlocked(active_elements_ > kElementsUnderLock || !devices_.empty(), busy_);
-    if (exchange != Py_None) std::fill(norms_.begin(), norms_.end(), Norms{});
-    non_finite_ = false;
-    reduce_cpu({*kernels_, rows, hypers_, options, threads, norms_, records_, measured_, &non_finite_});
-  }
-  double exchanged = 0;
-  if (exchange != Py_None && !exchange_on_host(exchange, &exchanged)) return false;
-  *sum = exchanged + sum_of_squares(rows, norms_);
-  for (Device& device : devices_) {
-    if (!collect(device)) continue;
-    const CudaStep step = step_of(device, options, scalars);
-    {
-      const Unlocked unlocked(true, busy_);
-      *sum += device.phases->reduce(device.table, hypers_, hyper_tensors_, step, device.stream);
-    }
-    if (step.exchanged == 0) continue;
-    if (exchange == Py_None || !exchange_on(device.index, exchange, &exchanged)) return false;
-    *sum += exchanged;
-  }
-  reduced_ = true;
-  return true;
-}
-
-bool Plan::run(const StepOptions& options, int threads, std::optional<double> global_norm,
-               const std::vector<DeviceScalars>& scalars, PyObject* exchange) {
-  bool good = true;
-  // Calls what the phases call while no lock is held.
-  const auto locked = [&](const auto& call) -> std::function<bool()> {
-    if (exchange == Py_None) return {};
-    return [&good, call] {
-      const PyGILState_STATE state = PyGILState_Ensure();
-      good = call();
-      PyGILState_Release(state);
-      return good;
-    };
-  };
-  double unused;
-  const auto on_host = locked([&] { return exchange_on_host(exchange, &unused); });
-  if (exchange != Py_None && !reduced_) std::fill(norms_.begin(), norms_.end(), Norms{});
-  if (active_rows_ == 0) return !on_host || on_host();
-  {
-    const Unlocked unlocked(active_elements_ > kElementsUnderLock, busy_);
-    for (Device& device : devices_) {
-      if (!collect(device)) continue;
-      CudaStep step = step_of(device, options, scalars);
-      device.measures = step.measured != 0;
-      step.reduced = reduced_;
-      step.global_norm_known = global_norm.has_value();
-      step.global_norm = global_norm.value_or(0);
-      const auto on_device = locked([&] { return exchange_on(device.index, exchange, &unused); });
-      device.phases->run(device.table, hypers_, hyper_tensors_, step, device.stream, on_device);
-      if (!good) break;
-    }
-    if (good) {
-      step_cpu({*kernels_, host_rows(), hypers_, options, threads, norms_, records_, measured_}, reduced_,
-               global_norm.value_or(0), on_host);
-    }
-  }
-  return good;
-}
-
-PyObject* Plan::norms() const {
-  PyObject* list = PyList_New(0);
-  for (size_t r = 0; list != nullptr && r < rows_.size(); ++r) {
-    const bool measured = hypers_[static_cast<size_t>(rows_[r].group)].needs != 0;
-    const bool here = hosts_[r].device.device_type == dlpack::kCPU && !hosts_[r].launched;
-    const bool on_device = std::any_of(devices_.begin(), devices_.end(), [&](const Device& device) {
-      return !here && device.index == hosts_[r].device.device_id && device.measures;
-    });
-    if (!rows_[r].active || !measured || !(here || on_device)) continue;
-    const MeasuredNorms& norms = measured_[r];
-    PyObject* item = Py_BuildValue("nddd", static_cast<Py_ssize_t>(r), norms.grad_norm, norms.param_norm,
-                                   norms.trust_ratio);
-    if (item == nullptr || PyList_Append(list, item) != 0) Py_CLEAR(list);
-    Py_XDECREF(item);
-  }
-  return list;
-}
-
-PyObject* Plan::touched() {
-  if (active_changed_ || touched_ == nullptr) {
+PyObject* Plan::written() {
+  if (active_changed_ || written_ == nullptr) {
     PyObject* list = PyList_New(0);
     if (list == nullptr) return nullptr;
     for (size_t r = 0; r < rows_.size(); ++r) {
@@ -853,12 +667,12 @@ PyObject* Plan::touched() {
         return nullptr;
       }
     }
-    Py_XDECREF(touched_);
-    touched_ = list;
+    Py_XDECREF(written_);
+    written_ = list;
     active_changed_ = false;
   }
-  Py_INCREF(touched_);
-  return touched_;
+  Py_INCREF(written_);
+  return written_;
 }
 
 void Plan::release() {
@@ -880,7 +694,7 @@ int Plan::traverse(visitproc visit, void* arg) const {
   for (PyObject* key : structural_keys_) Py_VISIT(key);
   Py_VISIT(defaults_);
   Py_VISIT(trust_ratio_);
-  Py_VISIT(touched_);
+  Py_VISIT(written_);
   return reader_.traverse(visit, arg);
 }
 
@@ -895,6 +709,7 @@ void Plan::clear() {
   keys.swap(structural_keys_);
   rows_.clear();
   devices_.clear();
+  phases_.clear();
   for (HostRow& host : hosts) {
     Py_CLEAR(host.grad);
     Py_CLEAR(host.param);
@@ -909,7 +724,7 @@ void Plan::clear() {
   for (PyObject* key : keys) Py_DECREF(key);
   Py_CLEAR(defaults_);
   Py_CLEAR(trust_ratio_);
-  Py_CLEAR(touched_);
+  Py_CLEAR(written_);
   reader_.clear();
 }
 

@@ -2,6 +2,8 @@
 
 #include <structmember.h>  // PyMemberDef, until Python 3.12
 
+#include "plan/attributes.h"
+
 namespace fused_optim {
 namespace {
 
@@ -31,6 +33,14 @@ PyObject* in_slot(PyObject* object, Py_ssize_t offset) {
   return *reinterpret_cast<PyObject**>(reinterpret_cast<char*>(object) + offset);
 }
 
+bool read_negative_bit(PyObject* object, NegativeBit& out) {
+  Attributes attributes(object);
+  attributes.read(intern("handle"), out.handle);
+  attributes.read(intern("keys"), out.keys);
+  attributes.read(intern("mask"), out.mask);
+  return attributes.good();
+}
+
 }  // namespace
 
 bool TensorReader::open(PyObject* capsule, PyObject* kind_of, PyObject* same_placement, PyObject* describe,
@@ -43,12 +53,7 @@ bool TensorReader::open(PyObject* capsule, PyObject* kind_of, PyObject* same_pla
       api_ = nullptr;  // another ABI: the slow way is right whatever the version
     }
   }
-  unsigned long long mask = 0;
-  if (negative_bit != Py_None &&
-      !PyArg_ParseTuple(negative_bit, "llK", &negative_bit_.handle, &negative_bit_.keys, &mask)) {
-    return false;
-  }
-  negative_bit_.mask = mask;
+  if (negative_bit != Py_None && !read_negative_bit(negative_bit, negative_bit_)) return false;
   Py_INCREF(kind_of);
   kind_of_ = kind_of;
   Py_INCREF(same_placement);

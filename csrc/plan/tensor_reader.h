@@ -29,7 +29,7 @@ struct TensorView {
 // TensorImpl. `handle`: of the TensorImpl's address in the Python object; `keys`: of the word in the
 // TensorImpl. Found by `negative_bit` in fused_optim/tensors.py; a mask of 0: not found, the tensor is asked.
 struct NegativeBit {
-  long handle = 0, keys = 0;
+  uint64_t handle = 0, keys = 0;
   uint64_t mask = 0;
 };
 
@@ -46,7 +46,7 @@ class TensorReader {
   // as a number. `same_placement(spec, spec)` says whether two DTensors of these specs lie in the same way.
   // `describe(tensor)` returns (address, device type, device index, type code, bits,
   // shape, strides) or None. `current_stream(index)` returns the address of torch's stream on a CUDA device.
-  // `negative_bit`: (handle, keys, mask) or None. Returns false with a Python error set.
+  // `negative_bit`: a NegativeBit of fused_optim/tensors.py or None. Returns false with a Python error set.
   bool open(PyObject* capsule, PyObject* kind_of, PyObject* same_placement, PyObject* describe,
             PyObject* current_stream, PyObject* negative_bit);
 

@@ -1,78 +1,103 @@
-// The table of rows whose kernels others launch (Triton's, from Python): 64-bit words, field by field.
+// The table of rows that Triton's kernels step: 64-bit words, field by field.
 //
-// First the groups, then the rows: [kGroupFields][groups], [kRowFields][rows]. A double stands as its bits,
-// an address and a number as they are. kernels/table.py has the same fields in the same order.
+// First the groups, then the rows: [fields of a group][groups], [fields of a row][rows]. A double stands as
+// its bits, an address and a number as they are. kernels/table.py lists the same fields in the same order.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
+#include <string>
 #include <vector>
 
-#include "cuda/phases.h"
+#include "prepare.h"
 
 namespace fused_optim {
 
-constexpr int kTrustFields = sizeof(TrustRatio) / sizeof(double);
-// maximize, needs, the trust ratio; hyperparameters, and where and as what those lie that are tensors.
-constexpr int kGroupFields = 2 + kTrustFields + 3 * kMaxHyper;
-// grad, active, the other addresses, numel, the two scales, group, clipped, trusted, and the dtypes: eight
-// bits a column.
-constexpr int kRowFields = 2 + (kColumns - 1) + 7;
+template <class Value>
+int64_t word_of(Value value) {
+  return static_cast<int64_t>(value);
+}
+inline int64_t word_of(double number) {
+  int64_t word;
+  std::memcpy(&word, &number, sizeof word);
+  return word;
+}
 
-class FieldWriter {
- public:
-  FieldWriter(int64_t* words, size_t count) : words_(words), count_(count) {}
+// Calls field(name, index of an array's element or -1, word) for each field of a group.
+template <class Field>
+void for_each_group_field(const GroupHyper& group, const HyperTensors& tensors, const Field& field) {
+  const TrustRatio& trust = group.trust;
+  field("maximize", -1, word_of(group.maximize));
+  field("needs", -1, word_of(group.needs));
+  field("coefficient", -1, word_of(trust.coefficient));
+  field("eps", -1, word_of(trust.eps));
+  field("min_update", -1, word_of(trust.min_update));
+  field("clip", -1, word_of(trust.clip));
+  field("zero_norm", -1, word_of(trust.zero_norm));
+  field("weight_decay", -1, word_of(trust.weight_decay));
+  field("always", -1, word_of(trust.always));
+  field("present", -1, word_of(trust.present));
+  for (int i = 0; i < kMaxHyper; ++i) field("hyper", i, word_of(group.rule[i]));
+  for (int i = 0; i < kMaxHyper; ++i) field("hyper_address", i, word_of(tensors.address[i]));
+  for (int i = 0; i < kMaxHyper; ++i) field("hyper_dtype", i, word_of(tensors.dtype[i]));
+}
 
-  // The next field of item i.
-  void put(size_t i, int64_t word) { words_[count_ * field_++ + i] = word; }
-  void put(size_t i, uint64_t word) { put(i, static_cast<int64_t>(word)); }
-  void put(size_t i, bool word) { put(i, static_cast<int64_t>(word)); }
-  void put(size_t i, double number) {
-    int64_t word;
-    std::memcpy(&word, &number, sizeof word);
-    put(i, word);
+// The same for each field of a row.
+template <class Field>
+void for_each_row_field(const Row& row, const Field& field) {
+  // An inactive row's addresses may be stale: no kernel sees them.
+  const auto address = [&](int column) { return word_of(row.active ? row.address[column] : 0); };
+  field("grad", -1, address(kGrad));  // what changes at every step comes first: it is sent in one piece
+  field("active", -1, word_of(row.active));
+  field("param", -1, address(kParam));
+  field("master", -1, address(kMaster));
+  for (int i = 0; i < kMaxStates; ++i) field("state", i, address(kFirstState + i));
+  field("numel", -1, word_of(row.numel));
+  field("lr_scale", -1, word_of(row.lr_scale));
+  field("weight_decay_scale", -1, word_of(row.weight_decay_scale));
+  field("group", -1, word_of(row.group));
+  field("clipped", -1, word_of(row.clipped));
+  field("has_trust_ratio", -1, word_of(row.has_trust_ratio));
+  uint64_t storages = 0;  // the dtype of each column, eight bits each
+  for (int column = 0; column < kColumns; ++column) {
+    storages |= static_cast<uint64_t>(row.dtype[column]) << (8 * column);
   }
-  void next_item() { field_ = 0; }
+  field("storages", -1, word_of(storages));
+}
 
- private:
-  int64_t* words_;
-  size_t count_;
-  size_t field_ = 0;
+struct TritonFields {
+  std::vector<std::string> group, row;
 };
 
-inline void write_launch_table(const std::vector<Row>& rows, const std::vector<GroupHyper>& groups,
+inline TritonFields triton_fields() {
+  TritonFields fields;
+  const auto adds_to = [](std::vector<std::string>& names) {
+    return [&names](const char* name, int index, int64_t) {
+      names.push_back(index < 0 ? name : name + std::to_string(index));
+    };
+  };
+  for_each_group_field({}, {}, adds_to(fields.group));
+  for_each_row_field({}, adds_to(fields.row));
+  return fields;
+}
+
+inline void write_triton_table(const std::vector<Row>& rows, const std::vector<GroupHyper>& groups,
                                const std::vector<HyperTensors>& tensors, int64_t* words) {
-  FieldWriter group_writer(words, groups.size());
-  for (size_t g = 0; g < groups.size(); ++g, group_writer.next_item()) {
-    const GroupHyper& group = groups[g];
-    group_writer.put(g, group.maximize);
-    group_writer.put(g, group.needs);
-    double trust[kTrustFields];
-    std::memcpy(trust, &group.trust, sizeof trust);
-    for (const double number : trust) group_writer.put(g, number);
-    for (const double number : group.rule) group_writer.put(g, number);
-    for (const uint64_t address : tensors[g].address) group_writer.put(g, address);
-    for (const DType dtype : tensors[g].dtype) group_writer.put(g, static_cast<int64_t>(dtype));
+  for (size_t g = 0; g < groups.size(); ++g) {
+    int64_t* at = words + g;
+    for_each_group_field(groups[g], tensors[g], [&](const char*, int, int64_t word) {
+      *at = word;
+      at += groups.size();
+    });
   }
-  FieldWriter writer(words + kGroupFields * groups.size(), rows.size());
-  for (size_t r = 0; r < rows.size(); ++r, writer.next_item()) {
-    const Row& row = rows[r];
-    // An inactive row's addresses may be stale: nobody sees them.
-    const auto address = [&](int column) { return row.active ? row.address[column] : 0; };
-    writer.put(r, address(kGrad));
-    writer.put(r, row.active);
-    uint64_t storages = 0;
-    for (int column = 0; column < kColumns; ++column) {
-      storages |= static_cast<uint64_t>(row.dtype[column]) << (8 * column);
-      if (column != kGrad) writer.put(r, address(column));
-    }
-    writer.put(r, row.numel);
-    writer.put(r, row.lr_scale);
-    writer.put(r, row.weight_decay_scale);
-    writer.put(r, static_cast<int64_t>(row.group));
-    writer.put(r, row.clipped);
-    writer.put(r, row.trusted);
-    writer.put(r, storages);
+  static const size_t group_fields = triton_fields().group.size();
+  words += group_fields * groups.size();
+  for (size_t r = 0; r < rows.size(); ++r) {
+    int64_t* at = words + r;
+    for_each_row_field(rows[r], [&](const char*, int, int64_t word) {
+      *at = word;
+      at += rows.size();
+    });
   }
 }
 

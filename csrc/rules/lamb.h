@@ -70,8 +70,8 @@ struct Lamb {
   }
 
   FO_HOST_DEVICE static double scale_direction(const Hyper& hyper, TensorContext& tensor) {
-    const bool adapts =
-        tensor.trusted && (hyper.always_adapt != 0 || hyper.weight_decay * tensor.weight_decay_scale != 0);
+    const bool adapts = tensor.has_trust_ratio &&
+                        (hyper.always_adapt != 0 || hyper.weight_decay * tensor.weight_decay_scale != 0);
     const bool zero = !(tensor.param_norm > 0 && tensor.direction_norm > 0);
     double ratio = !adapts || zero ? 1 : tensor.param_norm / tensor.direction_norm;
     if (hyper.trust_clip != 0 && ratio > 1) ratio = 1;

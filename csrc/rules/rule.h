@@ -80,7 +80,7 @@ struct TensorContext {
   double grad_max;              // its largest magnitude, likewise
   double param_norm;            // L2 norm of the parameter (of the master, where there is one), likewise
   double direction_norm;        // L2 norm of the direction; for scale_direction
-  bool trusted;                 // not excluded from trust ratios
+  bool has_trust_ratio;         // not excluded from trust ratios
   double grad_scale;            // out: what update sees is this times the gradient,
   double coupled_weight_decay;  // out: plus this times the parameter
   double trust_ratio;           // out: for the log

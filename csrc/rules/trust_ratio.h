@@ -53,7 +53,7 @@ FO_HOST_DEVICE inline double trust_ratio(const TrustRatio& trust, double lr, dou
 FO_HOST_DEVICE inline void apply_trust_ratio(const TrustRatio& trust, double group_lr, double& weight_decay,
                                              double decayed_norm, TensorContext& tensor) {
   const double decay = weight_decay * tensor.weight_decay_scale;
-  if (trust.present == 0 || !tensor.trusted || (trust.always == 0 && decay == 0)) return;
+  if (trust.present == 0 || !tensor.has_trust_ratio || (trust.always == 0 && decay == 0)) return;
   const bool inside = trust.weight_decay != kDecayOutside;
   const double grad_norm = trust.weight_decay == kDecayInNorm ? decayed_norm : tensor.grad_norm;
   const double ratio = trust_ratio(trust, group_lr * tensor.lr_scale, decay, grad_norm, tensor.param_norm);

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..options.clip import GLOBAL_NORM, NORM, VALUE, ClipOptions
-from ..plan.plan import NORMS, Row
+from ..row import NORMS, Row
 from ..rule import Rule
 from ..shards import Shards
 from ..tensors import is_sharded, local

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from ..options.clip import ClipOptions
+from ..row import Row
 from ..rule import Rule
 from ..shards import Shards
 from .device_buffers import DeviceBuffers
 from .loss_scale import LossScale
-from .plan import DEVICE_BACKENDS, Plan, Row, why_not_native
+from .plan import DEVICE_BACKENDS, Plan, why_not_native
 from .step import Step
 
 
@@ -83,16 +84,6 @@ class BuiltPlan:
             global_norm=0.0 if waits else None,
         )
 
-    def reduce(self, step: Step) -> float:
-        """The norms that are needed before the first pass; returns the sum of squares of the clipped gradients."""
-        devices = [astuple(device) for device in step.devices]
-        return self.native.reduce(step.grad_scale, step.threads, step.clip, devices, step.exchange, step.finds_inf)
-
-    def apply(self, step: Step, exchange: Any) -> None:
-        """The step itself."""
-        devices = [astuple(device) for device in step.devices]
-        self.native.run(step.grad_scale, step.threads, step.clip, step.global_norm, devices, exchange)
-
     def has_found_inf(self) -> bool:
         """Whether the last `reduce` has met an element that is infinite or NaN: waits for the devices."""
         on_devices = (buffers.found_inf for buffers in self.buffers)
@@ -141,15 +132,3 @@ def rows_on_devices(rows: Sequence[Row]) -> dict[torch.device, dict[int, Row]]:
         if is_on_device(row):
             found.setdefault(row.param.device, {})[index] = row
     return found
-
-
-def astuple(device: Any) -> Any:
-    return (
-        device.device,
-        device.grad_scale,
-        device.found_inf,
-        device.grad_norm,
-        device.non_finite,
-        device.measured,
-        device.exchanged,
-    )

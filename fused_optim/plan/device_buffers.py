@@ -7,8 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from ..row import NORMS, Row
 from ..tensors import is_sharded
-from .plan import NORMS, Row
 from .step import DeviceStep
 
 

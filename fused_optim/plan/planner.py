@@ -12,14 +12,24 @@ from ..fallbacks import FallbackLog
 from ..options.clip import GLOBAL_NORM, NORM
 from ..options.options import Options
 from ..parameters import Place, parameters
+from ..row import Row
 from ..rule import Rule
 from ..shards import Shards, check_placement, check_same_rows
 from ..state import masters
-from ..tensors import is_sharded, kind_of, local, negative_bit, same_placement
+from ..tensors import (
+    current_stream,
+    describe_tensor,
+    is_sharded,
+    kind_of,
+    local,
+    negative_bit,
+    same_placement,
+)
+from ..trust_ratio import TrustRatio
 from .built_plan import BuiltPlan, is_on_device, rows_on_devices
-from .plan import Plan, Row, current_stream, describe_tensor, why_not_native
-from .python_plan import PythonPlan
-from .triton_plan import LaunchedPlan, LaunchedRows
+from .plan import Plan, why_not_native
+from .python_plan import PythonPlan, ReadForTriton
+from .triton_plan import TritonPlan, TritonRows
 
 
 def build_plan(
@@ -61,7 +71,13 @@ def build_plan(
         takes_maximum = any("grad_max" in rule.norms(group) for group in groups)
         shards = shards_of(rows, total_only=total_only, takes_maximum=takes_maximum)
     native = make_plan(
-        rows, rules, groups, defaults, rule.structural_keys, rule.trust_ratio if has_trust_ratio else None
+        rows,
+        rules,
+        groups,
+        defaults,
+        rule.structural_keys,
+        rule.trust_ratio if has_trust_ratio else None,
+        has_direction=rule.has_direction,
     )
     return BuiltPlan(rows, native, shards, measures=measures, reduces=reduces, same_rows=same_rows)
 
@@ -111,20 +127,22 @@ def make_plan(
     groups: Sequence[dict[str, Any]],
     defaults: dict[str, Any],
     structural_keys: tuple[str, ...],
-    trust_ratio: Callable[[dict[str, Any]], tuple[float, ...] | None] | None,
+    trust_ratio: Callable[[dict[str, Any]], TrustRatio | None] | None,
+    *,
+    has_direction: bool,
 ) -> Plan:
     """The compiled plan, or the one in Python; around it the launcher where rows are Triton's."""
     devices: dict[torch.device, list[int]] = {}
     for index, row in enumerate(rows):
         if row.native and row.backend == "triton":
             devices.setdefault(row.param.device, []).append(index)
-    launched = list(devices.values())
+    triton_rows = list(devices.values())
     reader: Any
     if extension._C is not None and any(row.native for row in rows):
         reader = extension._C.Plan(
             rules=rules,
-            rows=[tuple(row[:8]) for row in rows],
-            launched=launched,
+            rows=rows,
+            triton_rows=triton_rows,
             defaults=defaults,
             structural=structural_keys,
             exchange_api=getattr(torch.Tensor, "__dlpack_c_exchange_api__", None),
@@ -135,32 +153,33 @@ def make_plan(
             negative_bit=negative_bit(),
             trust_ratio=trust_ratio,
         )
-    elif not launched:
-        reader = PythonPlan(rows, len(groups))
+    elif not triton_rows:
+        reader = PythonPlan(rows, len(groups), has_direction=has_direction)
     else:
-        from ..kernels import phases
+        from ..kernels import phases, table
         from ..kernels.rules.trust_ratio import needs_of
 
         known = phases.rules()
-        reader = PythonPlan(
-            rows,
-            len(groups),
-            launched,
-            {row.group: known[rules[row.group]] for row in rows if row.native and row.backend == "triton"},
-            needs_of,
-            defaults,
-            structural_keys,
-            trust_ratio,
+        read = ReadForTriton(
+            devices=triton_rows,
+            rules={rows[index].group: known[rules[rows[index].group]] for of_one in triton_rows for index in of_one},
+            needs_of=needs_of,
+            row_fields=table.ROW,
+            group_fields=table.GROUP,
+            defaults=defaults,
+            structural=structural_keys,
+            trust_ratio=trust_ratio,
         )
-    if not launched:
+        reader = PythonPlan(rows, len(groups), read, has_direction=has_direction)
+    if not triton_rows:
         return reader
     from ..kernels import phases
 
     capturable = any(group.get("capturable", False) for group in groups)
-    return LaunchedPlan(
+    return TritonPlan(
         reader,
         [
-            LaunchedRows(
+            TritonRows(
                 device,
                 indices,
                 phases.Phases(
@@ -173,5 +192,4 @@ def make_plan(
             )
             for device, indices in devices.items()
         ],
-        phases.Step,
     )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import struct
 from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from operator import is_
 from typing import Any, NamedTuple
 
@@ -16,9 +17,25 @@ import torch
 from torch import Tensor
 
 from ..hyperparameters import is_number, is_sequence
-from ..options.clip import ClipOptions
-from ..tensors import is_plain, is_same_order, is_sharded, local, same_placement
-from .plan import NORMS, DeviceScalars, Exchange, Row, describe_tensor
+from ..row import (
+    BFLOAT16,
+    COLUMNS,
+    DTYPES,
+    FIRST_STATE,
+    FLOAT32,
+    FLOAT64,
+    GRAD,
+    MASTER,
+    MAX_STATES,
+    NORMS,
+    PARAM,
+    REMAINDER,
+    SIZES,
+    Row,
+)
+from ..tensors import describe_tensor, is_plain, is_same_order, is_sharded, local, same_placement
+from ..trust_ratio import TrustRatio
+from .step import Exchange, Step
 
 TensorGuards: Any
 try:  # torch's own; without it every tensor is looked at by itself
@@ -27,16 +44,6 @@ try:  # torch's own; without it every tensor is looked at by itself
     TensorGuards = guards.TensorGuards
 except (ImportError, AttributeError):
     TensorGuards = None
-
-# Numbers of dtypes as `DType` in csrc/row.h has them.
-DTYPES = {torch.float32: 1, torch.float64: 2, torch.bfloat16: 3, torch.float16: 4, torch.int16: 5}
-FLOAT32, FLOAT64, BFLOAT16, REMAINDER = (DTYPES[d] for d in (torch.float32, torch.float64, torch.bfloat16, torch.int16))
-SIZES = {1: 4, 2: 8, 3: 2, 4: 2, 5: 2}
-PARAM, GRAD, MASTER, FIRST_STATE = range(4)
-COLUMNS = FIRST_STATE + 4
-MAX_HYPER = 15
-TRUST_FIELDS = 8
-GROUP_FIELDS = 2 + TRUST_FIELDS + 3 * MAX_HYPER
 
 
 class Memory(NamedTuple):
@@ -63,7 +70,7 @@ def lies_as(memory: Memory, other: Memory) -> bool:
 
 
 class RowReader:
-    """What one launched row is expected to be, and how its tensors are read one by one."""
+    """What a row that Triton steps is expected to be, and how its tensors are read one by one."""
 
     def __init__(self, row: Row, rule: Any) -> None:
         self.row = row
@@ -140,33 +147,36 @@ class RowReader:
 
 
 class GroupReader:
-    """The hyperparameters of one group as the kernels take them."""
+    """The hyperparameters of one group as the kernels take them.
 
-    def __init__(self, index: int, rule: Any, device: torch.device, needs_of: Callable[..., int]) -> None:
-        self._index, self._rule, self._device, self._needs_of = index, rule, device, needs_of
+    Args:
+        index: of the group.
+        device: where the group's rows are.
+        read: how this plan reads.
+    """
+
+    def __init__(self, index: int, device: torch.device, read: ReadForTriton) -> None:
+        self._index, self._device, self._read = index, device, read
+        self._rule = read.rules[index]
         self.known: dict[str, Any] | None = None  # the group as it was read, if no value can change but by another
         self._structural: tuple[bool, ...] | None = None
         self.words: list[int] = []
 
-    def read(
-        self,
-        group: dict[str, Any],
-        defaults: dict[str, Any],
-        structural: Sequence[str],
-        trust_ratio: Callable[[dict[str, Any]], tuple[float, ...] | None] | None,
-    ) -> bool | None:
+    def read(self, group: dict[str, Any]) -> bool | None:
         """Whether anything has changed; None: the group calls for a new plan.
 
         Raises:
             KeyError, TypeError, ValueError: a hyperparameter is missing or is none; the text names group and key.
         """
-        truths = tuple(bool(group.get(key)) for key in structural)
+        truths = tuple(bool(group.get(key)) for key in self._read.structural)
         if self._structural not in (None, truths):
             return None
         self._structural = truths
-        numbers, addresses, dtypes, constant = {}, [], [], True
-        fields = self._rule.hyper_type._fields
-        for name, field in zip(fields, self._rule.hyper):
+        defaults, trust_ratio = self._read.defaults, self._read.trust_ratio
+        numbers: dict[str, float] = {}
+        fields: dict[str, int] = {}
+        constant = True
+        for place, (name, field) in enumerate(zip(self._rule.hyper_type._fields, self._rule.hyper)):
             if field.key not in group and field.key not in defaults:
                 if not field.optional:
                     raise KeyError(
@@ -177,17 +187,21 @@ class GroupReader:
                 value = group.get(field.key, defaults.get(field.key))
                 constant = constant and is_constant(value)
             numbers[name], address, dtype = self._number(field, value)
-            addresses.append(address)
-            dtypes.append(dtype)
+            fields |= {
+                f"hyper{place}": _bits(numbers[name]),
+                f"hyper_address{place}": address,
+                f"hyper_dtype{place}": dtype,
+            }
         others = (value for key, value in group.items() if key not in ("params", "param_names"))
         constant = constant and all(map(is_constant, others))
         trust = None if trust_ratio is None else trust_ratio(group)
         rule_needs = self._rule.needs(numbers)
-        words = [_bits(float(bool(group.get("maximize", False)))), rule_needs | self._needs_of(trust, rule_needs)]
-        words += [*map(_bits, map(float, trust)), _bits(1.0)] if trust is not None else [0] * TRUST_FIELDS
-        for part in (map(_bits, numbers.values()), addresses, dtypes):
-            part = list(part)
-            words += [*part, *[0] * (MAX_HYPER - len(part))]
+        fields["maximize"] = _bits(float(bool(group.get("maximize", False))))
+        fields["needs"] = rule_needs | self._read.needs_of(trust, rule_needs)
+        if trust is not None:
+            fields |= {name: _bits(float(getattr(trust, name))) for name in TrustRatio._fields}
+            fields["present"] = _bits(1.0)
+        words = [fields.get(name, 0) for name in self._read.group_fields]
         changed = words != self.words
         self.words = words
         self.known = dict(group) if constant else None
@@ -231,52 +245,57 @@ def _bits(number: float) -> int:
     return struct.unpack("<q", struct.pack("<d", number))[0]
 
 
+@dataclass(slots=True)
+class ReadForTriton:
+    """The rows that Triton steps, and how they are read."""
+
+    devices: Sequence[Sequence[int]]  # the indices of each device's rows
+    rules: Mapping[int, Any]  # of each group that has such rows, its rule as in kernels/rule.py
+    needs_of: Callable[..., int]  # the norms of a trust ratio; kernels/rules/trust_ratio.py
+    row_fields: Sequence[str]  # of the table; kernels/table.py
+    group_fields: Sequence[str]
+    defaults: dict[str, Any]  # as the compiled plan's, and
+    structural: Sequence[str]  # those that follow
+    trust_ratio: Callable[[dict[str, Any]], TrustRatio | None] | None
+
+
 class PythonPlan:
     """Reads rows and groups; steps nothing.
 
     Args:
         rows: all rows of the optimizer.
         group_count: how many groups there are.
-        launched: for each device whose kernels others launch the indices of its rows.
-        rules: of each group that has launched rows, its rule as in kernels/rule.py.
-        needs_of: the norms of a trust ratio; kernels/rules/trust_ratio.py.
-        defaults, structural, trust_ratio: as the compiled plan's.
+        read: the rows that Triton steps; None: there are none.
+        has_direction: whether the rules' step length depends on the norm of a direction.
     """
 
     def __init__(
-        self,
-        rows: Sequence[Row],
-        group_count: int,
-        launched: Sequence[Sequence[int]] = (),
-        rules: Mapping[int, Any] | None = None,
-        needs_of: Callable[..., int] | None = None,
-        defaults: dict[str, Any] | None = None,
-        structural: Sequence[str] = (),
-        trust_ratio: Callable[[dict[str, Any]], tuple[float, ...] | None] | None = None,
+        self, rows: Sequence[Row], group_count: int, read: ReadForTriton | None = None, *, has_direction: bool
     ) -> None:
         self._rows = rows
         self._params: list[list[Tensor]] = [[] for _ in range(group_count)]
         for row in rows:
             self._params[row.group].append(row.param)
-        self._launched = [list(indices) for indices in launched]
-        self._defaults, self._structural, self._trust_ratio = defaults or {}, structural, trust_ratio
+        self._has_direction = has_direction
+        self._devices = [] if read is None else [list(indices) for indices in read.devices]
+        self._row_fields = () if read is None else read.row_fields
+        self._group_fields = () if read is None else read.group_fields
         self._readers: dict[int, RowReader] = {}
         self._groups: dict[int, GroupReader] = {}
-        for indices in self._launched:
-            for index in indices:
-                row = rows[index]
-                rule = (rules or {})[row.group]
-                self._readers[index] = RowReader(row, rule)
-                if row.group not in self._groups and needs_of is not None:
-                    self._groups[row.group] = GroupReader(row.group, rule, local(row.param).device, needs_of)
+        for index in (index for indices in self._devices for index in indices):
+            assert read is not None
+            row = rows[index]
+            self._readers[index] = RowReader(row, read.rules[row.group])
+            if row.group not in self._groups:
+                self._groups[row.group] = GroupReader(row.group, local(row.param).device, read)
         self._others = [index for index in range(len(rows)) if index not in self._readers]
-        self._grads: list[Any] = []  # held from refresh to the end of run
+        self._grads: list[Any] = []  # held from refresh() to release()
         # Of each column, by row: address and dtype; 0 where there is none.
         self._addresses = [[0] * len(rows) for _ in range(COLUMNS)]
         self._dtypes = [[0] * len(rows) for _ in range(COLUMNS)]
         self._active = [False] * len(rows)
-        self._touched: list[Tensor] = []
-        self._unwritten = set(range(len(self._launched)))  # devices whose table lacks more than gradients
+        self._written: list[Tensor] = []
+        self._unwritten = set(range(len(self._devices)))  # devices whose table lacks more than gradients
         self._fast: FastPath | None = None
 
     def refresh(self, param_groups: list[dict[str, Any]], state: dict[Tensor, Any]) -> list[tuple[int, str]] | None:
@@ -290,11 +309,11 @@ class PythonPlan:
         for index, reader in self._groups.items():
             if reader.known == param_groups[index]:  # numbers and words; the params are known to be identical
                 continue
-            changed = reader.read(param_groups[index], self._defaults, self._structural, self._trust_ratio)
+            changed = reader.read(param_groups[index])
             if changed is None:
                 return None
             if changed:
-                self._unwritten.update(range(len(self._launched)))
+                self._unwritten.update(range(len(self._devices)))
         attention = [(index, "param") for index in self._others if self._rows[index].param.grad is not None]
         if self._fast is not None and self._fast.read(state, self):
             return attention
@@ -334,53 +353,46 @@ class PythonPlan:
         for index in overlapping(written):
             self._active[index] = False
             attention[index] = "overlap"
-        self._touched = [reader.param for index, reader in self._readers.items() if self._active[index]]
-        self._unwritten.update(range(len(self._launched)))
+        self._written = [reader.param for index, reader in self._readers.items() if self._active[index]]
+        self._unwritten.update(range(len(self._devices)))
         return list(attention.items())
 
     def write_table(self, device: int, words: memoryview) -> None:
-        """The words of groups and rows that a device's kernels read; csrc/plan/triton_table.h has their order."""
-        indices = self._launched[device]
+        """The words of groups and rows that a device's kernels read: the fields of kernels/table.py."""
+        indices = self._devices[device]
         group_count, count = len(self._params), len(indices)
-        rows = words[GROUP_FIELDS * group_count :]
+        rows = words[len(self._group_fields) * group_count :]
 
-        def put(field: int, values: Iterable[int]) -> None:
-            rows[field * count : (field + 1) * count] = array("q", values)
+        def put(field: str, values: Iterable[int]) -> None:
+            place = self._row_fields.index(field)
+            rows[place * count : (place + 1) * count] = array("q", values)
 
         active = [self._active[index] for index in indices]
         whole = count == len(self._rows) and all(active)
         grads = self._addresses[GRAD]
-        put(0, grads if whole else [grads[index] if self._active[index] else 0 for index in indices])
+        put("grad", grads if whole else [grads[index] if self._active[index] else 0 for index in indices])
         if device not in self._unwritten:
             return
         self._unwritten.discard(device)
         for index, reader in self._groups.items():
-            words[index : GROUP_FIELDS * group_count : group_count] = array("q", reader.words)
-        put(1, map(int, active))
-        for field, column in enumerate((PARAM, *range(MASTER, COLUMNS)), 2):
+            words[index : len(self._group_fields) * group_count : group_count] = array("q", reader.words)
+        put("active", map(int, active))
+        columns = {"param": PARAM, "master": MASTER} | {f"state{i}": FIRST_STATE + i for i in range(MAX_STATES)}
+        for field, column in columns.items():
             addresses = self._addresses[column]
             put(field, [addresses[index] if self._active[index] else 0 for index in indices])
         readers = [self._readers[index] for index in indices]
-        first = 1 + COLUMNS
-        put(first, [reader.numel for reader in readers])
-        put(first + 1, [_bits(reader.row.lr_scale) for reader in readers])
-        put(first + 2, [_bits(reader.row.weight_decay_scale) for reader in readers])
-        put(first + 3, [reader.row.group for reader in readers])
-        put(first + 4, [int(reader.row.clipped) for reader in readers])
-        put(first + 5, [int(reader.row.has_trust_ratio) for reader in readers])
+        put("numel", [reader.numel for reader in readers])
+        put("lr_scale", [_bits(reader.row.lr_scale) for reader in readers])
+        put("weight_decay_scale", [_bits(reader.row.weight_decay_scale) for reader in readers])
+        put("group", [reader.row.group for reader in readers])
+        put("clipped", [int(reader.row.clipped) for reader in readers])
+        put("has_trust_ratio", [int(reader.row.has_trust_ratio) for reader in readers])
         dtypes = [[of_column[index] for of_column in self._dtypes] for index in indices]
-        put(first + 6, [sum(dtype << (8 * column) for column, dtype in enumerate(of_row)) for of_row in dtypes])
+        put("storages", [sum(dtype << (8 * column) for column, dtype in enumerate(of_row)) for of_row in dtypes])
 
-    def reduce(
-        self,
-        grad_scale: float,
-        threads: int,
-        clip: ClipOptions,
-        scalars: Sequence[DeviceScalars] = (),
-        exchange: Exchange | None = None,
-        finds_inf: bool = False,
-    ) -> float:
-        return self._exchange(exchange)
+    def reduce(self, step: Step) -> float:
+        return self._exchange(step.exchange)
 
     def _exchange(self, exchange: Exchange | None) -> float:
         return 0.0 if exchange is None else exchange(bytearray(8 * NORMS * len(self._rows)))
@@ -388,25 +400,18 @@ class PythonPlan:
     def non_finite(self) -> bool:
         return False
 
-    def run(
-        self,
-        grad_scale: float,
-        threads: int,
-        clip: ClipOptions,
-        global_norm: float | None,
-        scalars: Sequence[DeviceScalars] = (),
-        exchange: Exchange | None = None,
-    ) -> None:
-        self._exchange(exchange)
+    def apply(self, step: Step) -> None:
+        if self._has_direction:
+            self._exchange(step.exchange)
+
+    def release(self) -> None:
+        self._grads = []
 
     def captured(self) -> bool:
         return False
 
-    def touched(self) -> list[Tensor]:
-        return self._touched
-
-    def release(self) -> None:
-        self._grads = []
+    def written(self) -> list[Tensor]:
+        return self._written
 
     def norms(self) -> list[tuple[int, float, float, float]]:
         return []

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..fallbacks import FallbackLog
 from ..options.options import Options
-from ..plan.plan import Row
+from ..row import Row
 from ..rule import Rule
 from ..shards import redistribute_grad
 from . import states

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..eager import sparse
 from ..hyperparameters import is_number, is_sequence
 from ..options.options import Options
-from ..plan.plan import Row
+from ..row import Row
 from ..rule import Rule
 from ..tensors import is_plain, is_sharded, local, same_placement
 from . import masters

@@ -83,7 +83,9 @@ def direction(param, states, s):
 @triton.jit
 def scale_direction(hyper, tensor):
     hyper = Hyper(*hyper)
-    adapts = tensor.trusted & ((hyper.always_adapt != 0) | (hyper.weight_decay * tensor.weight_decay_scale != 0))
+    adapts = tensor.has_trust_ratio & (
+        (hyper.always_adapt != 0) | (hyper.weight_decay * tensor.weight_decay_scale != 0)
+    )
     nonzero = (tensor.param_norm > 0) & (tensor.direction_norm > 0)
     adapts = adapts & nonzero
     ratio = tl.where(adapts, tensor.param_norm / tl.where(adapts, tensor.direction_norm, 1), 1)

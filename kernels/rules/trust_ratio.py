@@ -28,13 +28,12 @@ class TrustRatio(NamedTuple):
     present: Any  # 0: no trust ratio in this group
 
 
-def needs_of(trust: tuple[float, ...] | None, rule_needs: int) -> int:
-    """The norms that a trust ratio takes around a rule with these needs."""
+def needs_of(trust: Any, rule_needs: int) -> int:
+    """The norms that a trust ratio, None or an object with these options, takes around a rule with these needs."""
     if trust is None:
         return 0
-    weight_decay = TrustRatio(*trust, 1).weight_decay
-    inside = weight_decay != DECAY_OUTSIDE.value
-    of_sum = weight_decay == DECAY_IN_NORM.value or (inside and rule_needs & GRAD_SQ.value)
+    inside = trust.weight_decay != DECAY_OUTSIDE.value
+    of_sum = trust.weight_decay == DECAY_IN_NORM.value or (inside and rule_needs & GRAD_SQ.value)
     return PARAM_SQ.value | GRAD_SQ.value | (DECAYED_SQ.value if of_sum else 0)
 
 
@@ -58,7 +57,7 @@ def apply_trust_ratio(trust, group_lr, weight_decay, decayed_norm, tensor):
     """The weight decay that is left to the rule, which is 0 where the decay is inside, and what `prepare` will see.
     decayed_norm: of grad + weight_decay * param."""
     decay = weight_decay * tensor.weight_decay_scale
-    applies = (trust.present != 0) & tensor.trusted & ((trust.always != 0) | (decay != 0))
+    applies = (trust.present != 0) & tensor.has_trust_ratio & ((trust.always != 0) | (decay != 0))
     inside = trust.weight_decay != DECAY_OUTSIDE
     grad_norm = tl.where(trust.weight_decay == DECAY_IN_NORM, decayed_norm, tensor.grad_norm)
     ratio = trust_ratio(trust, group_lr * tensor.lr_scale, decay, grad_norm, tensor.param_norm)
@@ -74,7 +73,7 @@ def apply_trust_ratio(trust, group_lr, weight_decay, decayed_norm, tensor):
         grad_max=tl.where(applies, ratio * tensor.grad_max, tensor.grad_max),
         param_norm=tensor.param_norm,
         direction_norm=tensor.direction_norm,
-        trusted=tensor.trusted,
+        has_trust_ratio=tensor.has_trust_ratio,
         grad_scale=ratio,
         coupled_weight_decay=coupled_weight_decay,
         trust_ratio=ratio,

@@ -66,7 +66,7 @@ uint64_t train(const CpuKernels& kernels, const Case& test, DType dtype, bool tr
   row.numel = numel;
   row.lr_scale = row.weight_decay_scale = 1;
   row.rule = test.rule;
-  row.active = row.clipped = row.trusted = true;
+  row.active = row.clipped = row.has_trust_ratio = true;
   float numbers[kMaxPerTensorStates] = {};
   std::vector<std::vector<unsigned char>> columns(static_cast<size_t>(kColumns));
   const int first = kFirstState + test.tensor_states;
@@ -90,12 +90,14 @@ uint64_t train(const CpuKernels& kernels, const Case& test, DType dtype, bool tr
   hyper.needs |= needs_of(hyper.trust, static_cast<unsigned>(hyper.needs));
   const std::vector<Row> rows{row};
   const std::vector<GroupHyper> groups{hyper};
-  std::vector<Norms> norms(1);
-  std::vector<ScalarsRecord> records(1);
-  std::vector<MeasuredNorms> measured(1);
-  const StepOptions options{0.5, Clip::none, 0, 0, 0};
+  CpuPhases phases(kernels, groups, rows.size(), {0});
+  Step step{};
+  step.options = {0.5, Clip::none, 0, 0, 0};
+  step.threads = 2;
+  step.global_norm = 0;
   for (int t = 0; t < 5; ++t) {
-    step_cpu({kernels, rows, groups, options, 2, norms, records, measured}, false, 0);
+    phases.collect(rows);
+    phases.apply(step);
   }
   uint64_t result = 14695981039346656037u;
   for (const auto& bytes : columns) result = hash(result, bytes);

@@ -11,13 +11,13 @@ import pytest
 import torch
 
 from fused_optim import backends, extension
-from fused_optim.plan import plan as plan_module
+from fused_optim.tensors import describe_tensor
 
 from .build import OnHost
 
 
 def as_device_memory(tensor: torch.Tensor) -> Any:
-    facts = plan_module.describe_tensor(tensor)
+    facts = describe_tensor(tensor)
     return facts and (facts[0], 2, *facts[2:])
 
 

@@ -1,0 +1,46 @@
+"""The table of a plan as Python sees it, one row a parameter: the twin of csrc/row.h.
+
+The compiled plan reads a `Row` by the names of its attributes; those that it does not read are for Python alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# How a number lies in memory, as `DType` in csrc/row.h numbers it; int16 is the remainder of a split master weight.
+DTYPES = {torch.float32: 1, torch.float64: 2, torch.bfloat16: 3, torch.float16: 4, torch.int16: 5}
+FLOAT32, FLOAT64, BFLOAT16, FLOAT16, REMAINDER = DTYPES.values()
+SIZES = {FLOAT32: 4, FLOAT64: 8, BFLOAT16: 2, FLOAT16: 2, REMAINDER: 2}
+
+# Columns of a row: param, grad, master weight where there is one, then the rule's states in the rule's order.
+PARAM, GRAD, MASTER, FIRST_STATE = range(4)
+MAX_STATES = 4
+COLUMNS = FIRST_STATE + MAX_STATES
+MAX_HYPER = 15  # csrc/rules/rule.h
+
+# `Norms` in csrc/prepare.h, of which a row has one: sums, but for the second, a maximum.
+NORMS = 5
+GRAD_SQ, GRAD_MAX = 0, 1
+
+
+@dataclass(slots=True, eq=False)
+class Row:
+    """One parameter of a plan."""
+
+    group: int
+    param: Tensor
+    lr_scale: float
+    weight_decay_scale: float
+    native: bool
+    clipped: bool  # takes part in clipping
+    has_trust_ratio: bool  # takes part in trust ratios
+    master: str | None  # state key of its master weight
+    dtype: torch.dtype  # of the parameter, and
+    device: torch.device  # where it was, when the plan was built
+    name: str
+    backend: str
+    refused: str | None  # why no native backend takes it
+    own_name: str | None  # where the group has names
