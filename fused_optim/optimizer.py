@@ -342,7 +342,9 @@ class FusedOptimizer(Rule, torch.optim.Optimizer):
         for index, kind in found:
             row = plan.rows[index]
             if row.backend != "eager":
-                self._kept.log.serves(row.name, row.refused or why_refused(row, kind), kind=row.refused or kind)
+                numbers = self.tensor_state_names(groups[row.group])
+                reason = row.refused or why_refused(row, kind, self.state.get(row.param, {}), numbers)
+                self._kept.log.serves(row.name, reason, kind=row.refused or kind)
         return plan, {index: plan.rows[index] for index, _ in found}, groups
 
     def refresh_masters(self) -> None:

@@ -28,8 +28,12 @@ from cases import (
     snapshot,
     train,
 )
+from norm_rules import assert_near
+from ranks import Ranks
 from torch import Tensor
 from torch.nn import Parameter
+
+from fused_optim import LAMB, SGD, Adam, AdamW, NovoGrad
 
 FEW = [(5,), (3, 4), ()]
 
@@ -360,20 +364,213 @@ def test_found_state_dtype_is_adopted_alike(case: Case, found: torch.dtype, dtyp
     ids=["int", "float", "int64 tensor", "[1]", "[1, 1] float64", "float64", "float16"],
 )
 def test_step_of_any_form_is_adopted(case: Case, make: Callable[[int], Any], backend: str) -> None:
+    """A Tensor is counted where it is; a number becomes one."""
     optimizer, params = start(case, backend)
     other, others = start(case, backend)
-    for param in params:
-        optimizer.state[param]["step"] = make(7)
-    for param in others:
-        other.state[param]["step"] = torch.tensor(7.0)
+    steps = [make(7) for _ in params]
+    for param, twin, step in zip(params, others, steps, strict=True):
+        optimizer.state[param]["step"] = step
+        other.state[twin]["step"] = torch.tensor(7.0)
     train(optimizer, params, 2, first=50)
     train(other, others, 2, first=50)
-    for param, twin in zip(params, others, strict=True):
+    for param, twin, made in zip(params, others, steps, strict=True):
         assert_same_bits(param, twin)
         step = optimizer.state[param]["step"]
-        assert step.shape == ()
-        assert step.is_floating_point()
+        assert step is made or (not isinstance(made, Tensor) and step.shape == () and step.dtype == torch.float32)
         assert step == 9
+
+
+# What the user has put into the state -----------------------------------------------------------------------------
+
+OPTIMIZERS: dict[str, Any] = {
+    "AdamW": lambda params, **o: AdamW(params, 0.1, amsgrad=True, **o),
+    "SGD": lambda params, **o: SGD(params, 0.1, 0.9, **o),
+    "NovoGrad": lambda params, **o: NovoGrad(params, 0.1, **o),
+    "LAMB": lambda params, **o: LAMB(params, **o),
+}
+# Name: what is put in the place of a state; whether the fused backends then read it where it is.
+NUMBERS: dict[str, tuple[Callable[[Tensor], Tensor], bool]] = {
+    "[1], shared": (lambda t: t.reshape(1).clone().share_memory_(), True),
+    "[1, 1]": (lambda t: t.reshape(1, 1).clone(), True),
+    "element of a larger one": (lambda t: torch.stack([t, t, t])[1:2], True),
+    "float64": (lambda t: t.double(), True),
+    "int64": (lambda t: t.long(), False),
+    "int32 [1]": (lambda t: t.int().reshape(1), False),
+    "float16": (lambda t: t.half(), False),
+    "negated": (lambda t: torch._neg_view(-t), False),
+}
+ELEMENTS: dict[str, tuple[Callable[[Tensor], Tensor], bool]] = {
+    "shared": (lambda t: t.clone().share_memory_(), True),
+    "transposed": (lambda t: t.t().contiguous().t(), False),
+    "every other": (lambda t: torch.stack([t, t], -1)[..., 0], False),
+    "row of a larger one": (lambda t: torch.stack([t, t])[1], True),
+}
+
+
+def start_two(kind: str, backend: str, master: str | None = None) -> list[tuple[Any, list[Parameter]]]:
+    """Two equal runs after two steps."""
+    runs = []
+    for _ in range(2):
+        params = new_params(torch.float32 if master is None else torch.bfloat16, [(7, 5), (3,)])
+        optimizer = OPTIMIZERS[kind](params, backend=backend, master_weights=master)
+        train(optimizer, params, 2)
+        runs.append((optimizer, params))
+    return runs
+
+
+def put(optimizer: Any, param: Tensor, name: str, make: Callable[[Tensor], Tensor]) -> Tensor:
+    state = optimizer.state[param]
+    state[name] = make(state[name])
+    return state[name]
+
+
+def assert_is_used(optimizer: Any, param: Tensor, name: str, mine: Tensor, address: int) -> None:
+    assert optimizer.state[param][name] is mine
+    assert mine.data_ptr() == address
+
+
+@pytest.mark.parametrize(
+    ("kind", "form"),
+    [("AdamW", form) for form in NUMBERS]
+    + [(kind, form) for kind in OPTIMIZERS if kind != "AdamW" for form in ("[1], shared", "int64")],
+)
+def test_a_step_count_is_the_users(kind: str, form: str, any_backend: str, fallbacks: list[str]) -> None:
+    """Whatever its shape and dtype: as the shared one of several workers."""
+    make, native = NUMBERS[form]
+    runs = start_two(kind, any_backend)
+    (optimizer, (param, _)), (twin, _) = runs
+    mine = put(optimizer, param, "step", make)
+    address, shape, dtype = mine.data_ptr(), mine.shape, mine.dtype
+    for each, params in runs:
+        train(each, params, 3, first=50)
+    assert_is_used(optimizer, param, "step", mine, address)
+    assert (mine.shape, mine.dtype) == (shape, dtype)
+    assert mine == 5
+    assert len(fallbacks) == (not native and any_backend != "eager")
+    optimizer.state[param]["step"] = mine.float().reshape(())
+    if native:
+        assert_same_results(optimizer, twin)
+    else:
+        assert_near(optimizer, twin)  # sums of norms in another order
+
+
+@pytest.mark.parametrize("form", ELEMENTS)
+@pytest.mark.parametrize(
+    ("kind", "name", "master"),
+    [
+        ("AdamW", "exp_avg", None),
+        ("AdamW", "max_exp_avg_sq", "split"),
+        ("AdamW", "master_param", "float32"),
+        ("AdamW", "param_remainder", "split"),
+        ("SGD", "momentum_buffer", None),
+        ("NovoGrad", "exp_avg", "float32"),
+        ("LAMB", "exp_avg_sq", None),
+    ],
+)
+def test_a_state_is_the_users(
+    kind: str, name: str, master: str | None, form: str, any_backend: str, fallbacks: list[str]
+) -> None:
+    """Wherever its memory is, and in whatever order of its elements."""
+    make, native = ELEMENTS[form]
+    runs = start_two(kind, any_backend, master)
+    (optimizer, (param, _)), (twin, _) = runs
+    mine = put(optimizer, param, name, make)
+    address, strides = mine.data_ptr(), mine.stride()
+    for each, params in runs:
+        train(each, params, 3, first=50)
+    assert_is_used(optimizer, param, name, mine, address)
+    assert mine.stride() == strides
+    if any_backend == "eager" or native:
+        assert fallbacks == []
+        assert_same_results(optimizer, twin)
+    else:
+        (line,) = fallbacks
+        assert f"its state {name!r} has strides {strides}, the parameter (5, 1)" in line
+        assert_near(optimizer, twin)
+
+
+@pytest.mark.parametrize("name", ["step", "exp_avg_sq"])
+def test_a_number_of_novograds_is_the_users(name: str, any_backend: str, fallbacks: list[str]) -> None:
+    runs = start_two("NovoGrad", any_backend)
+    (optimizer, (param, _)), (twin, _) = runs
+    mine = put(optimizer, param, name, lambda t: t.reshape(1, 1, 1).clone())
+    for each, params in runs:
+        train(each, params, 3, first=50)
+    assert optimizer.state[param][name] is mine
+    optimizer.state[param][name] = mine.reshape(())
+    assert_same_results(optimizer, twin)
+    assert fallbacks == []
+
+
+def test_what_cannot_be_the_users_is_logged(any_backend: str, fallbacks: list[str]) -> None:
+    """One line for each reason, which names the state that was replaced first."""
+    params = new_params(shapes=[(4, 4), (4, 4), (4, 4)])
+    optimizer = AdamW([(name, param) for name, param in zip("abc", params, strict=True)], backend=any_backend)
+    train(optimizer, params, 1)
+    states = [optimizer.state[param] for param in params]
+    states[0]["exp_avg"] = states[0]["exp_avg"].double()
+    states[1]["exp_avg_sq"] = states[1]["exp_avg_sq"].double()
+    states[2]["exp_avg"] = torch.zeros(1, 1).expand(4, 4)
+    states[2]["step"] = states[0]["step"]
+    states[0]["step"], states[2]["step"] = states[0]["step"].long(), states[0]["step"].long()
+    states[2]["step"] = states[0]["step"]
+    train(optimizer, params, 2, first=50)
+    assert [step.item() for step in (state["step"] for state in states)] == [3, 3, 3]
+    lines = [line for line in fallbacks if "goes on with a copy" in line]
+    assert lines == [
+        "WARNING: AdamW: the step goes on with a copy of state 'exp_avg' of 'a' (param_groups[0]['params'][0]), which "
+        "has dtype torch.float64, and is kept as torch.float32 beside the parameter's torch.float32",
+        "WARNING: AdamW: the step goes on with a copy of state 'exp_avg' of 'c' (param_groups[0]['params'][2]), which "
+        "is expanded: several of its elements are one number in memory",
+        "WARNING: AdamW: the step goes on with a copy of state 'step' of 'c' (param_groups[0]['params'][2]), which is "
+        "also that of another parameter",
+    ]
+
+
+def test_a_step_that_cannot_count_is_refused(any_backend: str) -> None:
+    (param,) = new_params(shapes=[(4,)])
+    optimizer = AdamW([param], backend=any_backend)
+    train(optimizer, [param], 1)
+    optimizer.state[param]["step"] = torch.tensor(True)
+    before = snapshot(optimizer)
+    set_grads([param], 1)
+    with pytest.raises(RuntimeError, match=r"'step' of .* must be a number or a one-element Tensor, found tensor"):
+        optimizer.step()
+    assert_same_snapshots(snapshot(optimizer), before)
+
+
+def worker(params: list[Tensor], states: list[dict[str, Tensor]], backend: str) -> None:
+    """One of several processes that share parameters and the state of Adam, each in its turn."""
+    optimizer = Adam(params, 0.1, backend=backend)
+    for param, state in zip(params, states, strict=True):
+        optimizer.state[param] = state
+    for turn in range(8):
+        if turn % 4 == torch.distributed.get_rank():
+            train(optimizer, params, 1, first=turn)
+        torch.distributed.barrier()
+
+
+@pytest.mark.parametrize("backend", ["cpu", "eager"])
+def test_workers_share_one_state(backend: str, ranks: Ranks) -> None:
+    """The shared Adam of asynchronous methods: its step is a tensor of one element in shared memory."""
+    params = [param.detach().share_memory_() for param in new_params(shapes=[(7, 5), (3,)])]
+    states = [
+        {
+            "step": torch.zeros(1).share_memory_(),
+            "exp_avg": torch.zeros_like(param).share_memory_(),
+            "exp_avg_sq": torch.zeros_like(param).share_memory_(),
+        }
+        for param in params
+    ]
+    ranks.run(worker, params, states, backend)
+    twins = new_params(shapes=[(7, 5), (3,)])
+    alone = Adam(twins, 0.1, backend=backend)
+    train(alone, twins, 8)
+    for param, twin, state in zip(params, twins, states, strict=True):
+        assert_same_bits(param, twin.detach())
+        assert state["step"].tolist() == [8.0]
+        for name in ("exp_avg", "exp_avg_sq"):
+            assert_same_bits(state[name], alone.state[twin][name])
 
 
 @each_implementation

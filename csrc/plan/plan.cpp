@@ -573,9 +573,12 @@ const char* Plan::read_state(const HostRow& host, Row& row, int column, bool per
     return "state";
   }
   if (per_tensor) {
-    if (view.ndim != 0 || view.device.device_type != host.device.device_type ||
+    if (view.device.device_type != host.device.device_type ||
         view.device.device_id != host.device.device_id) {
       return "state";
+    }
+    for (int i = 0; i < view.ndim; ++i) {
+      if (view.shape[i] != 1) return "state";
     }
     if (view.dtype != DType::float32 && view.dtype != DType::float64) return "state";
   } else {

@@ -172,7 +172,7 @@ def step_eager(
     wide = {name: _real(state[name]).to(dtype, copy=differentiable) for name in names}
     whole = (_real(param) if master is None else masters.read(param, state, master)).to(dtype, copy=differentiable)
     tensor = TensorContext(
-        state={name: state[name].to(torch.float64) if keep else state[name].item() for name in number_names},
+        state={n: state[n].reshape(()).to(torch.float64) if keep else float(state[n]) for n in number_names},
         lr_scale=lr_scale,
         weight_decay_scale=weight_decay_scale,
         has_trust_ratio=has_trust_ratio,

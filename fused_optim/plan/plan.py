@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -61,8 +61,11 @@ def why_not_native(param: Tensor, group: dict[str, Any], backend: str) -> str | 
     return None
 
 
-def why_refused(row: Row, kind: str) -> str:
-    """Why the plan did not take a native row at this step, in words."""
+def why_refused(row: Row, kind: str, state: Mapping[str, Any], numbers: Sequence[str]) -> str:
+    """Why the plan did not take a native row at this step, in words.
+
+    ``state``: that of its parameter; ``numbers``: the names of those states that have one number a tensor.
+    """
     param, grad = local(row.param), row.param.grad
     if kind == "grad" and grad is not None:
         grad = local(grad)
@@ -78,5 +81,20 @@ def why_refused(row: Row, kind: str) -> str:
     if kind == "overlap":
         return "it shares memory with another parameter of this optimizer"
     if kind == "state":
-        return "its state is not in plain memory"
+        reasons = (why_state_refused(name, value, param, name in numbers) for name, value in state.items())
+        return next(filter(None, reasons), "its state is not in plain memory")
     return "its memory cannot be read"
+
+
+def why_state_refused(name: str, state: Any, param: Tensor, is_number: bool) -> str | None:
+    """Why the plan did not take a state that is in plain memory; None if that is not the one, or something else."""
+    part = local(state) if isinstance(state, Tensor) else None
+    if part is None or not is_plain(type(part)) or part.layout != torch.strided:
+        return None
+    if part.is_neg():
+        return f"its state {name!r} is a view whose negation is pending"
+    if is_number and part.dtype not in (torch.float32, torch.float64):
+        return f"its state {name!r} has dtype {part.dtype}, not float32 or float64"
+    if part.shape == param.shape and not same_strides(part, param):
+        return f"its state {name!r} has strides {part.stride()}, the parameter {param.stride()}"
+    return None

@@ -129,7 +129,7 @@ class RowReader:
         if memory.device != self.memory.device or (memory.address == 0 and (per_tensor or self.numel)):
             return False
         if per_tensor:
-            return memory.shape == () and memory.dtype in (FLOAT32, FLOAT64)
+            return all(size == 1 for size in memory.shape) and memory.dtype in (FLOAT32, FLOAT64)
         if not lies_as(memory, self.memory):
             return False
         param, found = self.memory.dtype, memory.dtype

@@ -48,4 +48,5 @@ def make_ready(
                 row.name,
                 lay,
             )
-        states.repair_state(row, all_states, groups[row.group], rule, options, taken)
+        for key, reason in states.repair_state(row, all_states, groups[row.group], rule, options, taken):
+            log.once(reason, "%s: the step goes on with a copy of state %r of %s, which %s", key, row.name, reason)

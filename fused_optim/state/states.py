@@ -59,7 +59,7 @@ def check_writable(param: Tensor, group: dict[str, Any], name: str) -> None:
     part = local(param)
     if part.is_inference() and not torch.is_inference_mode_enabled():
         raise RuntimeError(f"{name} is an inference tensor; create it outside of torch.inference_mode(), or clone it")
-    if part.layout == torch.strided and any(size > 1 and not step for size, step in zip(part.shape, part.stride())):
+    if is_expanded(param):
         raise RuntimeError(f"{name} is expanded: several of its elements are one number in memory; make it contiguous")
     if group["differentiable"] and torch.is_grad_enabled() and param.is_leaf and param.requires_grad:
         raise RuntimeError(
@@ -146,7 +146,8 @@ def check_state(row: Row, state: Any, group: dict[str, Any], rule: Rule) -> None
         check_memory(value, f"state {name!r} of {row.name}")
     for name in rule.tensor_state_names(group):
         value = number_of(state, name, group, rule.missing_step)
-        if not is_number(value) and not (value is None and name in rule.late_states):
+        counts = is_number(value) and getattr(value, "dtype", None) != torch.bool
+        if not counts and not (value is None and name in rule.late_states):
             raise RuntimeError(
                 f"state {name!r} of {row.name} must be a number or a one-element Tensor, found {value!r}; "
                 "delete optimizer.state[param] to start it anew"
@@ -202,11 +203,27 @@ def like_param(value: Tensor, param: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.empty_like(param, dtype=dtype, requires_grad=False).copy_(value.detach())
 
 
-def has_layout_of(state: Tensor, param: Tensor) -> bool:
-    """Whether a state lies as a new one of its parameter's would."""
+def why_not_usable(state: Tensor, param: Tensor, dtype: torch.dtype) -> str | None:
+    """Why no backend can read and write a state of a number an element where it is; None if one can.
+
+    ``dtype``: the one in which it is kept. Where only the order of the elements differs from the parameter's, the eager
+    path takes it.
+    """
+    if state.device != param.device:
+        return f"is on {state.device}, the parameter on {param.device}"
+    if state.dtype != dtype:
+        return f"has dtype {state.dtype}, and is kept as {dtype} beside the parameter's {param.dtype}"
     if is_sharded(param) and not same_placement(state._spec, param._spec):  # type: ignore[attr-defined]
-        return False
-    return local(state).stride() == torch.empty_like(local(param), device="meta").stride()
+        return f"lies as {state.placements}, the parameter as {param.placements}"  # type: ignore[attr-defined]
+    if is_expanded(state):
+        return "is expanded: several of its elements are one number in memory"
+    return None
+
+
+def is_expanded(tensor: Tensor) -> bool:
+    """Whether several elements are one number in memory, which cannot be written."""
+    part = local(tensor)
+    return part.layout == torch.strided and any(n > 1 and not step for n, step in zip(part.shape, part.stride()))
 
 
 def repair_state(
@@ -216,48 +233,62 @@ def repair_state(
     rule: Rule,
     options: Options,
     taken: dict[int, Tensor],
-) -> None:
-    """Create what is missing; replace what the plan cannot read by its equal in the right place and layout.
+) -> list[tuple[str, str]]:
+    """Create what is missing. What is there is kept, so that the step reads and writes what the user has put there,
+    unless no backend can: then it is replaced by its equal.
 
     ``taken`` maps the addresses of the states seen so far to their parameters: two parameters never share one.
+
+    Returns:
+        Each tensor that was replaced, by its key, and why.
     """
     param = row.param
     state = all_states[param]
+    replaced: list[tuple[str, str]] = []
     for name in rule.tensor_state_names(group):
         value = number_of(state, name, group, 0.0 if not_begun(state, rule) else rule.missing_step)
-        adopted = isinstance(value, Tensor) and value.shape == () and value.device == param.device
-        if not adopted or value.dtype not in (torch.float32, torch.float64):
+        if not isinstance(state.get(name), Tensor):
             state[name] = new_number(name, 0.0 if value is None else value, param)
+        elif value.device != param.device:
+            replaced.append((name, f"is on {value.device}, the parameter on {param.device}"))
+            state[name] = new_number(name, value, param)
     for name in rule.state_names(group):
         value = state.get(name)
         if value is None:
             dtype = state_dtype_of(param, options.state_dtype)
             state[name] = torch.zeros_like(param, dtype=dtype, requires_grad=False)
             continue
-        dtype = kept_dtype(param, value.dtype)
-        same_layout = not row.native or has_layout_of(value, param)
-        if value.dtype != dtype or value.device != param.device or not same_layout:
-            state[name] = like_param(value, param, dtype)
+        reason = why_not_usable(value, param, kept_dtype(param, value.dtype))
+        if reason is not None:
+            replaced.append((name, reason))
+            state[name] = like_param(value, param, kept_dtype(param, value.dtype))
     names = [*rule.tensor_state_names(group), *rule.state_names(group)]
     if row.master is not None:
         names.append(row.master)
-        repair_master(param, state, row.master)
+        reason = repair_master(param, state, row.master)
+        if reason is not None:
+            replaced.append((row.master, reason))
     for name in names:
         value = state[name]
         part = local(value)
         addressed = is_plain(type(part)) and part.device.type != "meta" and part.numel() != 0
         if addressed and taken.setdefault(part.data_ptr(), param) is not param:
+            replaced.append((name, "is also that of another parameter"))
             state[name] = value.clone()
+    return replaced
 
 
-def repair_master(param: Tensor, state: dict[str, Any], key: str) -> None:
-    """Create a master weight, of the other kind if a checkpoint has left that; or bring it into the right layout."""
-    master, dtype = state.get(key), masters.DTYPES[key]
+def repair_master(param: Tensor, state: dict[str, Any], key: str) -> str | None:
+    """Create a master weight, of the other kind if a checkpoint has left that; or replace it, and say why."""
+    master, dtype, reason = state.get(key), masters.DTYPES[key], None
     if not isinstance(master, Tensor) or master.shape != param.shape:
         master = masters.converted(state, param, key)
         state[key] = masters.build(param, key) if master is None else like_param(master, param, dtype)
-    elif master.dtype != dtype or master.device != param.device or not has_layout_of(master, param):
-        state[key] = like_param(master, param, dtype)
+    else:
+        reason = why_not_usable(master, param, dtype)
+        if reason is not None:
+            state[key] = like_param(master, param, dtype)
     for other in masters.DTYPES:
         if other != key:
             state.pop(other, None)
+    return reason
