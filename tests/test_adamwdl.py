@@ -326,11 +326,11 @@ WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         ValueError,
         f"lr_scale times set_param_lr_fun of {FIRST} must be finite",
     ),
-    "learning_rate": ({"learning_rate": 1e-3}, TypeError, "'learning_rate'; torch's spelling is lr="),
-    "beta1": ({"beta1": 0.9}, TypeError, r"'beta1'; torch's spelling is betas=\(beta1, beta2\)"),
-    "beta2": ({"beta2": 0.99}, TypeError, r"'beta2'; torch's spelling is betas=\(beta1, beta2\)"),
-    "epsilon": ({"epsilon": 1e-8}, TypeError, "'epsilon'; torch's spelling is eps="),
-    "name": ({"name": "adam"}, TypeError, "unexpected keyword argument 'name'"),
+    "learning_rate": ({"learning_rate": 1e-3}, TypeError, "has no argument 'learning_rate' .Paddle.: write lr="),
+    "beta1": ({"beta1": 0.9}, TypeError, r"'beta1' .Paddle.: write betas=\(beta1, beta2\)"),
+    "beta2": ({"beta2": 0.99}, TypeError, r"'beta2' .Paddle.: write betas=\(beta1, beta2\)"),
+    "epsilon": ({"epsilon": 1e-8}, TypeError, "'epsilon' .Paddle.: write eps="),
+    "name": ({"name": "adam"}, TypeError, "'name' .Paddle.: there is none"),
 }
 
 
@@ -342,7 +342,7 @@ def test_constructor_refuses(wrong: str) -> None:
 
 
 def test_constructor_refuses_paddles_parameters() -> None:
-    with pytest.raises(TypeError, match=r"'parameters'; torch's spelling is params=model.named_parameters\(\)"):
+    with pytest.raises(TypeError, match=r"'parameters' .Paddle.: write params=model.named_parameters\(\)"):
         AdamWDL(parameters=params_of(named()))  # type: ignore[call-arg]
 
 

@@ -57,7 +57,7 @@ SIGNATURES = {
     "NovoGrad": "params, lr=0.001, betas=None, eps=None, weight_decay=0, *, variant='paper', grad_averaging=None, "
     "amsgrad=False, bias_correction=None, init_zero=None, norm_type=None, reg_inside_moment=None, "
     "decoupled_decay=None, weight_decouple=None, fixed_decay=None, eps_root=None, maximize=False, capturable=False",
-    "LARS": "params, lr, momentum=0.9, weight_decay=0, *, variant='timm', trust_coefficient=0.001, eps=None, "
+    "LARS": "params, lr=1.0, momentum=0.9, weight_decay=0, *, variant='timm', trust_coefficient=0.001, eps=None, "
     "nesterov=False, dampening=0, trust_clip=False, always_adapt=False, exclude=None, maximize=False, capturable=False",
     "LAMB": "params, lr=0.001, betas=(0.9, 0.999), eps=1e-06, weight_decay=0.01, *, variant='timm', "
     "bias_correction=True, grad_averaging=True, max_grad_norm=1.0, trust_clip=False, always_adapt=False, exclude=None, "

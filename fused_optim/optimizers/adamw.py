@@ -13,6 +13,7 @@ from torch.optim.optimizer import ParamsT
 from ..arithmetic import one_minus_power, square_root
 from ..optimizer import FusedOptimizer
 from ..options.clip import GradClip
+from ..options.peers import refuse_peer_arguments
 from ..options.scales import Scale
 from ..rule import TensorContext
 
@@ -147,6 +148,7 @@ class Adam(FusedOptimizer):
     prepare = staticmethod(prepare)
     update = staticmethod(update)
 
+    @refuse_peer_arguments
     def __init__(
         self,
         params: ParamsT,
@@ -279,6 +281,7 @@ class AdamW(Adam):
         (AMSGrad).
     """
 
+    @refuse_peer_arguments
     def __init__(
         self,
         params: ParamsT,

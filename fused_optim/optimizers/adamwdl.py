@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral
-from typing import Any, ParamSpec, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -16,10 +15,9 @@ from torch.optim.optimizer import ParamsT
 
 from ..backends import logger
 from ..options.clip import GradClip
+from ..options.peers import refuse_peer_arguments
 from ..options.scales import Scale, ScaleColumn, ScaleProduct, column_of, plain_name
 from .adamw import DECAY_SCALINGS, AdamW
-
-P = ParamSpec("P")
 
 
 @dataclass(frozen=True)
@@ -197,28 +195,6 @@ def check_decay_scaling(decay_scaling: Any, where: str) -> None:
         raise ValueError(f"{where}={decay_scaling!r} is not one of 'scaled', 'base' and 'double'")
 
 
-PADDLE_SPELLINGS = {
-    "learning_rate": "lr=",
-    "beta1": "betas=(beta1, beta2)",
-    "beta2": "betas=(beta1, beta2)",
-    "epsilon": "eps=",
-    "parameters": "params=model.named_parameters()",
-}
-
-
-def refuse_paddle_spellings(init: Callable[P, None]) -> Callable[P, None]:
-    """A constructor that says how torch spells an argument of Paddle's; it keeps its signature."""
-
-    @functools.wraps(init)
-    def checked(*args: P.args, **kwargs: P.kwargs) -> None:
-        for name in kwargs:
-            if name in PADDLE_SPELLINGS:
-                raise TypeError(f"AdamWDL has no argument {name!r}; torch's spelling is {PADDLE_SPELLINGS[name]}")
-        init(*args, **kwargs)
-
-    return checked
-
-
 class AdamWDL(AdamW):
     r"""AdamW with layer-wise learning rate decay and a decay mask, after PaddleNLP's AdamWDL.
 
@@ -323,7 +299,7 @@ class AdamWDL(AdamW):
         <https://github.com/PaddlePaddle/PaddleNLP/blob/v2.8.1/paddlenlp/ops/optimizer/adamwdl.py>`_.
     """
 
-    @refuse_paddle_spellings
+    @refuse_peer_arguments
     def __init__(
         self,
         params: ParamsT,

@@ -13,6 +13,7 @@ from ..arithmetic import Number, divide, one_minus_power, square_root, where
 from ..hyperparameters import check_arguments
 from ..optimizer import FusedOptimizer
 from ..options.clip import ClipGradByGlobalNorm, GradClip
+from ..options.peers import refuse_peer_arguments
 from ..options.scales import Exclude, Scale
 from ..rule import TensorContext
 
@@ -148,6 +149,7 @@ class LAMB(FusedOptimizer):
     direction = staticmethod(direction)
     scale_direction = staticmethod(scale_direction)
 
+    @refuse_peer_arguments
     def __init__(
         self,
         params: ParamsT,

@@ -17,6 +17,7 @@ from ..eager.parameter import squares_dtype
 from ..hyperparameters import plain_number
 from ..norms import Norms
 from ..optimizer import FusedOptimizer
+from ..options.peers import refuse_peer_arguments
 from ..options.scales import Exclude, ScaleColumn, excluded
 from ..parameters import Place, parameters
 from ..trust_ratio import FLOOR, IN_RATIO, ONE, OUTSIDE, SKIP, TrustRatio
@@ -108,6 +109,7 @@ class LARC(torch.optim.Optimizer):
         2017; NVIDIA's OpenSeq2Seq and apex.
     """
 
+    @refuse_peer_arguments
     def __init__(
         self,
         optimizer: torch.optim.Optimizer,

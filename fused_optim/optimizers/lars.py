@@ -11,6 +11,7 @@ from torch.optim.optimizer import ParamsT
 
 from ..hyperparameters import check_arguments
 from ..options.clip import ClipGradByGlobalNorm, ClipGradByNorm, GradClip
+from ..options.peers import refuse_peer_arguments
 from ..options.scales import Exclude, Scale
 from ..trust_ratio import IN_NORM, IN_RATIO, ONE, RATIO_ONE, TrustRatio
 from .sgd import MomentumOptimizer
@@ -46,7 +47,7 @@ class LARS(MomentumOptimizer):
 
     Args:
         params: parameters, a list of group dicts, or ``named_parameters()``.
-        lr: learning rate :math:`\gamma \ge 0`; a number or a one-element Tensor.
+        lr: learning rate :math:`\gamma \ge 0`; a number or a one-element Tensor. Default 1.0, as timm's.
         momentum: :math:`\mu \ge 0`. Default 0.9.
         weight_decay: :math:`\lambda \ge 0`. Default 0.
         variant: one of the above. Default ``"timm"``.
@@ -94,10 +95,11 @@ class LARS(MomentumOptimizer):
 
     choices = (("variant", tuple(VARIANTS)),)
 
+    @refuse_peer_arguments
     def __init__(
         self,
         params: ParamsT,
-        lr: float | Tensor,
+        lr: float | Tensor = 1.0,
         momentum: float = 0.9,
         weight_decay: float = 0,
         *,

@@ -12,6 +12,7 @@ from torch.optim.optimizer import ParamsT
 from ..hyperparameters import check_arguments
 from ..optimizer import FusedOptimizer
 from ..options.clip import GradClip
+from ..options.peers import refuse_peer_arguments
 from ..options.scales import Scale
 from ..rule import TensorContext
 
@@ -98,6 +99,7 @@ class Lion(FusedOptimizer):
     prepare = staticmethod(prepare)
     update = staticmethod(update)
 
+    @refuse_peer_arguments
     def __init__(
         self,
         params: ParamsT,

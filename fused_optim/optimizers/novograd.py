@@ -13,6 +13,7 @@ from ..arithmetic import divide, larger, one_minus_power, square_root, where
 from ..hyperparameters import check_arguments
 from ..optimizer import FusedOptimizer
 from ..options.clip import GradClip
+from ..options.peers import refuse_peer_arguments
 from ..options.scales import Scale
 from ..rule import TensorContext
 from .momentum import update_momentum
@@ -256,6 +257,7 @@ class NovoGrad(FusedOptimizer):
     prepare = staticmethod(prepare)
     update = staticmethod(update)
 
+    @refuse_peer_arguments
     def __init__(
         self,
         params: ParamsT,

@@ -13,6 +13,7 @@ from torch.optim.optimizer import ParamsT
 from ..arithmetic import where
 from ..optimizer import FusedOptimizer
 from ..options.clip import GradClip
+from ..options.peers import refuse_peer_arguments
 from ..options.scales import Scale
 from ..rule import TensorContext
 from .momentum import update_momentum
@@ -137,6 +138,7 @@ class SGD(MomentumOptimizer):
         <https://proceedings.mlr.press/v28/sutskever13.html>`_, 2013; torch.optim.SGD for the form.
     """
 
+    @refuse_peer_arguments
     def __init__(
         self,
         params: ParamsT,
