@@ -113,7 +113,7 @@ def test_decay_takes_the_rate_that_was_chosen(scaling: str, backend: str) -> Non
         torch.testing.assert_close(param.detach(), old * factor, rtol=1e-15, atol=0, msg=name)
 
 
-@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "base_model.model."])
 @pytest.mark.parametrize("own_dict", [False, True])
 def test_wrappers_change_nothing(prefix: str, own_dict: bool) -> None:
     plain, wrapped = named(), named(prefix)

@@ -346,11 +346,21 @@ def test_stages_of_swin_end_with_their_last_block() -> None:
 
 
 @pytest.mark.parametrize("names", [NAMES["ViT"], None])
-def test_wrapped_model(names: dict[str, int] | None) -> None:
+@pytest.mark.parametrize(
+    "path",
+    [
+        ("module", "_orig_mod"),
+        ("base_model", "model"),  # PEFT's two modules are one wrapper
+        ("module", "base_model", "model", "_orig_mod"),
+    ],
+)
+def test_wrapped_model(names: dict[str, int] | None, path: tuple[str, ...]) -> None:
     inner = Model(names) if names else Matched(["a.0", "b"], {"blocks": r"^a\.(\d+)"})
-    wrapped = nn.Module()
-    wrapped.add_module("module", nn.Module())
-    wrapped.get_submodule("module").add_module("_orig_mod", inner)
+    wrapped: nn.Module = inner
+    for name in reversed(path):
+        outer = nn.Module()
+        outer.add_module(name, wrapped)
+        wrapped = outer
     assert layer_decay(wrapped, 0.5) == layer_decay(inner, 0.5)
 
 

@@ -197,6 +197,50 @@ def test_constructor_refuses(wrong: str) -> None:
         fused_optim.AdamW(named(), **options)
 
 
+def of_trainer(**options: Any) -> fused_optim.AdamW:
+    """Two groups without names, as Trainer makes them from a class and its arguments."""
+    params = [param for _, param in named()]
+    return fused_optim.AdamW(
+        [
+            {"params": [param for param in params if param.ndim >= 2], "weight_decay": 0.5},
+            {"params": [param for param in params if param.ndim < 2], "weight_decay": 0.0},
+        ],
+        **options,
+    )
+
+
+def test_matrices_only_asks_for_no_name() -> None:
+    optimizer = of_trainer(weight_decay_scale=fused_optim.matrices_only)
+    optimizer.add_param_group({"params": [Parameter(torch.ones(2)), Parameter(torch.ones(2, 2))]})
+    for group in optimizer.param_groups:
+        for param in group["params"]:
+            param.grad = torch.zeros_like(param)
+    optimizer.step()
+    factors = [(row.param.ndim >= 2, row.weight_decay_scale) for row in optimizer._rows]
+    assert all(factor == (1.0 if matrix else 0.0) for matrix, factor in factors)
+
+
+def test_matrices_only_as_what_is_clipped_and_excluded_asks_for_no_name() -> None:
+    params = [Parameter(torch.ones(2, 2)), Parameter(torch.ones(2))]
+    clip = ClipGradByNorm(1.0, need_clip=fused_optim.matrices_only)
+    optimizer = fused_optim.LARC(fused_optim.SGD(params, 0.1, grad_clip=clip), exclude=fused_optim.matrices_only)
+    for param in params:
+        param.grad = torch.ones_like(param)
+    optimizer.step()
+    rows = optimizer.optimizer._rows
+    assert [row.clipped for row in rows] == [True, False]
+    assert [row.trusted for row in rows] == [False, True]
+
+
+@pytest.mark.parametrize("scale", [{"weight": 0.5}, lambda name, param: 1.0])
+def test_what_trainers_users_can_do_about_names(scale: Any) -> None:
+    remedy = r"or a mapping keyed by Parameter; .*Trainer\(\.\.\., optimizers=\(optimizer, None\)\)"
+    with pytest.raises(ValueError, match=remedy):
+        of_trainer(lr_scale=scale)
+    with pytest.raises(ValueError, match=r"model.parameters\(\); where a framework"):  # which takes no mapping
+        of_trainer(grad_clip=ClipGradByNorm(1.0, need_clip=lambda name, param: True))
+
+
 def test_constructor_refuses_missing_names_and_split_float16() -> None:
     with pytest.raises(ValueError, match="named_parameters"):
         fused_optim.AdamW([Parameter(torch.ones(1))], lr_scale=lambda name, param: 1.0)
@@ -211,9 +255,17 @@ def test_clip_refuses_a_threshold_that_is_not_positive(make: Any, threshold: flo
         make(threshold)
 
 
-def test_wrappers_are_stripped_from_names() -> None:
+@pytest.mark.parametrize(
+    "name",
+    [
+        "module._orig_mod.block._checkpoint_wrapped_module.weight",
+        "base_model.model.block.weight",  # PEFT's
+        "module.base_model.model._orig_mod.block.weight",
+        "_orig_mod.base_model.model.module.block.weight",
+    ],
+)
+def test_wrappers_are_stripped_from_names(name: str) -> None:
     param = Parameter(torch.ones(2))
-    name = "module._orig_mod.block._checkpoint_wrapped_module.weight"
     optimizer = fused_optim.AdamW([(name, param)], lr=1.0, weight_decay=0.0, lr_scale={"block.weight": 0.0})
     param.grad = torch.ones(2)
     optimizer.step()

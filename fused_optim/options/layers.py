@@ -136,10 +136,15 @@ def layer_decay(
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:
-    wrappers = {wrapper.rstrip(".") for wrapper in WRAPPERS}
-    while len(model._modules) == 1 and (inner := next(iter(model._modules.items())))[0] in wrappers:
-        assert inner[1] is not None
-        model = inner[1]
+    """What is inside of wrappers, each of which has one child, and that child perhaps one."""
+    names, inner = "", model
+    while len(inner._modules) == 1:
+        ((name, child),) = inner._modules.items()
+        if child is None or not any(wrapper.startswith(f"{names}{name}.") for wrapper in WRAPPERS):
+            break
+        names, inner = f"{names}{name}.", child
+        if names in WRAPPERS:
+            names, model = "", inner
     return model
 
 

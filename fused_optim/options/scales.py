@@ -17,11 +17,13 @@ from torch.nn import Parameter
 Scale = Callable[[str, Tensor], float] | Mapping[Parameter | str, float] | Sequence[float]
 Exclude = Callable[[str, Tensor], bool] | Sequence[str]
 
-WRAPPERS = ("module.", "_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+WRAPPERS = ("module.", "_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "base_model.model.")
+# The arguments that take a mapping by Parameter, which needs no names.
+BY_PARAMETER = ("lr_scale", "weight_decay_scale")
 
 
 def plain_name(name: str) -> str:
-    """A parameter's name without what DDP, torch.compile, FSDP and activation checkpointing put into it."""
+    """A parameter's name without what DDP, torch.compile, FSDP, activation checkpointing and PEFT put into it."""
     for wrapper in WRAPPERS:
         while name.startswith(wrapper):
             name = name[len(wrapper) :]
@@ -38,7 +40,13 @@ def excluded(exclude: Exclude | None) -> Scale | None:
     if exclude is None:
         return None
     if callable(exclude):
-        return lambda name, param: 0.0 if exclude(name, param) else 1.0
+        function = exclude
+
+        def included(name: str, param: Tensor) -> float:
+            return 0.0 if function(name, param) else 1.0
+
+        included.needs_name = getattr(exclude, "needs_name", True)  # type: ignore[attr-defined]
+        return included
     if isinstance(exclude, str) or not all(isinstance(pattern, str) for pattern in exclude):
         raise TypeError(
             f"exclude must be a callable (name, param) -> bool or a sequence of name patterns, got {exclude!r}"
@@ -52,7 +60,7 @@ def matrices_only(name: str, param: Tensor) -> float:
     For ``weight_decay_scale=matrices_only``: the usual "no decay for biases and norms".
 
     Args:
-        name: the parameter's name; not looked at.
+        name: the parameter's name; not looked at, and not asked for: ``model.parameters()`` will do.
         param: the parameter.
 
     Returns:
@@ -62,9 +70,12 @@ def matrices_only(name: str, param: Tensor) -> float:
         >>> import torch, fused_optim
         >>> model = torch.nn.Linear(3, 2)
         >>> optimizer = fused_optim.AdamW(
-        ...     model.named_parameters(), weight_decay=0.1, weight_decay_scale=fused_optim.matrices_only)
+        ...     model.parameters(), weight_decay=0.1, weight_decay_scale=fused_optim.matrices_only)
     """
     return 1.0 if param.ndim >= 2 else 0.0
+
+
+matrices_only.needs_name = False  # type: ignore[attr-defined]
 
 
 class ScaleColumn:
@@ -154,13 +165,16 @@ class ScaleColumn:
                     return self._checked(value, place)
             return 1.0
         assert callable(source)
-        return self._checked(source(self._needed(name, place), param), place)
+        asked = self._needed(name, place) if getattr(source, "needs_name", True) else plain_name(name or "")
+        return self._checked(source(asked, param), place)
 
     def _needed(self, name: str | None, place: str) -> str:
         if name is None:
+            by_parameter = ", or a mapping keyed by Parameter" if self.argument in BY_PARAMETER else ""
             raise ValueError(
                 f"{self.argument} asks for names, but {place} has none; pass model.named_parameters() instead of "
-                "model.parameters()"
+                f"model.parameters(){by_parameter}; where a framework makes the groups, as Trainer of transformers "
+                "does, make the optimizer yourself and hand it over: Trainer(..., optimizers=(optimizer, None))"
             )
         return plain_name(name)
 
