@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import reprlib
+from collections.abc import Iterable, Mapping
 from numbers import Real
 from typing import Any
 
@@ -49,6 +50,17 @@ def is_number(value: Any) -> bool:
     if isinstance(value, Tensor):
         return value.numel() == 1 and not value.is_complex()
     return isinstance(plain_number(value), Real)
+
+
+def shown(value: Any) -> str:
+    """A value as a message shows it: what it is, and of a tensor or an array not what it holds."""
+    shape = getattr(value, "shape", None)
+    if isinstance(value, Tensor) or shape:
+        return f"a {type(value).__name__} of shape {tuple(shape or ())}"
+    if isinstance(value, (tuple, list)):
+        items = ", ".join(map(shown, value)) if len(value) <= 4 else f"{len(value)} items"
+        return f"({items})" if isinstance(value, tuple) else f"[{items}]"
+    return f"a {type(value).__name__}" if isinstance(value, Mapping) else reprlib.repr(value)
 
 
 def plain_number(value: Any) -> Any:

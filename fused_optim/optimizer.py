@@ -373,7 +373,8 @@ class FusedOptimizer(Rule, torch.optim.Optimizer):
 
     @torch._disable_dynamo
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a checkpoint of this class, of its ``torch.optim`` namesake, apex's FusedAdam or DeepSpeed's.
+        """Load a checkpoint of this class or its ``torch.optim`` namesake; of apex's, DeepSpeed's or
+        TransformerEngine's FusedAdam.
 
         Unlike torch's, it keeps the dtype of every state tensor and shares no memory with ``state_dict``, so that
         a resumed run equals the uninterrupted one bit for bit.
@@ -382,7 +383,8 @@ class FusedOptimizer(Rule, torch.optim.Optimizer):
             state_dict: what ``state_dict()`` returned.
 
         Raises:
-            ValueError: something is missing or of another shape; the text names it, and the optimizer is unchanged.
+            ValueError, TypeError: something is missing, of another shape or no number; the text names it, and the
+                optimizer is unchanged.
         """
         # torch calls pre-hooks in the order of registration: this one sees what the others made of the dict.
         handle = self.register_load_state_dict_pre_hook(lambda _, found: self._admit(found))
@@ -393,7 +395,7 @@ class FusedOptimizer(Rule, torch.optim.Optimizer):
             self._kept.loading = None
 
     def _admit(self, state_dict: dict[str, Any]) -> dict[str, Any]:
-        self._kept.loading = checkpoint.admit(self.param_groups, self.defaults, self, state_dict)
+        self._kept.loading = checkpoint.admit(self.param_groups, self.defaults, self, self.options, state_dict)
         return self._kept.loading
 
     def __getstate__(self) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from cases import (
     each_case,
     each_dtype,
     each_implementation,
+    each_implementation_daily,
     each_variant,
     new_params,
     set_grads,
@@ -35,6 +36,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 import fused_optim
+from fused_optim.state import masters
 
 FEW = [(5,), (3, 4), (), (0,)]
 
@@ -468,6 +470,26 @@ def _long_step(saved: dict[str, Any]) -> None:
     saved["state"][0]["step"] = torch.zeros(2)
 
 
+def _bare_state(saved: dict[str, Any]) -> None:
+    saved["state"][1] = torch.zeros(3, 4)
+
+
+def _listed_states(saved: dict[str, Any]) -> None:
+    saved["state"] = list(saved["state"].values())
+
+
+def _numbered_state(saved: dict[str, Any]) -> None:
+    saved["state"][1] = {0: torch.zeros(3, 3), "preconditioner": torch.zeros(3, 3)}
+
+
+def _full_step(saved: dict[str, Any]) -> None:
+    saved["state"][1]["step"] = torch.full((3, 4), 0.625)
+
+
+def _tensors_step(saved: dict[str, Any]) -> None:
+    saved["state"][1]["step"] = [torch.full((3, 4), 0.625)]
+
+
 def _text_step(saved: dict[str, Any]) -> None:
     saved["state"][0]["step"] = "three"
 
@@ -486,6 +508,11 @@ REFUSED: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
     "no tensor": (_no_tensor, "'exp_avg'"),
     "long step": (_long_step, r"'?step'?.*param_groups\[0\]\['params'\]\[0\]"),
     "text step": (_text_step, r"'?step'?.*param_groups\[0\]\['params'\]\[0\]"),
+    "bare state": (_bare_state, r"the state of .*\[1\] in the state dict is a Tensor of shape \(3, 4\), not a dict"),
+    "listed states": (_listed_states, "'state'"),
+    "numbered state": (_numbered_state, r"'exp_avg'.*it has \['0', 'preconditioner'\]"),
+    "full step": (_full_step, r"'step'.*found a Tensor of shape \(3, 4\)"),
+    "tensors for a step": (_tensors_step, r"'step'.*found \[a Tensor of shape \(3, 4\)\]"),
 }
 
 
@@ -508,8 +535,9 @@ def test_damaged_checkpoint_is_refused_and_nothing_changes(case: Case, damage: s
     break_it(saved)
     before = snapshot(optimizer)
     groups = [dict(group) for group in optimizer.param_groups]
-    with pytest.raises(ValueError, match=text):
+    with pytest.raises(ValueError, match=text) as caught:
         optimizer.load_state_dict(saved)
+    assert "0.625" not in str(caught.value)
     assert_same_snapshots(snapshot(optimizer), before)
     assert optimizer.param_groups == groups
     train(optimizer, params, 2, first=2)
@@ -528,6 +556,124 @@ def test_refusal_names_the_parameter(case: Case, backend: str) -> None:
     del saved["state"][1]["exp_avg"]
     with pytest.raises(ValueError, match=r"'exp_avg'.*'bias'"):
         optimizer.load_state_dict(saved)
+
+
+OURS: dict[str, Callable[..., Any]] = {
+    "Adam": fused_optim.Adam,
+    "AdamW": fused_optim.AdamW,
+    "AdamWDL": fused_optim.AdamWDL,
+    "SGD": lambda params, **options: fused_optim.SGD(params, momentum=0.9, **options),
+    "LARS": fused_optim.LARS,
+    "LAMB": fused_optim.LAMB,
+    "Lion": fused_optim.Lion,
+    "NovoGrad": fused_optim.NovoGrad,
+}
+THEIRS = {name: getattr(torch.optim, name) for name in torch.optim.__all__ if name not in ("Optimizer", "LBFGS")}
+FOREIGN: dict[str, Callable[..., Any]] = {
+    **{f"fused {name}": make for name, make in OURS.items()},
+    **{name: kind for name, kind in THEIRS.items() if isinstance(kind, type)},
+    "SGD with momentum": lambda params: torch.optim.SGD(params, momentum=0.9),
+}
+
+
+@pytest.mark.parametrize("steps", [0, 1])
+@pytest.mark.parametrize("source", FOREIGN)
+@pytest.mark.parametrize("target", OURS)
+def test_another_optimizers_checkpoint_loads_or_is_refused_in_words(target: str, source: str, steps: int) -> None:
+    """Not by what its tensors hold, and not when half of it has been loaded."""
+    saving, loading = (new_params(shapes=[(3, 4), (40, 50)]) for _ in range(2))
+    foreign = FOREIGN[source](saving)
+    for step in range(steps):
+        set_grads(saving, step)
+        if source == "SparseAdam":
+            for param in saving:
+                param.grad = param.grad.to_sparse()
+        foreign.step()
+    optimizer = OURS[target](loading)
+    train(optimizer, loading, 1)
+    before, groups = snapshot(optimizer), [dict(group) for group in optimizer.param_groups]
+    refused = None
+    try:
+        optimizer.load_state_dict(foreign.state_dict())
+    except (ValueError, TypeError) as error:
+        refused = str(error)
+    if refused is not None:
+        assert "tensor" not in refused
+        assert len(refused) < 400
+        assert_same_snapshots(snapshot(optimizer), before)
+        assert optimizer.param_groups == groups
+    train(optimizer, loading, 1)
+    assert all(param.isfinite().all() for param in loading)
+
+
+# TransformerEngine ----------------------------------------------------------------------------------------------
+
+
+def as_transformer_engine(saved: dict[str, Any], dtype: torch.dtype = torch.int16) -> dict[str, Any]:
+    """As its FusedAdam writes the same run with store_param_remainders: steps by group, and its name of a remainder."""
+    saved = copy.deepcopy(saved)
+    steps = set()
+    for state in saved["state"].values():
+        steps.add(int(state.pop("step")))
+        state["master_param"] = state.pop("param_remainder").to(dtype)
+    (saved["param_groups"][0]["step"],) = steps
+    saved["param_groups"][0]["bias_correction"] = True
+    return saved
+
+
+@each_implementation_daily
+@pytest.mark.parametrize("kind", ["split", "float32"])
+@pytest.mark.parametrize("loaded", [True, False])
+def test_a_remainder_of_transformer_engines_goes_on_bit_for_bit(kind: str, loaded: bool, backend: str) -> None:
+    """Into "split" as it is, into "float32" put together; also where somebody has put it into the state."""
+    options: dict[str, Any] = {"lr": 1e-3, "weight_decay": 0.1, "backend": backend}
+    params = new_params(torch.bfloat16, FEW, device_of(backend))
+    optimizer = fused_optim.AdamW(params, master_weights="split", **options)
+    train(optimizer, params, 3)
+    assert any(bool(state["param_remainder"].ne(0).any()) for state in optimizer.state.values())
+    saved = as_transformer_engine(optimizer.state_dict())
+    twins = [nn.Parameter(param.detach().clone()) for param in params]
+    other = fused_optim.AdamW(twins, master_weights=kind, **options)
+    if loaded:
+        other.load_state_dict(through_file(saved))
+        remainders = [other.state[twin]["param_remainder"] for twin in twins]
+        for param, remainder in zip(params, remainders, strict=True):
+            assert_same_bits(remainder, optimizer.state[param]["param_remainder"])
+    else:
+        other.state.update({twins[key]: {"step": 3, **state} for key, state in saved["state"].items()})
+    train(optimizer, params, 2, first=3)
+    train(other, twins, 2, first=3)
+    for param, twin in zip(params, twins, strict=True):
+        assert_same_bits(param, twin)
+        assert set(other.state[twin]) == {"step", "exp_avg", "exp_avg_sq", masters.KEYS[kind]}
+        whole, mine = (
+            masters.read(one, state, next(key for key in masters.DTYPES if key in state))
+            for one, state in ((param, optimizer.state[param]), (twin, other.state[twin]))
+        )
+        assert_same_bits(whole, mine)
+
+
+def test_a_remainder_of_transformer_engines_without_master_weights() -> None:
+    params = new_params(torch.bfloat16, FEW)
+    optimizer = fused_optim.AdamW(params, master_weights="split")
+    train(optimizer, params, 3)
+    other = fused_optim.AdamW(params)
+    other.load_state_dict(as_transformer_engine(optimizer.state_dict()))
+    train(other, params, 1, first=3)
+    assert all(set(state) == {"step", "exp_avg", "exp_avg_sq"} for state in other.state.values())
+
+
+@pytest.mark.parametrize("name", ["master_param", "param_remainder"])
+def test_a_master_of_another_shape_is_refused_before_anything_changes(name: str) -> None:
+    params = new_params(torch.bfloat16, FEW)
+    optimizer = fused_optim.AdamW(params, master_weights="float32")
+    train(optimizer, params, 2)
+    saved = copy.deepcopy(optimizer.state_dict())
+    saved["state"][1][name] = torch.zeros(12, dtype=masters.DTYPES[name])
+    before = snapshot(optimizer)
+    with pytest.raises(ValueError, match=rf"{name!r} of .*\[1\] has shape \(12,\)"):
+        optimizer.load_state_dict(saved)
+    assert_same_snapshots(snapshot(optimizer), before)
 
 
 # torch.distributed.checkpoint -----------------------------------------------------------------------------------

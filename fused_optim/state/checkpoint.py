@@ -10,12 +10,13 @@ from typing import Any
 from torch import Tensor
 
 from ..backends import logger
-from ..hyperparameters import is_number, plain_number
+from ..hyperparameters import is_number, plain_number, shown
 from ..options.options import Options
 from ..parameters import Place, parameters
 from ..rule import Rule
 from . import masters
 from .states import (
+    check_hyperparameters,
     kept_dtype,
     like_param,
     new_number,
@@ -66,23 +67,31 @@ def compare_scales(groups: Groups, rule: Rule, options: Options, state_dict: dic
         )
 
 
-def admit(groups: Groups, defaults: dict[str, Any], rule: Rule, state_dict: dict[str, Any]) -> dict[str, Any]:
+def as_ours(state: Any) -> Any:
+    """A saved state as it would be here: with the name of a remainder of TransformerEngine's, and Python's numbers in
+    place of numpy's, since torch would go through the elements even of an array that has no dimension."""
+    if not isinstance(state, Mapping):
+        return state
+    state = {name: plain_number(value) for name, value in state.items()}
+    masters.rename_remainder(state)
+    return state
+
+
+def admit(
+    groups: Groups, defaults: dict[str, Any], rule: Rule, options: Options, state_dict: dict[str, Any]
+) -> dict[str, Any]:
     """Refuse what cannot be loaded, before anything has changed.
 
     Returns:
-        What torch then goes through: it would go through an array of numpy's, too, which one without dimension forbids.
+        The dict that torch then loads, with the states `as_ours`.
 
     Raises:
-        ValueError: the text names what is missing or wrong.
+        ValueError, TypeError: the text names what is missing or wrong.
     """
-    for key in ("state", "param_groups"):
-        if key not in state_dict:
+    for key, kind in (("state", Mapping), ("param_groups", Sequence)):
+        if not isinstance(state_dict.get(key), kind):
             raise ValueError(f"the state dict has no {key!r}: it is not an optimizer's, or it is truncated")
-    states = {
-        key: {name: plain_number(value) for name, value in state.items()} if isinstance(state, Mapping) else state
-        for key, state in state_dict["state"].items()
-    }
-    state_dict = {**state_dict, "state": states}
+    state_dict = {**state_dict, "state": {key: as_ours(state) for key, state in state_dict["state"].items()}}
     saved_groups = state_dict["param_groups"]
     for index, (group, saved) in enumerate(zip(groups, saved_groups)):
         if "params" not in saved:
@@ -99,17 +108,21 @@ def admit(groups: Groups, defaults: dict[str, Any], rule: Rule, state_dict: dict
                 "state[i]['exp_avg_sq'] = norm ** 2, where norm is its element of group['exp_avg_sq'][0] (float16) or "
                 "[1] (float32)"
             )
+        check_hyperparameters({**defaults, **saved}, index, rule, defaults, of=" of the state dict")
         names = rule.state_names({**defaults, **saved})
         for position, (param, key) in enumerate(zip(group["params"], saved["params"])):
             state = state_dict["state"].get(key)
+            place = Place(index, group, position, param).name
+            if state is not None and not isinstance(state, Mapping):
+                raise ValueError(f"the state of {place} in the state dict is {shown(state)}, not a dict")
             if not state or not_begun(state, rule):
                 continue
-            place = Place(index, group, position, param).name
-            for name in names:
+            has_master = masters.key_for(param, options.master_weights, place) is not None
+            for name in (*names, *(masters.DTYPES if has_master else ())):
                 if name not in state:
-                    if name in rule.late_states:
+                    if name in rule.late_states or name in masters.DTYPES:
                         continue
-                    raise ValueError(f"the state dict has no {name!r} for {place}; it has {sorted(state)}")
+                    raise ValueError(f"the state dict has no {name!r} for {place}; it has {sorted(map(str, state))}")
                 shape = tuple(getattr(state[name], "shape", ()))
                 if not isinstance(state[name], Tensor) or shape != tuple(param.shape):
                     raise ValueError(
@@ -120,7 +133,7 @@ def admit(groups: Groups, defaults: dict[str, Any], rule: Rule, state_dict: dict
                 if not is_number(value) and not (value is None and name in rule.late_states):
                     raise ValueError(
                         f"{name!r} of {place}, in its state or its group, must be a number or a one-element Tensor in "
-                        f"the state dict, found {value!r}; the state has {sorted(state)}"
+                        f"the state dict, found {shown(value)}; the state has {sorted(map(str, state))}"
                     )
     return state_dict
 

@@ -97,6 +97,13 @@ def build(param: Tensor, key: str) -> Tensor:
     return torch.zeros_like(param, dtype=torch.int16, requires_grad=False)
 
 
+def rename_remainder(state: dict[str, Any]) -> None:
+    """TransformerEngine keeps a remainder, bit for bit that of here, as a ``master_param`` of int16."""
+    master = state.get("master_param")
+    if isinstance(master, Tensor) and master.dtype == torch.int16:
+        state["param_remainder"] = state.pop("master_param")
+
+
 def converted(state: dict[str, Any], param: Tensor, key: str) -> Tensor | None:
     """The master of kind ``key`` out of a state that has the other kind; None where there is none."""
     if param.dtype != torch.bfloat16:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..eager import sparse
-from ..hyperparameters import is_number, is_sequence
+from ..hyperparameters import is_number, is_sequence, shown
 from ..options.options import Options
 from ..row import Row
 from ..rule import Rule
@@ -17,8 +17,12 @@ from ..tensors import is_plain, is_sharded, local, same_placement
 from . import masters
 
 
-def check_hyperparameters(group: dict[str, Any], index: int, rule: Rule, defaults: dict[str, Any]) -> None:
+def check_hyperparameters(
+    group: dict[str, Any], index: int, rule: Rule, defaults: dict[str, Any], *, of: str = ""
+) -> None:
     """Refuse hyperparameters that the witness cannot compute with; the compiled plan refuses the same.
+
+    ``of``: what the group is of, if not of the optimizer; as a message says it.
 
     Raises:
         TypeError: what is no number; the text names the group and the key.
@@ -26,14 +30,16 @@ def check_hyperparameters(group: dict[str, Any], index: int, rule: Rule, default
     """
     for key, words in rule.choices:
         if key in group and group[key] not in words:
-            raise ValueError(f"param_groups[{index}][{key!r}] is {group[key]!r}, which is none of its choices")
+            raise ValueError(f"param_groups[{index}][{key!r}]{of} is {shown(group[key])}, which is none of its choices")
     for key, default in defaults.items():
         if isinstance(default, (bool, str)) or default is None:
             continue
         value, wanted = group[key], len(default) if is_sequence(default) else 0
         items = list(value) if wanted and is_sequence(value) else [value]
         if len(items) != max(wanted, 1) or not all(map(is_number, items)):
-            raise TypeError(f"param_groups[{index}][{key!r}] must hold numbers or one-element Tensors, got {value!r}")
+            raise TypeError(
+                f"param_groups[{index}][{key!r}]{of} must hold numbers or one-element Tensors, got {shown(value)}"
+            )
 
 
 def check_memory(tensor: Tensor, what: str) -> None:
@@ -131,7 +137,7 @@ def check_state(row: Row, state: Any, group: dict[str, Any], rule: Rule) -> None
             continue
         value = state.get(name)
         if not isinstance(value, Tensor) or value.shape != row.param.shape:
-            found = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+            found = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else shown(value)
             raise RuntimeError(
                 f"state {name!r} of {row.name} must be a Tensor of shape {tuple(row.param.shape)}, found {found}; "
                 "delete optimizer.state[param] to start it anew"
@@ -149,7 +155,7 @@ def check_state(row: Row, state: Any, group: dict[str, Any], rule: Rule) -> None
         counts = is_number(value) and getattr(value, "dtype", None) != torch.bool
         if not counts and not (value is None and name in rule.late_states):
             raise RuntimeError(
-                f"state {name!r} of {row.name} must be a number or a one-element Tensor, found {value!r}; "
+                f"state {name!r} of {row.name} must be a number or a one-element Tensor, found {shown(value)}; "
                 "delete optimizer.state[param] to start it anew"
             )
 
@@ -280,6 +286,7 @@ def repair_state(
 
 def repair_master(param: Tensor, state: dict[str, Any], key: str) -> str | None:
     """Create a master weight, of the other kind if a checkpoint has left that; or replace it, and say why."""
+    masters.rename_remainder(state)
     master, dtype, reason = state.get(key), masters.DTYPES[key], None
     if not isinstance(master, Tensor) or master.shape != param.shape:
         master = masters.converted(state, param, key)
