@@ -299,12 +299,15 @@ class FusedOptimizer(Rule, torch.optim.Optimizer):
             self._kept.captures.append((plan, [buffers.alive for buffers in plan.buffers]))
         plan.native.apply(step)
         eager.finish()
+        written = plan.native.written()
         grad_norm: float | Tensor | None = None
         if step.clip.kind == GLOBAL_NORM:
             grad_norm = plan.buffers[0].grad_norm if step.global_norm is None else step.global_norm
+            if step.global_norm is None and not written and not plan.shards:  # nothing was launched that would write it
+                grad_norm = 0.0
         self._kept.last = LastStep(plan, eager.measured, grad_norm)
         # Writing through addresses leaves the version counters alone; a stale graph must still raise.
-        torch._C._increment_version(plan.native.written())
+        torch._C._increment_version(written)
         found = plan.buffers[0].found_inf if step.global_norm is None else None
         if found is not None and scale.found_inf is not None and found is not scale.found_inf:
             scale.found_inf.copy_(found, non_blocking=True)
@@ -366,7 +369,11 @@ class FusedOptimizer(Rule, torch.optim.Optimizer):
         Where a factor of ``lr_scale`` or ``weight_decay_scale`` is not 1, one top-level key more,
         ``fused_optim_scales``, holds those factors. They are not loaded: it serves `load_state_dict` to warn in the log
         if the run goes on with others. ``torch.optim`` ignores it.
+
+        Raises:
+            KeyError: a parameter that has a state is in no group any more.
         """
+        checkpoint.clear_absent(self.param_groups, self.state)
         state_dict = super().state_dict()
         checkpoint.remember_scales(self.param_groups, self.options, state_dict)
         return state_dict

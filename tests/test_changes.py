@@ -33,6 +33,7 @@ from ranks import Ranks
 from torch import Tensor
 from torch.nn import Parameter
 
+import fused_optim
 from fused_optim import LAMB, SGD, Adam, AdamW, NovoGrad
 
 FEW = [(5,), (3, 4), ()]
@@ -731,6 +732,35 @@ def test_parameters_appended_removed_replaced(case: Case, backend: str) -> None:
         train(fresh, twins, 1, first=60)
         for param, twin in zip(params, twins, strict=True):
             assert_same_bits(param, twin)
+
+
+@each_implementation
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("asked", [True, False])
+def test_a_parameter_without_states_leaves_nothing_in_the_checkpoint(native: bool, asked: bool, backend: str) -> None:
+    """As with torch's SGD: it has no state before momentum is switched on, wherever it was stepped."""
+    params = [Parameter(torch.ones(3, 2, device=device_of(backend))) for _ in range(2)]
+    optimizer = fused_optim.SGD(params, lr=0.1, backend=backend)
+    for param in params:
+        param.grad = torch.ones_like(param) if native else torch.ones(2, 3, device=param.device).t()
+    optimizer.step()
+    assert not optimizer.state
+    if asked:
+        assert optimizer.state[params[0]] == {}
+    del optimizer.param_groups[0]["params"][0]
+    assert optimizer.state_dict()["state"] == {}
+    fused_optim.SGD(params[1:], lr=0.1, backend=backend).load_state_dict(optimizer.state_dict())
+
+
+@each_implementation
+@each_case
+def test_a_state_of_a_parameter_that_left_is_refused_in_words(case: Case, backend: str) -> None:
+    optimizer, params = start(case, backend)
+    del optimizer.param_groups[0]["params"][1]
+    with pytest.raises(KeyError, match=r"shape \(3, 4\) has a state and is in no group any more.*del optimizer.state"):
+        optimizer.state_dict()
+    del optimizer.state[params[1]]
+    assert set(optimizer.state_dict()["state"]) == {0, 1}
 
 
 @each_implementation

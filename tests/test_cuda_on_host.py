@@ -334,6 +334,25 @@ def test_a_non_finite_gradient_shows_in_the_norm(bad: float, on_host: OnHost) ->
     assert not torch.isfinite(optimizer.last_grad_norm)
 
 
+@pytest.mark.parametrize("captured", [False, True])
+def test_the_norm_of_no_gradient_is_zero(captured: bool, on_host: OnHost) -> None:
+    param = Parameter(torch.ones(4))
+    optimizer = AdamW([param], backend="cuda", grad_clip=ClipGradByGlobalNorm(1.0), capturable=captured)
+    param.grad = torch.full((4,), 2.0)
+    optimizer.step()
+    assert optimizer.last_grad_norm == 4
+    grad, param.grad = param.grad, None
+    if captured:
+        on_host.begin_capture()
+    optimizer.step()
+    if captured:
+        on_host.end_capture()
+    assert optimizer.last_grad_norm == 0
+    param.grad = grad
+    optimizer.step()
+    assert optimizer.last_grad_norm == 4
+
+
 # Rules with norms --------------------------------------------------------------------------------------------------
 
 

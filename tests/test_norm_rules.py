@@ -549,6 +549,109 @@ def test_larc_puts_gradients_back_when_the_inner_step_raises() -> None:
     assert optimizer.param_groups[0]["weight_decay"] == 0.5
 
 
+def _set_decay(optimizer: Any, *_: Any) -> None:
+    optimizer.param_groups[0]["weight_decay"] = 0.25
+
+
+def _let_decay_fall(optimizer: Any, *_: Any) -> None:
+    optimizer.param_groups[0]["weight_decay"] *= 0.5
+
+
+def _end_decay(optimizer: Any, *_: Any) -> None:
+    optimizer.param_groups[0]["weight_decay"] = 0
+
+
+def _set_rate(optimizer: Any, *_: Any) -> None:
+    optimizer.param_groups[0]["lr"] *= 0.5
+
+
+def _double_grads(optimizer: Any, *_: Any) -> None:
+    for param in optimizer.param_groups[0]["params"]:
+        param.grad = param.grad * 2
+
+
+def _write_grads(optimizer: Any, *_: Any) -> None:
+    for param in optimizer.param_groups[0]["params"]:
+        param.grad.mul_(2)
+
+
+@pytest.mark.parametrize("hook", [_set_decay, _let_decay_fall, _end_decay, _set_rate, _double_grads, _write_grads])
+@pytest.mark.parametrize("register", ["register_step_pre_hook", "register_step_post_hook"])
+@pytest.mark.parametrize("variant", [None, "apex"])
+@pytest.mark.parametrize("kind", ["SGD", "AdamW"])
+def test_hooks_of_the_optimizer_inside_larc(kind: str, variant: str | None, register: str, hook: Any) -> None:
+    """Around another library's optimizer they see and do what they do around one of this library."""
+    results = []
+    for make in (getattr(torch.optim, kind), getattr(fused_optim, kind)):
+        param = Parameter(torch.tensor([3.0, -4.0], dtype=torch.float64))
+        optimizer = LARC(make([param], lr=0.5, weight_decay=0.125), variant=variant)
+        getattr(optimizer.optimizer, register)(hook)
+        seen = []
+        for step in range(3):
+            param.grad = torch.tensor([1.0, 2.0 + step], dtype=torch.float64)
+            optimizer.step()
+            seen += [optimizer.param_groups[0]["weight_decay"], optimizer.param_groups[0]["lr"], *param.grad.tolist()]
+        results.append((param.detach(), torch.tensor(seen)))
+    torch.testing.assert_close(*results, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("variant", [None, "apex"])
+def test_larc_around_a_step_that_calls_its_parents(variant: str | None) -> None:
+    """torch then runs all hooks twice; the gradients are scaled once."""
+
+    class Counting(torch.optim.SGD):
+        def step(self, closure: Any = None) -> None:
+            self.decays = [group["weight_decay"] for group in self.param_groups]
+            super().step(closure)
+
+    results = []
+    for make in (Counting, torch.optim.SGD):
+        param = Parameter(torch.tensor([3.0, -4.0], dtype=torch.float64))
+        optimizer = LARC(make([param], lr=0.5, weight_decay=0.125), variant=variant)
+        for _ in range(2):
+            param.grad = grad = torch.tensor([1.0, 2.0], dtype=torch.float64)
+            optimizer.step()
+            assert param.grad is grad
+        assert optimizer.param_groups[0]["weight_decay"] == 0.125
+        results.append(param)
+    assert_same_bits(*results)
+
+
+def test_larc_leaves_a_decay_that_the_step_itself_has_set() -> None:
+    class Scheduled(torch.optim.SGD):
+        def step(self, closure: Any = None) -> None:
+            self.param_groups[0]["weight_decay"] = 0.75
+
+    param = Parameter(torch.ones(2))
+    param.grad = torch.ones(2)
+    optimizer = LARC(Scheduled([param], 0.1, weight_decay=0.5), variant="apex")
+    optimizer.step()
+    assert optimizer.param_groups[0]["weight_decay"] == 0.75
+
+
+class Wrapper(torch.optim.Optimizer):
+    """As timm's Lookahead and accelerate's: an optimizer by its class alone, whose step runs no hooks."""
+
+    def __init__(self, inner: torch.optim.Optimizer) -> None:
+        self.inner = inner
+        self.param_groups, self.state, self.defaults = inner.param_groups, inner.state, inner.defaults
+
+    def step(self, closure: Any = None) -> None:
+        self.inner.step()
+
+
+@pytest.mark.parametrize("variant", [None, "apex"])
+def test_larc_around_a_wrapper_that_runs_no_hooks(variant: str | None) -> None:
+    results = []
+    for make in (lambda inner: Wrapper(inner), lambda inner: inner):
+        param = Parameter(torch.tensor([3.0, -4.0], dtype=torch.float64))
+        optimizer = LARC(make(torch.optim.SGD([param], lr=0.5, weight_decay=0.125)), variant=variant)
+        param.grad = torch.tensor([1.0, 2.0], dtype=torch.float64)
+        optimizer.step()
+        results.append(param)
+    assert_same_bits(*results)
+
+
 def test_larc_writes_no_gradient() -> None:
     param = Parameter(torch.ones(2))
     param.grad = torch.ones(2)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from cases import device_of, each_implementation_daily
 from torch.nn import Parameter
 
 import fused_optim
@@ -122,6 +123,24 @@ def test_norm_neither_overflows_nor_underflows(size: float, backend: str) -> Non
     optimizer.step()
     assert optimizer.last_grad_norm is not None
     assert optimizer.last_grad_norm.item() == pytest.approx(size * math.sqrt(5000), rel=1e-6)
+
+
+@each_implementation_daily
+@pytest.mark.parametrize(
+    "make", [lambda p, **o: fused_optim.AdamW(p, grad_clip=CLIPS["measured"], **o), fused_optim.LAMB]
+)
+def test_the_norm_of_no_gradient_is_zero(make: Any, backend: str) -> None:
+    """Not that of the step before."""
+    params = [Parameter(torch.ones(4, device=device_of(backend))), Parameter(torch.ones(2, device=device_of(backend)))]
+    optimizer = make(params, backend=backend)
+    for grads, norm in (([2.0, None], 4.0), ([None, None], 0.0), ([None, 0.5], 0.5**0.5), ([None, None], 0.0)):
+        for param, grad in zip(params, grads, strict=True):
+            param.grad = None if grad is None else torch.full_like(param, grad)
+        optimizer.step()
+        assert optimizer.last_grad_norm is not None
+        assert optimizer.last_grad_norm.item() == pytest.approx(norm, rel=1e-7)
+        if norm == 0:
+            assert optimizer.last_norms is None
 
 
 def test_nan_spreads_and_infinity_zeroes_as_in_paddle() -> None:

@@ -120,7 +120,7 @@ class EagerSteps:
     @contextmanager
     def _tensors(self, row: Row, columns: tuple[str, ...]) -> Iterator[tuple[Tensor, Tensor, dict[str, Tensor]]]:
         """What the step reads and writes: of a DTensor this process's part, of a sparse gradient the listed rows."""
-        param, grad, state = row.param, self._grad_of(row), self._states[row.param]
+        param, grad, state = row.param, self._grad_of(row), self._states.get(row.param, {})
         coalesced = self._coalesced.get(param)
         if coalesced is not None:
             with listed_rows(param, coalesced, state, columns) as (listed, its_state):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -60,6 +60,7 @@ class LARC(torch.optim.Optimizer):
     Around an optimizer of this library the factor is computed and applied in the same launches, and no gradient is
     written. Around any other ``torch.optim.Optimizer`` each gradient is replaced by a scaled copy while that one steps,
     and put back, also when it raises; with weight_decay_in_ratio an excluded parameter's decay is then in its gradient.
+    Hooks of the inner optimizer run before and after that, as if it stood alone.
 
     LARC is a ``torch.optim.Optimizer``. ``param_groups``, ``state``, ``defaults``, ``state_dict()`` and
     ``load_state_dict()`` are the inner optimizer's own, so that checkpoints do not see it; ``optimizer`` is the inner
@@ -227,7 +228,9 @@ class LARC(torch.optim.Optimizer):
             finally:
                 for name in AMP_ATTRIBUTES:
                     self.optimizer.__dict__.pop(name, None)
-        else:
+        elif getattr(type(self.optimizer).step, "hooked", False):
+            self._step_within_hooks()
+        else:  # nothing of torch's around it, as around wrappers that are no optimizers by torch's constructor
             with self._scaled_grads():
                 self.optimizer.step()
         return loss
@@ -244,12 +247,40 @@ class LARC(torch.optim.Optimizer):
 
     # Around optimizers of other libraries ------------------------------------------------------------------------
 
+    def _step_within_hooks(self) -> None:
+        """Step the inner optimizer, whose own hooks see and change what they would without LARC: gradients, decay, lr.
+
+        Its last pre-hook scales, its first post-hook puts back.
+        """
+        inner, depth = self.optimizer, 0
+
+        def scale(*_: Any) -> None:
+            nonlocal depth
+            if depth == 0:  # a step of a subclass that calls its parent's runs all hooks once more
+                scaled.enter_context(self._scaled_grads())
+            depth += 1
+
+        def put_back(*_: Any) -> None:
+            nonlocal depth
+            depth -= 1
+            if depth == 0:
+                scaled.close()
+
+        with ExitStack() as scaled:
+            pre, post = inner.register_step_pre_hook(scale), inner.register_step_post_hook(put_back)
+            inner._optimizer_step_post_hooks.move_to_end(post.id, last=False)  # type: ignore[attr-defined]
+            try:
+                inner.step()
+            finally:
+                pre.remove()
+                post.remove()
+
     @contextmanager
     def _scaled_grads(self) -> Iterator[None]:
         """Scaled copies in the place of all gradients, and no weight decay where it is inside the ratio."""
         inside = self._trust.weight_decay != OUTSIDE
         grads: list[tuple[Tensor, Tensor]] = []
-        decays = [group.get("weight_decay") for group in self.param_groups]
+        decays: list[tuple[dict[str, Any], Any]] = []
         scaled = [
             (place.param, place.param.grad, self._scaled(place, inside))
             for place in parameters(self.param_groups)
@@ -261,13 +292,14 @@ class LARC(torch.optim.Optimizer):
                 param.grad = copy
             for group in self.param_groups if inside else ():
                 if "weight_decay" in group:
+                    decays.append((group, group["weight_decay"]))
                     group["weight_decay"] = 0.0
             yield
         finally:
             for param, grad in grads:
                 param.grad = grad
-            for group, decay in zip(self.param_groups, decays):
-                if decay is not None:
+            for group, decay in decays:
+                if group["weight_decay"] == 0:  # otherwise the step itself has set another one
                     group["weight_decay"] = decay
 
     @torch.no_grad()

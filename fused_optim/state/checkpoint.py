@@ -39,6 +39,24 @@ def factors(groups: Groups, options: Options) -> Iterator[tuple[str, int, str, f
         yield "weight_decay_scale", position_over_all, place.name, weight_decay
 
 
+def clear_absent(groups: Groups, states: dict[Tensor, Any]) -> None:
+    """Forget the empty states of parameters that have left their groups, and refuse a state of one: a state dict has no
+    place for it, and torch would raise a KeyError with an address in its text.
+
+    Raises:
+        KeyError: the text says which parameter it is of, and what to do.
+    """
+    present = {place.param for place in parameters(groups)}
+    absent = [param for param in states if isinstance(param, Tensor) and param not in present]
+    for param in absent:
+        if states[param]:
+            raise KeyError(
+                f"a parameter of shape {tuple(param.shape)} has a state and is in no group any more, so that the state "
+                "dict has no place for it; del optimizer.state[param] when you take a parameter out of its group"
+            )
+        del states[param]  # of a defaultdict that somebody has only asked for it
+
+
 def remember_scales(groups: Groups, options: Options, state_dict: dict[str, Any]) -> None:
     """Note the factors in a state dict, if one of them differs from 1."""
     found: dict[str, dict[int, float]] = {}
@@ -169,7 +187,10 @@ def restore(
         for name, value in saved.items():
             if name not in state and name not in masters.DTYPES and (begun or value is not None):
                 state[name] = value.clone() if isinstance(value, Tensor) else value
-        states[param] = state
+        if state:
+            states[param] = state
+        else:
+            states.pop(param, None)
     for group in groups:
         group.pop("step", None)  # apex and DeepSpeed count steps by group; now each parameter has its own
     compare_scales(groups, rule, options, state_dict)

@@ -249,7 +249,7 @@ def repair_state(
         Each tensor that was replaced, by its key, and why.
     """
     param = row.param
-    state = all_states[param]
+    state = all_states.get(param, {})
     replaced: list[tuple[str, str]] = []
     for name in rule.tensor_state_names(group):
         value = number_of(state, name, group, 0.0 if not_begun(state, rule) else rule.missing_step)
@@ -281,6 +281,8 @@ def repair_state(
         if addressed and taken.setdefault(part.data_ptr(), param) is not param:
             replaced.append((name, "is also that of another parameter"))
             state[name] = value.clone()
+    if state:  # an empty one would keep a parameter that leaves its group, and torch's state_dict() refuses that
+        all_states[param] = state
     return replaced
 
 
