@@ -8,9 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from sources import sources
 
 import fused_optim
+from fused_optim.options import texts
 
+OPTIMIZERS = ("Adam", "AdamW", "AdamWDL", "SGD", "NovoGrad", "LARC", "LARS", "LAMB", "Lion")
 OURS = {
     "backend": None,
     "lr_scale": None,
@@ -169,3 +172,21 @@ def test_every_public_name_has_a_docstring() -> None:
     for name in fused_optim.__all__:
         value = getattr(fused_optim, name)
         assert isinstance(value, str) or inspect.getdoc(value), name
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_parameter_is_explained_once(name: str) -> None:
+    optimizer = getattr(fused_optim, name)
+    docstring = inspect.cleandoc(optimizer.__doc__)
+    assert texts.explained(optimizer.__doc__) == set(inspect.signature(optimizer).parameters)
+    for text in texts.TEXTS.values():
+        assert docstring.count(inspect.cleandoc(text).splitlines()[0]) <= 1
+
+
+def test_the_text_of_an_option_stands_in_one_place() -> None:
+    sources_of = {path: path.read_text() for path in sources("fused_optim", ".py", at_least=50)}
+    for names, text in texts.TEXTS.items():
+        if names == ("params",):  # the base class explains it, too
+            continue
+        first = text.strip("\n").splitlines()[0]
+        assert [path.name for path, source in sources_of.items() if first in source] == ["texts.py"], names

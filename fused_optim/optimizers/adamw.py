@@ -15,6 +15,7 @@ from ..optimizer import FusedOptimizer
 from ..options.clip import GradClip
 from ..options.peers import refuse_peer_arguments
 from ..options.scales import Scale
+from ..options.texts import explains_options
 from ..rule import TensorContext
 
 # Which learning rate decoupled weight decay takes; csrc/rules/adamw.h has the same.
@@ -62,6 +63,7 @@ def update(param: Tensor, grad: Tensor, states: dict[str, Tensor], s: SimpleName
     return param
 
 
+@explains_options
 class Adam(FusedOptimizer):
     r"""Adam; takes the place of ``torch.optim.Adam``.
 
@@ -88,36 +90,17 @@ class Adam(FusedOptimizer):
         it is stored. Complex parameters go through the eager path.
 
     Args:
-        params: parameters, a list of group dicts, or ``named_parameters()``.
         lr: learning rate :math:`\gamma \ge 0`, change per step in the parameter's own unit; a number or a one-element
             Tensor. Default 1e-3.
         betas: decay rates :math:`\beta_1, \beta_2 \in [0, 1)` of the averages, per step. Default (0.9, 0.999).
         eps: added to the denominator, in the gradient's unit. Default 1e-8.
         weight_decay: L2 penalty :math:`\lambda \ge 0`, added to the gradient. Default 0.
         amsgrad: divide by the root of the largest :math:`v_t` so far.
-        maximize: ascend instead of descend.
-        foreach, fused: accepted for scripts and checkpoints that carry them; they choose no backend, ``backend`` does.
-            With ``fused=True`` torch's GradScaler leaves the loss scale to the step.
-        capturable: for capture into a CUDA graph; without effect on CPU tensors.
-        differentiable: record the step with autograd; it then runs on the eager path.
         decoupled_weight_decay: decay as :class:`AdamW` does. Default False; loading a checkpoint replaces it.
         lazy_mode: take sparse gradients, as ``nn.Embedding(..., sparse=True)`` makes them, and update the rows that
             they list and no other, decay included; rows that are listed twice are summed. The step count is the
             parameter's, as with dense gradients, which it leaves as they are. Clipping, scales, masters and GradScaler
             work as usual. Goes through the eager path, and cannot be captured into a CUDA graph. Default False.
-        backend: ``"cuda"``, ``"triton"``, ``"cpu"`` or ``"eager"``; default None: what the environment variable
-            ``FUSED_OPTIM_BACKEND`` names, otherwise the best there is for each device.
-        lr_scale, weight_decay_scale: factors of ``lr`` and of ``weight_decay`` per parameter, at no launch and no
-            param group: a callable ``(name, param) -> float`` (names take ``named_parameters()``), a mapping by
-            parameter or by name pattern (first match wins, unmatched 1.0), or a sequence in the order of the
-            parameters. Default None: 1.0.
-        grad_clip: :class:`ClipGradByGlobalNorm`, :class:`ClipGradByNorm` or :class:`ClipGradByValue`, applied inside
-            the update; ``param.grad`` is not written. Default None: no clipping.
-        master_weights: ``"float32"``: a float32 master of each 16-bit parameter in the state (``master_param``);
-            ``"split"``: the 16 bits that a bfloat16 parameter lacks of it (``param_remainder``, int16), the same run
-            bit for bit. Default None: none.
-        state_dtype: dtype of the states of bfloat16 and float16 parameters, such as ``torch.float32``; default None:
-            the parameter's, as in torch, or float32 where there are master weights.
 
     Raises:
         ValueError: ``lr``, ``betas``, ``eps`` or ``weight_decay`` out of range, with torch's texts; an unknown
@@ -205,6 +188,7 @@ class Adam(FusedOptimizer):
         return ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")[: 3 if group["amsgrad"] else 2]
 
 
+@explains_options
 class AdamW(Adam):
     r"""Adam with decoupled weight decay; takes the place of ``torch.optim.AdamW``.
 
@@ -231,7 +215,6 @@ class AdamW(Adam):
         it is stored. Complex parameters go through the eager path.
 
     Args:
-        params: parameters, a list of group dicts, or ``named_parameters()``.
         lr: learning rate :math:`\gamma \ge 0`, change per step in the parameter's own unit; a number or a one-element
             Tensor. Default 1e-3.
         betas: decay rates :math:`\beta_1, \beta_2 \in [0, 1)` of the averages, per step. Default (0.9, 0.999).
@@ -239,25 +222,7 @@ class AdamW(Adam):
         weight_decay: :math:`\lambda \ge 0`; each step shrinks the parameter by the factor
             :math:`1 - \gamma\lambda`. Default 1e-2.
         amsgrad: divide by the root of the largest :math:`v_t` so far.
-        maximize: ascend instead of descend.
-        foreach, fused: accepted for scripts and checkpoints that carry them; they choose no backend, ``backend`` does.
-            With ``fused=True`` torch's GradScaler leaves the loss scale to the step.
-        capturable: for capture into a CUDA graph; without effect on CPU tensors.
-        differentiable: record the step with autograd; it then runs on the eager path.
         lazy_mode: take sparse gradients, and update only the rows that they list; see :class:`Adam`. Default False.
-        backend: ``"cuda"``, ``"triton"``, ``"cpu"`` or ``"eager"``; default None: what the environment variable
-            ``FUSED_OPTIM_BACKEND`` names, otherwise the best there is for each device.
-        lr_scale, weight_decay_scale: factors of ``lr`` and of ``weight_decay`` per parameter, at no launch and no
-            param group: a callable ``(name, param) -> float`` (names take ``named_parameters()``), a mapping by
-            parameter or by name pattern (first match wins, unmatched 1.0), or a sequence in the order of the
-            parameters. Default None: 1.0.
-        grad_clip: :class:`ClipGradByGlobalNorm`, :class:`ClipGradByNorm` or :class:`ClipGradByValue`, applied inside
-            the update; ``param.grad`` is not written. Default None: no clipping.
-        master_weights: ``"float32"``: a float32 master of each 16-bit parameter in the state (``master_param``);
-            ``"split"``: the 16 bits that a bfloat16 parameter lacks of it (``param_remainder``, int16), the same run
-            bit for bit. Default None: none.
-        state_dtype: dtype of the states of bfloat16 and float16 parameters, such as ``torch.float32``; default None:
-            the parameter's, as in torch, or float32 where there are master weights.
 
     Raises:
         ValueError: ``lr``, ``betas``, ``eps`` or ``weight_decay`` out of range, with torch's texts; an unknown

@@ -17,6 +17,7 @@ from ..backends import logger
 from ..options.clip import GradClip
 from ..options.peers import refuse_peer_arguments
 from ..options.scales import Scale, ScaleColumn, ScaleProduct, column_of, plain_name
+from ..options.texts import explains_options
 from .adamw import DECAY_SCALINGS, AdamW
 
 
@@ -195,6 +196,7 @@ def check_decay_scaling(decay_scaling: Any, where: str) -> None:
         raise ValueError(f"{where}={decay_scaling!r} is not one of 'scaled', 'base' and 'double'")
 
 
+@explains_options
 class AdamWDL(AdamW):
     r"""AdamW with layer-wise learning rate decay and a decay mask, after PaddleNLP's AdamWDL.
 
@@ -252,17 +254,8 @@ class AdamWDL(AdamW):
             unless it is ``"scaled"``.
         lazy_mode: take sparse gradients, and update only the rows that they list; see :class:`Adam`. Default False.
         multi_precision: Paddle's word for ``master_weights="float32"``; a ``master_weights`` given beside it counts.
-        maximize: ascend instead of descend.
-        foreach, fused: accepted for scripts and checkpoints that carry them; they choose no backend, ``backend`` does.
-            With ``fused=True`` torch's GradScaler leaves the loss scale to the step.
-        capturable: for capture into a CUDA graph; without effect on CPU tensors.
-        differentiable: record the step with autograd; it then runs on the eager path.
-        backend: ``"cuda"``, ``"triton"``, ``"cpu"`` or ``"eager"``; default None: what the environment variable
-            ``FUSED_OPTIM_BACKEND`` names, otherwise the best there is for each device.
         lr_scale, weight_decay_scale: factors per parameter, as :class:`AdamW` takes them. They multiply with the
             ratios of ``set_param_lr_fun`` and with the mask of ``apply_decay_param_fun``. Default None: 1.0.
-        grad_clip: :class:`ClipGradByGlobalNorm`, :class:`ClipGradByNorm` or :class:`ClipGradByValue`, applied inside
-            the update; ``param.grad`` is not written. Default None: no clipping.
         master_weights: ``"float32"``, ``"split"`` or None, as :class:`AdamW` takes it.
         state_dtype: dtype of the states of bfloat16 and float16 parameters; default None: the parameter's, or float32
             where there are master weights.

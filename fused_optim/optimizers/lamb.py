@@ -15,6 +15,7 @@ from ..optimizer import FusedOptimizer
 from ..options.clip import ClipGradByGlobalNorm, GradClip
 from ..options.peers import refuse_peer_arguments
 from ..options.scales import Exclude, Scale
+from ..options.texts import explains_options
 from ..rule import TensorContext
 
 VARIANTS = ("timm", "apex", "paper")
@@ -68,6 +69,7 @@ def scale_direction(group: dict[str, Any], tensor: TensorContext) -> Number:
     return group["lr"] * tensor.lr_scale * ratio
 
 
+@explains_options
 class LAMB(FusedOptimizer):
     r"""LAMB: Adam's direction, its length in proportion to the parameter's.
 
@@ -94,7 +96,6 @@ class LAMB(FusedOptimizer):
         in float32 (float64 for float64 parameters), and each result is rounded once when it is stored.
 
     Args:
-        params: parameters, a list of group dicts, or ``named_parameters()``.
         lr: learning rate :math:`\gamma \ge 0`; a number or a one-element Tensor. Default 1e-3.
         betas: :math:`\beta_1, \beta_2 \in [0, 1)`. Default (0.9, 0.999).
         eps: added to the denominator, in the gradient's unit. Default 1e-6.
@@ -107,21 +108,8 @@ class LAMB(FusedOptimizer):
         trust_clip: :math:`r` is at most 1.
         always_adapt: use :math:`r` without weight decay too.
         exclude: what has :math:`r = 1`: a callable ``(name, param) -> bool`` or a sequence of name patterns.
-        maximize: ascend instead of descend.
-        capturable: for capture into a CUDA graph; without effect on CPU tensors.
-        backend: ``"cuda"``, ``"triton"``, ``"cpu"`` or ``"eager"``; default None: what the environment variable
-            ``FUSED_OPTIM_BACKEND`` names, otherwise the best there is for each device.
-        lr_scale, weight_decay_scale: factors of ``lr`` and of ``weight_decay`` per parameter, at no launch and no
-            param group: a callable ``(name, param) -> float`` (names take ``named_parameters()``), a mapping by
-            parameter or by name pattern (first match wins, unmatched 1.0), or a sequence in the order of the
-            parameters. Default None: 1.0.
         grad_clip: :class:`ClipGradByNorm`, :class:`ClipGradByValue` or :class:`ClipGradByGlobalNorm`, which takes
             ``max_grad_norm=None``: one of them is enough. Default None.
-        master_weights: ``"float32"``: a float32 master of each 16-bit parameter in the state (``master_param``);
-            ``"split"``: the 16 bits that a bfloat16 parameter lacks of it (``param_remainder``, int16), the same run
-            bit for bit. Default None: none.
-        state_dtype: dtype of the element states of bfloat16 and float16 parameters, such as ``torch.float32``; default
-            None: the parameter's, or float32 where there are master weights.
 
     Raises:
         ValueError: ``lr``, ``betas``, ``eps`` or ``weight_decay`` out of range; an unknown variant; ``grad_clip``

@@ -13,12 +13,14 @@ from ..hyperparameters import check_arguments
 from ..options.clip import ClipGradByGlobalNorm, ClipGradByNorm, GradClip
 from ..options.peers import refuse_peer_arguments
 from ..options.scales import Exclude, Scale
+from ..options.texts import explains_options
 from ..trust_ratio import IN_NORM, IN_RATIO, ONE, RATIO_ONE, TrustRatio
 from .sgd import MomentumOptimizer
 
 VARIANTS = ("timm", "optax", "kozistr")
 
 
+@explains_options
 class LARS(MomentumOptimizer):
     r"""LARS: SGD with momentum, each tensor's gradient scaled by a trust ratio.
 
@@ -46,7 +48,6 @@ class LARS(MomentumOptimizer):
         As :class:`SGD`.
 
     Args:
-        params: parameters, a list of group dicts, or ``named_parameters()``.
         lr: learning rate :math:`\gamma \ge 0`; a number or a one-element Tensor. Default 1.0, as timm's.
         momentum: :math:`\mu \ge 0`. Default 0.9.
         weight_decay: :math:`\lambda \ge 0`. Default 0.
@@ -58,21 +59,8 @@ class LARS(MomentumOptimizer):
         trust_clip, always_adapt: see ``"timm"``.
         exclude: what has no trust ratio, usually biases and norms: a callable ``(name, param) -> bool`` or a sequence
             of name patterns; for no decay too, see ``weight_decay_scale``.
-        maximize: ascend instead of descend.
-        capturable: for capture into a CUDA graph; without effect on CPU tensors.
-        backend: ``"cuda"``, ``"triton"``, ``"cpu"`` or ``"eager"``; default None: what the environment variable
-            ``FUSED_OPTIM_BACKEND`` names, otherwise the best there is for each device.
-        lr_scale, weight_decay_scale: factors of ``lr`` and of ``weight_decay`` per parameter, at no launch and no
-            param group: a callable ``(name, param) -> float`` (names take ``named_parameters()``), a mapping by
-            parameter or by name pattern (first match wins, unmatched 1.0), or a sequence in the order of the
-            parameters. Default None: 1.0.
         grad_clip: :class:`ClipGradByNorm` (not for ``"optax"``) or :class:`ClipGradByValue`; a global norm is refused,
             since the ratio undoes what it does, except ``math.inf``, which only measures. Default None.
-        master_weights: ``"float32"``: a float32 master of each 16-bit parameter in the state (``master_param``);
-            ``"split"``: the 16 bits that a bfloat16 parameter lacks of it (``param_remainder``, int16), the same run
-            bit for bit. Default None: none.
-        state_dtype: dtype of the element states of bfloat16 and float16 parameters, such as ``torch.float32``; default
-            None: the parameter's, or float32 where there are master weights.
 
     Raises:
         ValueError: ``lr``, ``momentum`` or ``weight_decay`` negative; ``trust_coefficient`` not finite and greater than

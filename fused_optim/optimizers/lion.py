@@ -14,6 +14,7 @@ from ..optimizer import FusedOptimizer
 from ..options.clip import GradClip
 from ..options.peers import refuse_peer_arguments
 from ..options.scales import Scale
+from ..options.texts import explains_options
 from ..rule import TensorContext
 
 
@@ -40,6 +41,7 @@ def update(param: Tensor, grad: Tensor, states: dict[str, Tensor], s: SimpleName
     return s.decay * param - s.step_size * direction
 
 
+@explains_options
 class Lion(FusedOptimizer):
     r"""Lion: the sign of an interpolated momentum.
 
@@ -58,26 +60,10 @@ class Lion(FusedOptimizer):
         when it is stored.
 
     Args:
-        params: parameters, a list of group dicts, or ``named_parameters()``.
         lr: learning rate :math:`\gamma \ge 0`; a number or a one-element Tensor. Default 1e-4; the paper advises a
             third to a tenth of AdamW's.
         betas: :math:`\beta_1, \beta_2 \in [0, 1)`. Default (0.9, 0.99).
         weight_decay: :math:`\lambda \ge 0`; each step shrinks the parameter by :math:`1 - \gamma\lambda`. Default 0.
-        maximize: ascend instead of descend.
-        capturable: for capture into a CUDA graph; without effect on CPU tensors.
-        backend: ``"cuda"``, ``"triton"``, ``"cpu"`` or ``"eager"``; default None: what the environment variable
-            ``FUSED_OPTIM_BACKEND`` names, otherwise the best there is for each device.
-        lr_scale, weight_decay_scale: factors of ``lr`` and of ``weight_decay`` per parameter, at no launch and no
-            param group: a callable ``(name, param) -> float`` (names take ``named_parameters()``), a mapping by
-            parameter or by name pattern (first match wins, unmatched 1.0), or a sequence in the order of the
-            parameters. Default None: 1.0.
-        grad_clip: :class:`ClipGradByGlobalNorm`, :class:`ClipGradByNorm` or :class:`ClipGradByValue`, applied inside
-            the update; ``param.grad`` is not written. Default None: no clipping.
-        master_weights: ``"float32"``: a float32 master of each 16-bit parameter in the state (``master_param``);
-            ``"split"``: the 16 bits that a bfloat16 parameter lacks of it (``param_remainder``, int16), the same run
-            bit for bit. Default None: none.
-        state_dtype: dtype of the element states of bfloat16 and float16 parameters, such as ``torch.float32``; default
-            None: the parameter's, or float32 where there are master weights.
 
     Raises:
         ValueError: ``lr``, ``betas`` or ``weight_decay`` out of range; an unknown ``backend``.

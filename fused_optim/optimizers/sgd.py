@@ -15,6 +15,7 @@ from ..optimizer import FusedOptimizer
 from ..options.clip import GradClip
 from ..options.peers import refuse_peer_arguments
 from ..options.scales import Scale
+from ..options.texts import explains_options
 from ..rule import TensorContext
 from .momentum import update_momentum
 
@@ -67,6 +68,7 @@ class MomentumOptimizer(FusedOptimizer):
         return ("step",) if group["momentum"] != 0 else ()
 
 
+@explains_options
 class SGD(MomentumOptimizer):
     r"""SGD with momentum; takes the place of ``torch.optim.SGD``.
 
@@ -93,30 +95,11 @@ class SGD(MomentumOptimizer):
         and each result is rounded once when it is stored.
 
     Args:
-        params: parameters, a list of group dicts, or ``named_parameters()``.
         lr: learning rate :math:`\gamma \ge 0`; a number or a one-element Tensor. Default 1e-3.
         momentum: :math:`\mu \ge 0`. Default 0.
         dampening: :math:`\tau`. Default 0.
         weight_decay: L2 penalty :math:`\lambda \ge 0`, added to the gradient. Default 0.
         nesterov: look ahead; takes momentum and no dampening.
-        maximize: ascend instead of descend.
-        foreach, fused: accepted for scripts and checkpoints that carry them; they choose no backend, ``backend`` does.
-            With ``fused=True`` torch's GradScaler leaves the loss scale to the step.
-        differentiable: record the step with autograd; it then runs on the eager path.
-        capturable: for capture into a CUDA graph; without effect on CPU tensors.
-        backend: ``"cuda"``, ``"triton"``, ``"cpu"`` or ``"eager"``; default None: what the environment variable
-            ``FUSED_OPTIM_BACKEND`` names, otherwise the best there is for each device.
-        lr_scale, weight_decay_scale: factors of ``lr`` and of ``weight_decay`` per parameter, at no launch and no
-            param group: a callable ``(name, param) -> float`` (names take ``named_parameters()``), a mapping by
-            parameter or by name pattern (first match wins, unmatched 1.0), or a sequence in the order of the
-            parameters. Default None: 1.0.
-        grad_clip: :class:`ClipGradByGlobalNorm`, :class:`ClipGradByNorm` or :class:`ClipGradByValue`, applied inside
-            the update; ``param.grad`` is not written. Default None: no clipping.
-        master_weights: ``"float32"``: a float32 master of each 16-bit parameter in the state (``master_param``);
-            ``"split"``: the 16 bits that a bfloat16 parameter lacks of it (``param_remainder``, int16), the same run
-            bit for bit. Default None: none.
-        state_dtype: dtype of the element states of bfloat16 and float16 parameters, such as ``torch.float32``; default
-            None: the parameter's, or float32 where there are master weights.
 
     Raises:
         ValueError: ``lr``, ``momentum`` or ``weight_decay`` negative, ``nesterov`` without momentum or with dampening,
