@@ -42,10 +42,11 @@ CXXFLAGS="-Werror $$CXXFLAGS" FUSED_OPTIM_CUDA_ARCHS="$${FUSED_OPTIM_CUDA_ARCHS:
 $(PY) -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps --editable .
 endef
 
-.PHONY: help setup demo test test-slow lint types docs format wheel clean install-into-python
+.PHONY: help setup demo check test test-slow lint types docs format wheel clean install-into-python
 
 help:
 	@echo "make demo       train a small vision transformer with torch's AdamW and with this one, and compare"
+	@echo "make check      after each change: formatters, linters, types, build, an example of each test; under a minute"
 	@echo "make test       formatters, linters, types, build, docs, tests: what CI runs"
 	@echo "make test-slow  the tests that take too long for 'make test'"
 	@echo "make wheel      build dist/*.whl and the sdist, and take a step with the wheel in a fresh environment"
@@ -86,6 +87,9 @@ types: $(PINS)
 
 docs: $(INSTALLED)
 	$(PY) -m sphinx -q -W --keep-going -b html docs docs/_build/html
+
+check: lint types $(INSTALLED)
+	$(PYTEST) -m check $(ARGS)
 
 # pytest comes last, so that its closing line is the last one.
 test: lint types $(INSTALLED) docs

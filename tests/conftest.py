@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import logging
 import os
@@ -36,13 +37,28 @@ def pytest_configure() -> None:
         os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+def choose_for_check(items: list[pytest.Item]) -> None:
+    """Marks what `make check` runs: of each test one example for each backend, and for each value of what it names."""
+    seen = set()
+    for item in items:
+        if any(item.get_closest_marker(mark) for mark in ("slow", "gpu", "program")):
+            continue
+        parameters = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
+        names = {"backend", *(name for mark in item.iter_markers("every") for name in mark.args)}
+        example = (item.nodeid.partition("[")[0], *(str(parameters.get(name)) for name in sorted(names)))
+        if example not in seen:
+            seen.add(example)
+            item.add_marker(pytest.mark.check)
+
+
 @pytest.hookimpl(tryfirst=True)  # before xdist looks for groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
+        if "ranks" in getattr(item, "fixturenames", ()):  # processes that are started once
+            item.add_marker(pytest.mark.xdist_group("ranks"))
+            item.add_marker(pytest.mark.program)
         if " at 0x" in item.nodeid:
             raise pytest.UsageError(f"{item.nodeid}: a test has one name in every process, and this one has an address")
-        if "ranks" in getattr(item, "fixturenames", ()):
-            item.add_marker(pytest.mark.xdist_group("ranks"))
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
         if item.get_closest_marker("interpreted"):
@@ -56,6 +72,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         modules = {module for mark in item.iter_markers("requires") for module in mark.kwargs.get("modules", ())}
         if missing := sorted(module for module in modules if importlib.util.find_spec(module) is None):
             item.add_marker(pytest.mark.skip(reason=f"needs {', '.join(missing)} installed"))
+    choose_for_check(items)
+
+
+def pytest_collection_finish() -> None:
+    """Tests that ask the garbage collector find their own objects, and not those of all tests to come."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

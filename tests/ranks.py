@@ -79,7 +79,9 @@ class Ranks:
         return [answers[rank][1] for rank in range(WORLD)]
 
     def _start(self) -> None:
-        context = multiprocessing.get_context("spawn")
+        # Forked from a process that has imported torch and done nothing else: four imports would take long.
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["torch", "torch.distributed.tensor", "torch.distributed.checkpoint"])
         self._folder = tempfile.TemporaryDirectory(prefix="ranks-")
         store = str(Path(self._folder.name) / "store")
         for rank in range(WORLD):

@@ -41,7 +41,8 @@ import fused_optim
 CPU = torch.device("cpu")
 ADAMW = RECIPES["AdamW"]
 
-pytestmark = pytest.mark.xdist_group("bench")  # what measures does not measure beside itself
+# What measures does not measure beside itself.
+pytestmark = [pytest.mark.program, pytest.mark.xdist_group("bench")]
 
 
 @pytest.fixture

@@ -19,6 +19,8 @@ EXAMPLES = ROOT / "examples"
 TRAIN_DIGITS = EXAMPLES / "train_digits.py"
 FINETUNE = EXAMPLES / "finetune_layer_decay.py"
 
+pytestmark = pytest.mark.program
+
 
 def run_example(example: Path, *arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
     # One thread: with two on a machine of two busy cores, what takes 9 s took 47 s now and then.

@@ -189,6 +189,7 @@ for count in (1, 3):
 """
 
 
+@pytest.mark.program
 def test_number_of_threads_is_torchs() -> None:
     """set_num_threads(1) means no second thread, whatever the machine has; the workers stay for torch to use."""
     command = [sys.executable, "-c", THREADS_OF_A_STEP]

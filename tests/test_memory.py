@@ -7,6 +7,8 @@ import sys
 
 import pytest
 
+pytestmark = pytest.mark.program
+
 PROGRAM = """
 import sys, torch, fused_optim
 torch.set_num_threads(int(sys.argv[1]))

@@ -209,6 +209,7 @@ def assert_close(one: dict[str, Tensor], other: dict[str, Tensor], scale: float)
         assert torch.allclose(value.to(torch.float64), expected, rtol=scale, atol=float(size) * scale), name
 
 
+@pytest.mark.every("rule")
 @each_rule
 @each_backend
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])

@@ -17,7 +17,8 @@ from pathlib import Path
 import pytest
 from sources import ROOT, sources
 
-pytestmark = pytest.mark.xdist_group("packaging")  # each build takes all processors
+# Each build takes all processors.
+pytestmark = [pytest.mark.program, pytest.mark.xdist_group("packaging")]
 
 FOLDERS = ("bench", "csrc", "docs", "examples", "fused_optim", "kernels", "scripts", "tests")
 ROOT_FILES = (

@@ -142,7 +142,7 @@ def without_extension() -> Iterator[None]:
         yield
 
 
-def train_spread(name: str, place: str, backend: str, steps: int = 20, compiled_plan: bool = True) -> None:
+def train_spread(name: str, place: str, backend: str, steps: int, compiled_plan: bool = True) -> None:
     collector = Collector()
     logging.getLogger("fused_optim").addHandler(collector)
     wholes, spreads = both(torch.float32, place)
@@ -173,18 +173,19 @@ def train_spread(name: str, place: str, backend: str, steps: int = 20, compiled_
     logging.getLogger("fused_optim").removeHandler(collector)
 
 
-def train_everywhere(name: str) -> None:
+def train_everywhere(name: str, steps: int) -> None:
     for place in PLACEMENTS:
         for backend in BACKENDS:
             try:
-                train_spread(name, place, backend)
+                train_spread(name, place, backend, steps)
             except AssertionError as error:
                 raise AssertionError(f"{place}, {backend}: {error}") from error
 
 
+@pytest.mark.parametrize("steps", [5, pytest.param(20, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", MAKERS)
-def test_spread_parameters_are_stepped_as_whole_ones(name: str, ranks: Ranks) -> None:
-    ranks.run(train_everywhere, name)
+def test_spread_parameters_are_stepped_as_whole_ones(name: str, steps: int, ranks: Ranks) -> None:
+    ranks.run(train_everywhere, name, steps)
 
 
 def train_interpreted(name: str, compiled_plan: bool) -> None:
@@ -358,7 +359,7 @@ def cost_of_steps(name: str, place: str) -> None:
     optimizer.step()
     gc.collect()
     before = len(gc.get_objects())
-    for _ in range(200):
+    for _ in range(50):
         optimizer.step()
     gc.collect()
     assert len(gc.get_objects()) <= before

@@ -219,6 +219,8 @@ def resume(path: str) -> None:
     compare(alone, twin, model, optimizer)
 
 
+@pytest.mark.program
+@pytest.mark.xdist_group("ranks")
 def test_a_rank_killed_in_a_save_leaves_the_checkpoint_before(tmp_path: Path) -> None:
     ranks = Ranks()
     try:

@@ -18,7 +18,7 @@ from sources import sources
 PROGRAM = Path(__file__).parent / "triton_offline.py"
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 
-pytestmark = [pytest.mark.requires(modules=("triton",)), pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.program, pytest.mark.requires(modules=("triton",)), pytest.mark.timeout(1200)]
 
 
 def offline(cache: Path, *arguments: str) -> Any:

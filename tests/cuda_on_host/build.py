@@ -33,45 +33,47 @@ SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "
 
 
 def compile_module(folder: Path, *, sanitize: bool, csrc: Path = CSRC) -> Path:
-    """Compile into a folder named after the sources and flags, unless it is there already."""
+    """Compile what has changed since the last time, and link it: objects and module are named after their contents."""
     flags = [*COMMON, "-O1", *(SANITIZE if sanitize else [])]
     flags = [flag.replace(str(CSRC), str(csrc)) for flag in flags]
     files = [*sources(csrc.name, *CPP, at_least=29, root=csrc.parent), *sorted(HERE.glob("*.h")), HERE / "shim.cpp"]
-    digest = hashlib.sha256(repr(flags).encode())
-    for file in files:
-        digest.update(str(file).encode() + file.read_bytes())
-    folder = folder / f"{sysconfig.get_config_var('SOABI')}-{digest.hexdigest()[:16]}"
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("w") as lock:  # another worker of the same run may be compiling it
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not (folder / "_C.so").exists():
-            compile_and_link(folder, files, flags, csrc, sanitize=sanitize)
-    return folder / "_C.so"
-
-
-def compile_and_link(folder: Path, files: list[Path], flags: list[str], csrc: Path, *, sanitize: bool) -> None:
+    headers = digest_of(*flags, *(file.read_bytes() for file in files if file.suffix == ".h"))
     kernels = csrc / "cpu" / "kernels.cpp"
-    units = [
-        (file, "-".join(file.relative_to(csrc).parts if csrc in file.parents else [file.name]), [])
-        for file in files
-        if file.suffix != ".h" and file != kernels
-    ]
+    units = [(file, file.stem, []) for file in files if file.suffix != ".h" and file != kernels]
     capabilities = CAPABILITIES if os.uname().machine == "x86_64" else {"default": []}
     units += [(kernels, name, [*extra, f"-DFO_CPU_CAPABILITY={name}"]) for name, extra in capabilities.items()]
+    folder = folder / f"{sysconfig.get_config_var('SOABI')}{'-sanitized' if sanitize else ''}"
 
     def compile_unit(unit: tuple[Path, str, list[str]]) -> Path:
         source, name, extra = unit
-        out = folder / f"{name}-{os.getpid()}.o"
-        run(["g++", *flags, *extra, "-x", "c++", "-c", str(source), "-o", str(out)])
+        out = folder / f"{name}-{digest_of(headers, str(source), *extra, source.read_bytes())}.o"
+        if not out.exists():
+            run(["g++", *flags, *extra, "-x", "c++", "-c", str(source), "-o", f"{out}.partial"])
+            Path(f"{out}.partial").rename(out)
         return out
 
-    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-        objects = list(pool.map(compile_unit, units))
-    partial = folder / f"{os.getpid()}.so"
-    run(["g++", "-shared", *(SANITIZE if sanitize else []), *map(str, objects), "-o", str(partial), "-ldl", "-pthread"])
-    partial.rename(folder / "_C.so")
-    for file in objects:
-        file.unlink()
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:  # another worker of the same run may be compiling it
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+            objects = list(map(str, pool.map(compile_unit, units)))
+        module = folder / f"_C-{digest_of(*objects)}.so"
+        if not module.exists():
+            link = ["g++", "-shared", *(SANITIZE if sanitize else []), *objects, "-o", f"{module}.partial"]
+            run([*link, "-ldl", "-pthread"])
+            Path(f"{module}.partial").rename(module)
+            for file in folder.iterdir():  # of sources that are no longer
+                if file.suffix in (".o", ".so") and str(file) not in (*objects, str(module)):
+                    file.unlink()
+    return module
+
+
+def digest_of(*parts: str | bytes) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        part = part.encode() if isinstance(part, str) else part
+        digest.update(len(part).to_bytes(8, "little") + part)
+    return digest.hexdigest()[:16]
 
 
 def run(command: list[str]) -> None:
