@@ -20,8 +20,8 @@ from torch.autograd import profiler
 from torch.optim.optimizer import Optimizer, ParamsT, _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from . import backends
+from .backends import FallbackLog
 from .eager.steps import EagerSteps
-from .fallbacks import FallbackLog
 from .norms import LastStep, Norms, global_norm
 from .options.clip import GLOBAL_NORM, GradClip
 from .options.options import Factors, Options

@@ -126,3 +126,53 @@ def test_skips_stand_in_conftest(path: Path) -> None:
         if isinstance(node, ast.Attribute) and node.attr in ("skip", "skipif", "xfail", "importorskip")
     ]
     assert skips == []
+
+
+def imports_of(path: Path, modules: dict[str, Path]) -> set[Path]:
+    """The files of the package that a file imports, those within functions and for types included."""
+    package = path.relative_to(ROOT).parts[:-1]
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            base = [*package[: len(package) - node.level + 1], *(node.module or "").split(".")]
+            name = ".".join(part for part in base if part)
+            for alias in node.names:
+                target = modules.get(f"{name}.{alias.name}", modules.get(name))
+                if target is not None and target.name != "__init__.py":
+                    found.add(target)
+    return found
+
+
+def circle_in(graph: dict[Path, set[Path]]) -> list[str]:
+    """The files of a circle of imports; none if there is none."""
+    done: set[Path] = set()
+
+    def visit(path: Path, way: list[Path]) -> list[str]:
+        if path in way:
+            return [relative(one) for one in [*way[way.index(path) :], path]]
+        if path in done:
+            return []
+        for other in sorted(graph[path]):
+            if circle := visit(other, [*way, path]):
+                return circle
+        done.add(path)
+        return []
+
+    return next(filter(None, (visit(path, []) for path in sorted(graph))), [])
+
+
+def test_no_circle_of_imports() -> None:
+    modules = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in FUSED_OPTIM}
+    graph = {path: imports_of(path, modules) for path in FUSED_OPTIM}
+    assert sum(map(len, graph.values())) >= 120
+    assert circle_in(graph) == []
+    one, other = sorted(path for path, imported in graph.items() if imported)[:2]
+    assert circle_in({one: {other}, other: {one}})
+
+
+@pytest.mark.parametrize("path", FUSED_OPTIM, ids=relative)
+def test_only_the_optimizers_know_the_whole_optimizer(path: Path) -> None:
+    """The parts of a step take a rule, options and groups: no module below optimizer.py asks for more."""
+    above = {"optimizer.py", "description.py", "__init__.py"}
+    if path.name not in above and path.parent.name != "optimizers":
+        assert "FusedOptimizer" not in code_of(path)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from .. import backends, extension
-from ..fallbacks import FallbackLog
+from ..backends import FallbackLog
 from ..options.clip import GLOBAL_NORM, NORM
 from ..options.options import Options
 from ..parameters import Place, parameters

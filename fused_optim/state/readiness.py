@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..fallbacks import FallbackLog
+from ..backends import FallbackLog
 from ..options.options import Options
 from ..row import Row
 from ..rule import Rule
