@@ -36,6 +36,8 @@ class LastStep:
         grad_norm: the global norm of the gradients; a tensor where a device has measured it; None: nobody asked.
     """
 
+    __slots__ = ("_eager", "_grad_norm", "_plan")
+
     def __init__(self, plan: BuiltPlan, eager: Mapping[int, MeasuredNorms], grad_norm: float | Tensor | None) -> None:
         self._plan, self._eager, self._grad_norm = plan, eager, grad_norm
 

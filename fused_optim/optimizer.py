@@ -21,7 +21,7 @@ from torch.optim.optimizer import Optimizer, ParamsT, _global_optimizer_post_hoo
 
 from . import backends
 from .backends import FallbackLog
-from .eager.steps import EagerSteps
+from .eager.steps import NO_STEPS, EagerSteps
 from .norms import LastStep, Norms, global_norm
 from .options.clip import GLOBAL_NORM, GradClip
 from .options.options import Factors, Options
@@ -275,7 +275,9 @@ class FusedOptimizer(Rule, torch.optim.Optimizer):
                 if waits and scale.stops():
                     return
                 step = plan.new_step(scale, kept.options.clip, waits=waits)
-                eager = EagerSteps(self, rows, groups, self.state, step.clip, step.grad_scale)
+                eager = NO_STEPS
+                if rows:
+                    eager = EagerSteps(self, rows, groups, self.state, step.clip, step.grad_scale)
                 by_global_norm = step.clip.kind == GLOBAL_NORM
                 if plan.shards:
                     wants_total = waits and by_global_norm
@@ -320,12 +322,13 @@ class FusedOptimizer(Rule, torch.optim.Optimizer):
 
     def _refreshed(self) -> tuple[BuiltPlan, Sequence[tuple[int, str]]]:
         """The plan of the groups as they are now, and the rows that it cannot step as they are."""
+        kept = self._kept
         for _ in range(2):
-            plan = self._kept.plan or self._new_plan()
+            plan = kept.plan or self._new_plan()
             found = plan.refresh(self.param_groups, self.state, self.defaults)
             if found is not None:
                 return plan, found
-            self._kept.plan = None
+            kept.plan = None
         raise RuntimeError(
             "the param groups change while the plan is built from them, or are not a list of dicts whose 'params' are "
             "lists"
@@ -409,11 +412,13 @@ class FusedOptimizer(Rule, torch.optim.Optimizer):
         return {**super().__getstate__(), "_options": self.options}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        options = state.pop("_options", None)
-        super().__setstate__(state)
-        if options is not None:
+        options = state.get("_options")
+        super().__setstate__({key: value for key, value in state.items() if key != "_options"})
+        if "_kept" in self.__dict__:
+            self._kept.options = self.options if options is None else options
+        elif options is not None:
             self._kept = Kept(options, type(self).__name__)
-        elif "_kept" not in self.__dict__:
+        else:
             raise TypeError(
                 f"this pickle of a whole {type(self).__name__} was written by an earlier version and cannot be read; "
                 "build the optimizer and load its state_dict()"

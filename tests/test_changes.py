@@ -535,7 +535,7 @@ def test_a_step_that_cannot_count_is_refused(any_backend: str) -> None:
     optimizer.state[param]["step"] = torch.tensor(True)
     before = snapshot(optimizer)
     set_grads([param], 1)
-    with pytest.raises(RuntimeError, match=r"'step' of .* must be a number or a one-element Tensor, found tensor"):
+    with pytest.raises(RuntimeError, match=r"'step' of .* must be a number or a one-element Tensor, found a Tensor"):
         optimizer.step()
     assert_same_snapshots(snapshot(optimizer), before)
 

@@ -235,7 +235,7 @@ def test_matrices_only_asks_for_no_name() -> None:
         for param in group["params"]:
             param.grad = torch.zeros_like(param)
     optimizer.step()
-    factors = [(row.param.ndim >= 2, row.weight_decay_scale) for row in optimizer._rows]
+    factors = [(row.param.ndim >= 2, row.weight_decay_scale) for row in optimizer.plan.rows]
     assert all(factor == (1.0 if matrix else 0.0) for matrix, factor in factors)
 
 
@@ -246,7 +246,7 @@ def test_matrices_only_as_what_is_clipped_and_excluded_asks_for_no_name() -> Non
     for param in params:
         param.grad = torch.ones_like(param)
     optimizer.step()
-    rows = optimizer.optimizer._rows
+    rows = optimizer.optimizer.plan.rows
     assert [row.clipped for row in rows] == [True, False]
     assert [row.trusted for row in rows] == [False, True]
 

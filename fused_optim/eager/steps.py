@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..options.clip import GLOBAL_NORM, NORM, VALUE, ClipOptions
+from ..options.clip import GLOBAL_NORM, NO_CLIP, NORM, VALUE, ClipOptions
 from ..row import NORMS, Row
 from ..rule import Rule
 from ..shards import Shards
@@ -29,6 +29,8 @@ class EagerSteps:
         clip: how gradients are clipped.
         grad_scale: what gradients are multiplied by.
     """
+
+    __slots__ = ("_clip", "_coalesced", "_groups", "_norms", "_rows", "_rule", "_states", "_steps", "measured")
 
     def __init__(
         self,
@@ -138,3 +140,7 @@ class EagerSteps:
         grad = row.param.grad if coalesced is None else coalesced._values()
         assert grad is not None
         return grad
+
+
+# Those of a step in which the plan takes every row: it remembers nothing, and can serve every step.
+NO_STEPS = EagerSteps(Rule(), {}, {}, {}, NO_CLIP, 1.0)

@@ -59,7 +59,9 @@ class BuiltPlan:
     ) -> Sequence[tuple[int, str]] | None:
         """Read everything again: the rows that cannot be stepped as they are, or None: the plan is another's."""
         found = self.native.refresh(param_groups, state)
-        for index, kind in found or ():
+        if not found:
+            return found
+        for index, kind in found:
             if kind == "param" and not self._is_current(self.rows[index], param_groups, defaults):
                 return None
         return found
