@@ -263,7 +263,7 @@ class FusedOptimizer(Rule, torch.optim.Optimizer):
 
     def _step(self) -> None:
         """One step of every row that has a gradient. Until `apply`, nothing is written but new states."""
-        kept, scale = self._kept, LossScale(self)
+        kept, scale = self._kept, LossScale.of(self)
         plan = kept.plan or self._new_plan()
         if plan.waits and scale.stops():  # what only one device steps reads found_inf there
             return
@@ -296,18 +296,21 @@ class FusedOptimizer(Rule, torch.optim.Optimizer):
 
     def _update(self, plan: BuiltPlan, step: Step, eager: EagerSteps, scale: LossScale) -> None:
         """The part of a step that writes."""
-        eager.step(step.global_norm or 0.0, plan.shards.values())
+        if eager is not NO_STEPS:
+            eager.step(step.global_norm or 0.0, plan.shards.values())
         if plan.buffers and plan.native.captured():
             self._kept.captures.append((plan, [buffers.alive for buffers in plan.buffers]))
         plan.native.apply(step)
-        eager.finish()
+        if eager is not NO_STEPS:
+            eager.finish()
         written = plan.native.written()
         grad_norm: float | Tensor | None = None
         if step.clip.kind == GLOBAL_NORM:
             grad_norm = plan.buffers[0].grad_norm if step.global_norm is None else step.global_norm
             if step.global_norm is None and not written and not plan.shards:  # nothing was launched that would write it
                 grad_norm = 0.0
-        self._kept.last = LastStep(plan, eager.measured, grad_norm)
+        measures = plan.measures or grad_norm is not None
+        self._kept.last = LastStep(plan, eager.measured, grad_norm) if measures else None
         # Writing through addresses leaves the version counters alone; a stale graph must still raise.
         torch._C._increment_version(written)
         found = plan.buffers[0].found_inf if step.global_norm is None else None
@@ -336,7 +339,11 @@ class FusedOptimizer(Rule, torch.optim.Optimizer):
 
     def _ready(self) -> tuple[BuiltPlan, dict[int, Row], dict[int, dict[str, Any]]]:
         """A refreshed plan; the rows that the eager path takes, by index, and their groups."""
-        plan, found = self._refreshed()
+        plan = self._kept.plan
+        found = None if plan is None else plan.refresh(self.param_groups, self.state, self.defaults)
+        if plan is None or found is None:  # no plan yet, or the groups are no longer this one's
+            self._kept.plan = None
+            plan, found = self._refreshed()
         if plan.buffers and plan.native.captured():
             plan.check_capture(found, self.param_groups, self)
         if not found:

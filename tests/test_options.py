@@ -248,7 +248,7 @@ def test_matrices_only_as_what_is_clipped_and_excluded_asks_for_no_name() -> Non
     optimizer.step()
     rows = optimizer.optimizer.plan.rows
     assert [row.clipped for row in rows] == [True, False]
-    assert [row.trusted for row in rows] == [False, True]
+    assert [row.has_trust_ratio for row in rows] == [False, True]
 
 
 @pytest.mark.parametrize("scale", [{"weight": 0.5}, lambda name, param: 1.0])

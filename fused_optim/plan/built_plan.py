@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..options.clip import ClipOptions
+from ..options.clip import NO_CLIP, ClipOptions
 from ..row import Row
 from ..rule import Rule
 from ..shards import Shards
@@ -51,6 +51,7 @@ class BuiltPlan:
             DeviceBuffers(device, of_device, measures=measures, exchanges=device in shards)
             for device, of_device in rows_on_devices(rows).items()
         ]
+        self._step = Step(1.0, 1, NO_CLIP, False, (), None)
         # What only one CUDA device steps reads everything there, and nothing waits for it.
         self.waits = len(self.buffers) != 1 or len(self.buffers[0].rows) != len(rows)
 
@@ -74,17 +75,22 @@ class BuiltPlan:
         )
 
     def new_step(self, scale: LossScale, clip: ClipOptions, *, waits: bool) -> Step:
-        """A step of the rows that the refresh has accepted. ``waits``: somebody waits for the devices, if there are."""
-        divisor = 1.0 if scale.scale is None or not waits else float(scale.scale)
-        return Step(
-            grad_scale=1.0 / divisor,
-            threads=torch.get_num_threads(),
-            clip=clip,
-            finds_inf=scale.finds_inf,
-            devices=[buffers.step(scale.scale, scale.found_inf, finds_inf=scale.finds_inf) for buffers in self.buffers],
-            exchange=None,
-            global_norm=0.0 if waits else None,
-        )
+        """A step of the rows that the refresh has accepted, in the place of the plan's last.
+
+        ``waits``: somebody waits for the devices, if there are.
+        """
+        step = self._step
+        step.grad_scale = 1.0 if scale.scale is None or not waits else 1.0 / float(scale.scale)
+        step.threads = torch.get_num_threads()
+        step.clip = clip
+        step.finds_inf = scale.finds_inf
+        if self.buffers:
+            step.devices = [
+                buffers.step(scale.scale, scale.found_inf, finds_inf=scale.finds_inf) for buffers in self.buffers
+            ]
+        step.exchange = None
+        step.global_norm = 0.0 if waits else None
+        return step
 
     def has_found_inf(self) -> bool:
         """Whether the last `reduce` has met an element that is infinite or NaN: waits for the devices."""

@@ -18,10 +18,15 @@ class LossScale:
     __slots__ = ("finds_inf", "found_inf", "scale")
 
     def __init__(self, optimizer: Any) -> None:
-        attributes = optimizer.__dict__  # asking for one that is not there would cost a fifth of a small step
-        self.scale: Tensor | None = attributes.get("grad_scale")
-        self.found_inf: Tensor | None = attributes.get("found_inf")
+        self.scale: Tensor | None = getattr(optimizer, "grad_scale", None)
+        self.found_inf: Tensor | None = getattr(optimizer, "found_inf", None)
         self.finds_inf: bool = self.found_inf is not None and optimizer.finds_inf
+
+    @classmethod
+    def of(cls, optimizer: Any) -> LossScale:
+        """That of an optimizer; one that asks nothing, always the same, where no scaler has set anything."""
+        attributes = optimizer.__dict__
+        return cls(optimizer) if "found_inf" in attributes or "grad_scale" in attributes else NO_SCALE
 
     def stops(self) -> bool:
         """Whether the scaler itself has found an infinity, or a scale of 0 has left no gradient: waits for a device."""
@@ -36,3 +41,6 @@ class LossScale:
         """Tell the scaler of an infinity, if it has asked."""
         if self.finds_inf and self.found_inf is not None:
             self.found_inf.fill_(1.0)
+
+
+NO_SCALE = LossScale(None)
