@@ -79,10 +79,14 @@ constexpr int per_tensor_states() {
 }
 
 template <class T>
+FO_HOST_DEVICE inline T clamp(T value, T min, T max) {
+  value = value < min ? min : value;  // comparisons let NaN through, fmin and fmax would not
+  return value > max ? max : value;
+}
+
+template <class T>
 FO_HOST_DEVICE inline T transform(const GradTransform<T>& grad, T value) {
-  value = grad.scale * value;
-  value = value < grad.min ? grad.min : value;  // comparisons let NaN through, fmin and fmax would not
-  return value > grad.max ? grad.max : value;
+  return clamp(grad.scale * value, grad.min, grad.max);
 }
 
 // What a rule sees of a gradient element.

@@ -29,10 +29,11 @@ struct Row {
   double weight_decay_scale;
   int32_t group;  // index of the row's hyperparameters
   int32_t rule;   // index into the list of rules
-  DType dtype[kColumns];
+  // One word with `active`, which a device reads at once.
+  alignas(8) DType dtype[kColumns];
+  bool active;           // has a gradient that this backend takes at this step
   bool clipped;          // takes part in clipping
   bool has_trust_ratio;  // takes part in trust ratios
-  bool active;           // has a gradient that this backend takes at this step
 };
 
 template <class T>

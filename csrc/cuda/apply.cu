@@ -32,6 +32,27 @@ template <>
 struct StorageOf<DType::float64> {
   using type = double;
 };
+template <>
+struct StorageOf<DType::remainder> {
+  using type = int16_t;
+};
+template <>
+struct StorageOf<DType::none> {
+  using type = float;  // of a column that is never asked for
+};
+
+constexpr uint64_t number_of(DType dtype, int column) { return static_cast<uint64_t>(dtype) << 8 * column; }
+
+// The storages of a row's param, grad, master weight and states with a number an element, a byte each; and 0
+// for a row without a gradient. One load, and one comparison with what a layout has.
+FO_DEVICE uint64_t storages_of(const Row& row, int first_state, int states) {
+  uint64_t word;
+  __builtin_memcpy(&word, __builtin_assume_aligned(row.dtype, sizeof word), sizeof word);
+  if (word >> 8 * kColumns == 0) return 0;
+  const uint64_t before = word & ((uint64_t{1} << 8 * kFirstState) - 1);
+  const uint64_t of_states = word >> 8 * first_state & ((uint64_t{1} << 8 * states) - 1);
+  return before | of_states << 8 * kFirstState;
+}
 
 constexpr int widest(std::initializer_list<DType> columns) {
   int bytes = 0;
@@ -39,126 +60,39 @@ constexpr int widest(std::initializer_list<DType> columns) {
   return bytes;
 }
 
-// The parameter as a rule sees it: itself, or its master weight beside which it is a rounded copy.
-template <class T, DType kParamType, DType kMasterType, int N>
-struct ParamColumns {
-  using Storage = typename StorageOf<kParamType>::type;
-  using Param = FixedColumn<T, Storage, N, Reuse::soon>;
-  using Loaded = typename Param::Loaded;
-  Param param;
+// The parameter as a rule sees it: itself, or its master weight, or what it is the upper half of, beside
+// which it is a rounded copy.
+template <class S, Reuse kReuse>
+using ParamColumn = FixedColumn<S, kReuse, Reuse::soon>;
 
-  FO_DEVICE ParamColumns(const Row& row, int64_t begin) : param(row, kParam, begin) {}
-  template <Reuse kReuse>
-  FO_DEVICE Loaded fetch(int i, int n) const {
-    return load_vector<kReuse, Storage, N>(param.address, i, n, param.aligned);
-  }
-  FO_DEVICE static void widen(const Loaded& loaded, T (&out)[N]) { Param::widen(loaded, out); }
-  FO_DEVICE void put(int i, int n, const T (&values)[N]) const { param.put(i, n, values); }
-};
-
-template <class T, DType kParamType, int N>
-struct ParamColumns<T, kParamType, DType::float32, N> {
-  using Storage = typename StorageOf<kParamType>::type;
-  using Param = FixedColumn<T, Storage, N, Reuse::soon>;
-  using Master = FixedColumn<T, float, N>;
+template <class S, class M, Reuse kReuse>
+struct MasterColumns {
+  template <int N>
   struct Loaded {
-    typename Param::Loaded param;
-    typename Master::Loaded master;
+    Vector<S, N> param;
+    Vector<M, N> master;
   };
-  Param param;
-  Master master;
+  ParamColumn<S, kReuse> param;
+  FixedColumn<M, kReuse, Reuse::none> master;
 
-  FO_DEVICE ParamColumns(const Row& row, int64_t begin)
-      : param(row, kParam, begin), master(row, kMaster, begin) {}
-  FO_DEVICE ParamColumns(uint64_t param_address, uint64_t master_address)
-      : param(param_address), master(master_address) {}
-  template <Reuse kReuse>
-  FO_DEVICE Loaded fetch(int i, int n) const {
-    return {load_vector<kReuse, Storage, N>(param.address, i, n, param.aligned),
-            load_vector<kReuse, float, N>(master.address, i, n, master.aligned)};
+  FO_DEVICE MasterColumns(const Row& row, int index, int64_t begin)
+      : param(row, index, begin), master(row, kMaster, begin) {}
+  template <int N>
+  FO_DEVICE Loaded<N> fetch(int i, int plus) const {
+    return {param.template fetch<N>(i, plus), master.template fetch<N>(i, plus)};
   }
-  FO_DEVICE static void widen(const Loaded& loaded, T (&out)[N]) {
-#pragma unroll
-    for (int k = 0; k < N; ++k) out[k] = load_master(loaded.param.element[k], loaded.master.element[k]);
+  template <class T, int N>
+  FO_DEVICE void widen(const Loaded<N>& loaded, T (&out)[N]) const {
+    widen_whole(loaded.param, loaded.master, out);
   }
-  FO_DEVICE void put(int i, int n, const T (&values)[N]) const {
-    master.put(i, n, values);
-    Vector<Storage, N> rounded;
-#pragma unroll
-    for (int k = 0; k < N; ++k) store_ties_away(rounded.element[k], values[k]);
-    store_vector<Reuse::soon, Storage, N>(param.address, i, n, param.aligned, rounded);
+  template <class T, int N>
+  FO_DEVICE void narrow(const T (&values)[N], Loaded<N>& out) const {
+    narrow_whole(values, out.param, out.master);
   }
-};
-
-template <class T, int N>
-struct ParamColumns<T, DType::bfloat16, DType::remainder, N> {
-  struct Loaded {
-    Vector<bfloat16, N> upper;
-    Vector<int16_t, N> lower;
-  };
-  bfloat16* param;
-  int16_t* remainder;
-  bool param_aligned, remainder_aligned;
-
-  FO_DEVICE ParamColumns(uint64_t param_address, uint64_t remainder_address)
-      : param(reinterpret_cast<bfloat16*>(param_address)),
-        remainder(reinterpret_cast<int16_t*>(remainder_address)),
-        param_aligned(is_aligned<2 * N>(param_address)),
-        remainder_aligned(is_aligned<2 * N>(remainder_address)) {}
-  FO_DEVICE ParamColumns(const Row& row, int64_t begin)
-      : ParamColumns(row.address[kParam] + 2 * static_cast<uint64_t>(begin),
-                     row.address[kMaster] + 2 * static_cast<uint64_t>(begin)) {}
-  template <Reuse kReuse>
-  FO_DEVICE Loaded fetch(int i, int n) const {
-    return {load_vector<kReuse, bfloat16, N>(param, i, n, param_aligned),
-            load_vector<kReuse, int16_t, N>(remainder, i, n, remainder_aligned)};
-  }
-  FO_DEVICE static void widen(const Loaded& loaded, T (&out)[N]) {
-#pragma unroll
-    for (int k = 0; k < N; ++k) out[k] = load_split(loaded.upper.element[k], loaded.lower.element[k]);
-  }
-  FO_DEVICE void put(int i, int n, const T (&values)[N]) const {
-    Loaded out;
-#pragma unroll
-    for (int k = 0; k < N; ++k) store_split(out.upper.element[k], out.lower.element[k], values[k]);
-    store_vector<Reuse::soon, bfloat16, N>(param, i, n, param_aligned, out.upper);
-    store_vector<Reuse::none, int16_t, N>(remainder, i, n, remainder_aligned, out.lower);
-  }
-};
-
-template <class T, int N>
-struct AnyParamColumns {
-  using Loaded = typename AnyColumn<T, N>::Loaded;
-  AnyColumn<T, N> param, master;
-
-  FO_DEVICE AnyParamColumns(const Row& row, int64_t begin)
-      : param(row, kParam, begin), master(row, kMaster, begin) {}
-
-  // Calls `visit` with the columns of a parameter that has a master weight; false where it has none.
-  template <class Visit>
-  FO_DEVICE bool with_master(const Visit& visit) const {
-    if constexpr (sizeof(T) == 4) {  // a float64 parameter has no master weight
-      if (master.dtype == DType::remainder) {
-        visit(ParamColumns<T, DType::bfloat16, DType::remainder, N>(param.address, master.address));
-      } else if (master.dtype == DType::float32 && param.dtype == DType::bfloat16) {
-        visit(ParamColumns<T, DType::bfloat16, DType::float32, N>(param.address, master.address));
-      } else if (master.dtype == DType::float32) {
-        visit(ParamColumns<T, DType::float16, DType::float32, N>(param.address, master.address));
-      }
-      return master.dtype != DType::none;
-    }
-    return false;
-  }
-  template <Reuse kReuse>
-  FO_DEVICE Loaded fetch(int i, int n) const {
-    Loaded out;
-    const bool done = with_master(
-        [&](const auto& columns) { columns.widen(columns.template fetch<kReuse>(i, n), out.element); });
-    return done ? out : param.fetch(i, n);
-  }
-  FO_DEVICE static void widen(const Loaded& loaded, T (&out)[N]) { AnyColumn<T, N>::widen(loaded, out); }
-  FO_DEVICE void put(int i, int n, const T (&values)[N]) const {
-    if (!with_master([&](const auto& columns) { columns.put(i, n, values); })) param.put(i, n, values);
+  template <int N>
+  FO_DEVICE void put(int i, int plus, const Loaded<N>& out) const {
+    master.template put<N>(i, plus, out.master);
+    param.template put<N>(i, plus, out.param);
   }
 };
 
@@ -169,33 +103,35 @@ template <DType kParamType, DType kGradType, DType kMasterType, DType kStateType
 struct Layout {
   static constexpr int kWidest = widest({kParamType, kGradType, kMasterType, kStateType});
   static constexpr int kVector = 16 / kWidest;
-  template <class T>
-  using Param = ParamColumns<T, kParamType, kMasterType, kVector>;
-  template <class T>
-  using Grad = FixedColumn<T, typename StorageOf<kGradType>::type, kVector>;
+  static constexpr int kParamBytes = size_of(kParamType) + size_of(kMasterType);
+  static constexpr int kGradBytes = size_of(kGradType);
+  static constexpr int kStateBytes = size_of(kStateType);
+  using ParamStorage = typename StorageOf<kParamType>::type;
   template <class T, Reuse kReuse>
-  using State = FixedColumn<T, typename StorageOf<kStateType>::type, kVector, kReuse>;
+  using Param = typename std::conditional<kMasterType == DType::none, ParamColumn<ParamStorage, kReuse>,
+                                          MasterColumns<ParamStorage, typename StorageOf<kMasterType>::type,
+                                                        kReuse>>::type;
+  template <class T>
+  using Grad = FixedColumn<typename StorageOf<kGradType>::type, Reuse::none>;
+  template <class T, Reuse kReuse>
+  using State = FixedColumn<typename StorageOf<kStateType>::type, kReuse>;
 
-  FO_DEVICE static bool fits(const Row& row, int first_state, int states) {
-    bool same =
-        row.dtype[kParam] == kParamType && row.dtype[kGrad] == kGradType && row.dtype[kMaster] == kMasterType;
-    for (int k = 0; k < states; ++k) same = same && row.dtype[first_state + k] == kStateType;
-    return same;
+  static constexpr uint64_t storages(int states) {
+    uint64_t own = number_of(kParamType, kParam) | number_of(kGradType, kGrad) | number_of(kMasterType, kMaster);
+    for (int k = 0; k < states; ++k) own |= number_of(kStateType, kFirstState + k);
+    return own;
   }
 };
 
 template <class T>
 struct AnyLayout {
-  static constexpr int kWidest = sizeof(T);
-  static constexpr int kVector = 16 / kWidest;
-  template <class U>
-  using Param = AnyParamColumns<U, kVector>;
-  template <class U>
-  using Grad = AnyColumn<U, kVector>;
+  static constexpr int kVector = 1;  // elements
   template <class U, Reuse>
-  using State = AnyColumn<U, kVector>;
-
-  FO_DEVICE static bool fits(const Row&, int, int) { return true; }
+  using Param = AnyParamColumns<U>;
+  template <class U>
+  using Grad = AnyColumn<U>;
+  template <class U, Reuse>
+  using State = AnyColumn<U>;
 };
 
 template <class... L>
@@ -239,6 +175,22 @@ constexpr int element_states() {
   return Rule::kStateCount - per_tensor_states<Rule>();
 }
 
+// Blocks that a multiprocessor runs at once: as many as registers allow without a spill.
+template <class T>
+constexpr int blocks_at_once(Pass pass, int states) {
+  return sizeof(T) == 8 || pass == Pass::accumulate || states > 2 ? 2 : 3;
+}
+
+// Vectors of each column that a thread asks for before it waits. The memory of an H200 is busy where each
+// multiprocessor has asked for 48 KB, that of an H100 with 32 KB.
+template <class T, class L>
+constexpr int vectors_in_flight(Pass pass, int states) {
+  constexpr int kBytesInFlight = 48 * 1024;
+  const int threads = blocks_at_once<T>(pass, states) * kThreads;
+  const int bytes = L::kParamBytes + (pass == Pass::move ? 0 : L::kGradBytes) + states * L::kStateBytes;
+  return (kBytesInFlight - 1) / (threads * bytes * L::kVector) + 1;
+}
+
 // The first of the rules that have this one's update: those whose Scalars are the same type.
 template <class Rule, class First, class... Others>
 constexpr auto first_alike() {
@@ -250,9 +202,6 @@ constexpr auto first_alike() {
   }
 }
 
-// Elements of each column that a thread has under way at once.
-constexpr int kInFlight = 8;
-
 FO_DEVICE TileSums sum_warp(TileSums sums) {
 #pragma unroll
   for (int distance = kWarp / 2; distance > 0; distance /= 2) {
@@ -262,93 +211,202 @@ FO_DEVICE TileSums sum_warp(TileSums sums) {
   return sums;
 }
 
+// The columns of one row, in one layout, as one pass of a rule walks them.
 template <Pass kPass, class Rule, class T, class L>
-FO_DEVICE TileSums walk_tile(const Row& row, int first_state, const Record<Rule, T>& s, int64_t begin, int n,
-                             int lane) {
-  constexpr int N = L::kVector;
-  constexpr int kUnroll = L::kWidest == 8 ? 1 : kInFlight / N;
-  constexpr int kStates = element_states<Rule>();
-  constexpr int kRoom = kStates > 0 ? kStates : 1;
-  // What the first of two passes leaves behind, the second reads.
-  constexpr Reuse kReuse = kPass == Pass::accumulate ? Reuse::soon : Reuse::none;
-  static_assert(kStates <= 3, "spell out one more column");
-  using State = typename L::template State<T, kReuse>;
-  using Param = typename L::template Param<T>;
-  using Grad = typename L::template Grad<T>;
-  const Param param(row, begin);
-  const Grad grad(row, kGrad, begin);
-  const State state[3] = {{row, kStates > 0 ? first_state : kParam, begin},
-                          {row, kStates > 1 ? first_state + 1 : kParam, begin},
-                          {row, kStates > 2 ? first_state + 2 : kParam, begin}};
-  TileSums sums{0, 0};
-  for (int strip = lane * N; strip < n; strip += kUnroll * kWarp * N) {
-    typename Param::Loaded params[kUnroll];
-    typename Grad::Loaded grads[kUnroll];
-    typename State::Loaded states[kUnroll][kRoom];
+class Columns {
+ public:
+  static constexpr int kVector = L::kVector;
+
+  FO_DEVICE Columns(const Row& row, int first_state, int64_t begin)
+      : param_(row, kParam, begin),
+        grad_(row, kGrad, begin),
+        state_{{row, kStates > 0 ? first_state : kParam, begin},
+               {row, kStates > 1 ? first_state + 1 : kParam, begin},
+               {row, kStates > 2 ? first_state + 2 : kParam, begin}} {}
+
+  // kCount vectors of N elements of each lane, from `first` on, which are asked for together. Adds to sums.
+  // With QuickFloats: false, and `first` is where to go on with floats, if a lane has a result that is NaN.
+  template <class Number, int N, int kCount>
+  FO_DEVICE bool walk(const Record<Rule, Number>& s, int& first, int n, int lane, TileSums& sums) const {
+    typename Param::template Loaded<N> params[kCount];
+    typename Grad::template Loaded<N> grads[kCount];
+    typename State::template Loaded<N> states[kCount][kRoom];
+    const int i = place<N>(first, lane);
 #pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      const int i = strip + u * kWarp * N;
-      if constexpr (kPass != Pass::move) grads[u] = grad.fetch(i, n - i);
-      params[u] = param.template fetch<kReuse>(i, n - i);
+    for (int u = 0; u < kCount; ++u) {
+      const int plus = u * kApart<N>;
+      if (N == 1 && i + plus >= n) continue;
+      if constexpr (kPass != Pass::move) grads[u] = grad_.template fetch<N>(i, plus);
+      params[u] = param_.template fetch<N>(i, plus);
 #pragma unroll
-      for (int k = 0; k < kStates; ++k) states[u][k] = state[k].fetch(i, n - i);
+      for (int k = 0; k < kStates; ++k) states[u][k] = state_[k].template fetch<N>(i, plus);
     }
 #pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      const int i = strip + u * kWarp * N;
-      T value[N], wide_grad[N], wide_state[kRoom][N];
-      Param::widen(params[u], value);
-      if constexpr (kPass != Pass::move) Grad::widen(grads[u], wide_grad);
+    for (int u = 0; u < kCount; ++u) {
+      const int plus = u * kApart<N>;
+      if (N == 1 && i + plus >= n) continue;
+      Number value[N], grad[N], state[kRoom][N], direction[N];
+      param_.widen(params[u], value);
+      if constexpr (kPass != Pass::move) grad_.widen(grads[u], grad);
 #pragma unroll
-      for (int k = 0; k < kStates; ++k) State::widen(states[u][k], wide_state[k]);
+      for (int k = 0; k < kStates; ++k) state_[k].widen(states[u][k], state[k]);
+      if constexpr (kPass != Pass::move) transform(s.grad, grad, value);
 #pragma unroll
       for (int e = 0; e < N; ++e) {
-        T element[kRoom];
+        Number element[kRoom];
 #pragma unroll
-        for (int k = 0; k < kStates; ++k) element[k] = wide_state[k][e];
+        for (int k = 0; k < kStates; ++k) element[k] = state[k][e];
         if constexpr (kPass == Pass::update) {
-          Rule::update(value[e], transform(s.grad, wide_grad[e], value[e]), element, s.scalars);
+          Rule::update(value[e], grad[e], element, s.scalars);
         } else if constexpr (kPass == Pass::accumulate) {
-          Rule::accumulate(transform(s.grad, wide_grad[e], value[e]), element, s.scalars);
+          Rule::accumulate(grad[e], element, s.scalars);
         } else {
           value[e] = value[e] - s.scalars.step_size * Rule::direction(value[e], element, s.scalars);
         }
 #pragma unroll
-        for (int k = 0; k < kStates; ++k) wide_state[k][e] = element[k];
-        if constexpr (kPass == Pass::accumulate) {
-#pragma unroll
-          for (int k = 0; k < kStates; ++k) element[k] = state[k].rounded(element[k]);
-          const auto direction = static_cast<double>(Rule::direction(value[e], element, s.scalars));
-          const auto wide = static_cast<double>(value[e]);
-          if (i + e < n) {
-            sums.direction_sq += direction * direction;
-            sums.param_sq += wide * wide;
-          }
-        }
+        for (int k = 0; k < kStates; ++k) state[k][e] = element[k];
       }
-      if constexpr (kPass != Pass::accumulate) param.put(i, n - i, value);
+      if constexpr (kPass != Pass::accumulate) param_.narrow(value, params[u]);
       if constexpr (kPass != Pass::move) {
 #pragma unroll
-        for (int k = 0; k < kStates; ++k) state[k].put(i, n - i, wide_state[k]);
+        for (int k = 0; k < kStates; ++k) state_[k].narrow(state[k], states[u][k]);
       }
+      bool nan = any_nan(value);
+#pragma unroll
+      for (int k = 0; k < kStates; ++k) nan = nan | any_nan(state[k]);
+      if constexpr (kPass == Pass::accumulate) {
+#pragma unroll
+        for (int k = 0; k < kStates; ++k) state_[k].widen(states[u][k], state[k]);
+#pragma unroll
+        for (int e = 0; e < N; ++e) {
+          Number element[kRoom];
+#pragma unroll
+          for (int k = 0; k < kStates; ++k) element[k] = state[k][e];
+          direction[e] = Rule::direction(value[e], element, s.scalars);
+        }
+        nan = nan | any_nan(direction);
+      }
+      if (std::is_same<Number, QuickFloat>::value && __any_sync(0xffffffffu, nan)) {
+        first += plus;
+        return false;
+      }
+      if constexpr (kPass == Pass::accumulate) {
+#pragma unroll
+        for (int e = 0; e < N; ++e) {
+          sums.direction_sq += static_cast<double>(direction[e]) * static_cast<double>(direction[e]);
+          sums.param_sq += static_cast<double>(value[e]) * static_cast<double>(value[e]);
+        }
+      } else {
+        param_.template put<N>(i, plus, params[u]);
+      }
+      if constexpr (kPass != Pass::move) {
+#pragma unroll
+        for (int k = 0; k < kStates; ++k) state_[k].template put<N>(i, plus, states[u][k]);
+      }
+    }
+    return true;
+  }
+
+ private:
+  static constexpr int kStates = element_states<Rule>();
+  static constexpr int kRoom = kStates > 0 ? kStates : 1;
+  static_assert(kStates <= 3, "spell out one more column");
+  // What the first of two passes leaves behind, the second reads.
+  static constexpr Reuse kReuse = kPass == Pass::accumulate ? Reuse::soon : Reuse::none;
+  using Param = typename L::template Param<T, kReuse>;
+  using Grad = typename L::template Grad<T>;
+  using State = typename L::template State<T, kReuse>;
+
+  // Where a lane's first vector lies, or its first element, and how far apart they are. Elements lie side by
+  // side over the lanes, but where a sum is taken: there each lane takes those of its vectors, so that a sum has
+  // one order whatever the addresses are.
+  template <int N>
+  static constexpr int kApart = N == 1 && kVector > 1 && kPass == Pass::accumulate ? 1 : kWarp * N;
+  template <int N>
+  FO_DEVICE static int place(int first, int lane) {
+    if (N > 1) return first;
+    if (kApart<N> != 1) return first + lane;
+    const int within = first % (kWarp * kVector);
+    return first - within + lane * kVector + within / kWarp;
+  }
+
+  template <class Number, int N>
+  FO_DEVICE static bool any_nan(const Number (&values)[N]) {
+    bool nan = false;
+    if constexpr (N == 1) return nan;
+#pragma unroll
+    for (int e = 0; e < N; e += 2)
+      nan = nan | ((values[e] != values[e]) | (values[e + 1] != values[e + 1]));
+    return nan;
+  }
+
+  Param param_;
+  Grad grad_;
+  State state_[3];
+};
+
+// What is computed with where a whole vector is at hand.
+template <class T>
+struct NumberOf {
+  using type = T;
+};
+template <>
+struct NumberOf<float> {
+  using type = QuickFloat;
+};
+
+template <Pass kPass, class Rule, class T, class L>
+FO_DEVICE TileSums walk_tile(const Row& row, int first_state, const Record<Rule, T>& record, int64_t begin, int n,
+                             int lane) {
+  using Number = typename NumberOf<T>::type;
+  constexpr int N = L::kVector;
+  const Columns<kPass, Rule, T, L> columns(row, first_state, begin);
+  TileSums sums{0, 0};
+  constexpr int kElements = sizeof(T) == 8 ? 2 : 4;
+  if constexpr (N == 1) {
+#pragma unroll 1
+    for (int first = 0; first < n; first += kWarp * kElements)
+      columns.template walk<T, 1, kElements>(record, first, n, lane, sums);
+  } else {
+    constexpr int kStrip = vectors_in_flight<T, L>(kPass, element_states<Rule>()) * kWarp * N;
+    Record<Rule, Number> numbers;
+    static_assert(sizeof numbers == sizeof record, "a record holds numbers only");
+    __builtin_memcpy(&numbers, &record, sizeof record);
+    uint64_t addresses = row.address[kParam] | row.address[kGrad] | row.address[kMaster];
+#pragma unroll
+    for (int k = 0; k < element_states<Rule>(); ++k) addresses |= row.address[first_state + k];
+    const bool whole = n == kTile && addresses % 16 == 0 && has_quick_bounds(numbers.grad);
+#pragma unroll 1
+    for (int own = lane * N; own < n + lane * N; own += kStrip) {
+      int first = own;
+      if (whole && columns.template walk<Number, N, kStrip / kWarp / N>(numbers, first, n, lane, sums)) continue;
+      first -= lane * N;
+#pragma unroll 1
+      do {
+        columns.template walk<T, 1, kElements>(record, first, n, lane, sums);
+        first += kWarp * kElements;
+      } while (first < own - lane * N + kStrip);
     }
   }
   return sums;
 }
 
 template <Pass kPass, class Rule, class T, class L, class... Others>
-FO_DEVICE TileSums walk_tile_as(LayoutList<L, Others...>, const Row& row, int first_state,
-                                const Record<Rule, T>& s, int64_t begin, int n, int lane) {
+FO_DEVICE TileSums walk_tile_as(LayoutList<L, Others...>, uint64_t storages, const Row& row, int first_state,
+                                const Record<Rule, T>& record, int64_t begin, int n, int lane) {
   if constexpr (sizeof...(Others) != 0) {
-    if (!L::fits(row, first_state, element_states<Rule>())) {
-      return walk_tile_as<kPass, Rule, T>(LayoutList<Others...>{}, row, first_state, s, begin, n, lane);
+    constexpr uint64_t kStorages = L::storages(element_states<Rule>());
+    if (storages != kStorages) {
+      return walk_tile_as<kPass, Rule, T>(LayoutList<Others...>{}, storages, row, first_state, record, begin, n,
+                                          lane);
     }
   }
-  return walk_tile<kPass, Rule, T, L>(row, first_state, s, begin, n, lane);
+  return walk_tile<kPass, Rule, T, L>(row, first_state, record, begin, n, lane);
 }
 
 template <Pass kPass, class Rule, class T>
-__global__ void __launch_bounds__(kThreads, 2) apply_kernel(Bucket bucket) {
+__global__ void 
+    __launch_bounds__(kThreads, blocks_at_once<T>(kPass, element_states<Rule>())) apply_kernel(Bucket bucket) {
   const bool skip = bucket.control->skip != 0;  // asked below: the loads until there do not wait for it
   const int warp = static_cast<int>(threadIdx.x) / kWarp;
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
@@ -361,7 +419,8 @@ __global__ void __launch_bounds__(kThreads, 2) apply_kernel(Bucket bucket) {
   const Extent extent = extents[__popc(__ballot_sync(0xffffffffu, passed))];
   if (skip || extent.row < 0) return;
   const Row& row = bucket.rows[extent.row];
-  if (!row.active) return;
+  const uint64_t storages = storages_of(row, bucket.first_state, element_states<Rule>());
+  if (storages == 0) return;
   const int64_t begin = (tile - extent.first_tile) * kTile;
   const int64_t left = row.numel - begin;
   const int n = left < kTile ? static_cast<int>(left) : kTile;
@@ -369,8 +428,8 @@ __global__ void __launch_bounds__(kThreads, 2) apply_kernel(Bucket bucket) {
   // Said to be aligned, which an array of bytes is not: it would be loaded byte by byte.
   const void* bytes = __builtin_assume_aligned(bucket.records[extent.row].bytes, alignof(ScalarsRecord));
   __builtin_memcpy(&record, bytes, sizeof record);
-  const TileSums sums = walk_tile_as<kPass, Rule, T>(Layouts<T, element_states<Rule>()>{}, row,
-                                                     bucket.first_state, record, begin, n, lane);
+  const TileSums sums = walk_tile_as<kPass, Rule, T>(Layouts<T, element_states<Rule>()>{}, storages,
+                                                     row, bucket.first_state, record, begin, n, lane);
   if constexpr (kPass == Pass::accumulate) {
     const TileSums total = sum_warp(sums);
     if (lane == 0) bucket.tile_sums[tile] = total;

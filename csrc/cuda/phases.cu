@@ -425,7 +425,7 @@ class CudaPhasesOfDevice final : public CudaPhases {
     }
     uploading_ = false;
     constexpr size_t kUsed =
-        offsetof(Row, active) + sizeof(bool);  // without the padding behind: it may be anything
+        offsetof(Row, has_trust_ratio) + sizeof(bool);  // without the padding behind: it may be anything
     for (size_t r = 0; r < row_count_; ++r) {
       unsigned char* at = bytes(rows_ + r * sizeof(Row));
       std::memcpy(at, &own_rows_[r], kUsed);

@@ -61,40 +61,72 @@ struct Square {
   bool non_finite;
 };
 
-FO_DEVICE bool is_finite(float value) { return (bits_of(value) & 0x7fffffffu) < 0x7f800000u; }
-FO_DEVICE bool is_finite(double value) { return value - value == 0; }
+FO_DEVICE bool is_finite(float value) { return fabsf(value) < HUGE_VALF; }
+FO_DEVICE bool is_finite(double value) { return fabs(value) < HUGE_VAL; }
 
-// Calls f(element) for this thread's elements of a column, always in the same order.
-template <class Column, int N, class F>
-FO_DEVICE void for_each(const Column& column, int n, Team team, const F& f) {
-  for (int first = team.thread * N; first < n; first += kVectorsInFlight * team.threads * N) {
-    typename Column::Loaded loaded[kVectorsInFlight];
+// Calls f(element) for this thread's elements of a column, always in the same order: for those of kVectors
+// vectors at a time, which are under way together, as long as all of them are whole; then one by one. Where
+// vectors lie at no multiple of their size, or end early, elements are asked for.
+template <int kVectors, class Numbers, class F>
+FO_DEVICE void for_each(const Numbers& numbers, int n, Team team, const F& f) {
+  constexpr int N = Numbers::kVector;
+  const int apart = team.threads * N;
+  int i = team.thread * N;
+  if (numbers.aligned) {
+    int whole = n / (kVectors * apart);
+#pragma unroll 1
+    for (; whole > 0; --whole) {
+      typename Numbers::Loaded loaded[kVectors];
 #pragma unroll
-    for (int u = 0; u < kVectorsInFlight; ++u) {
-      const int i = first + u * team.threads * N;
-      loaded[u] = column.fetch(i, n - i);
+      for (int u = 0; u < kVectors; ++u) loaded[u] = numbers.fetch(i + u * apart);
+#pragma unroll
+      for (int u = 0; u < kVectors; ++u) {
+#pragma unroll
+        for (int e = 0; e < N; ++e) f(numbers.element(loaded[u], e));
+      }
+      i += kVectors * apart;
+    }
+#pragma unroll 1
+    for (; kVectors > 1 && n - i >= N; i += apart) {
+      const typename Numbers::Loaded loaded = numbers.fetch(i);
+#pragma unroll
+      for (int e = 0; e < N; ++e) f(numbers.element(loaded, e));
+    }
+  }
+#pragma unroll 1
+  for (; i < n; i += apart) {
+    typename Numbers::Loaded loaded{};
+#pragma unroll
+    for (int e = 0; e < N; ++e) {
+      if (e < n - i) numbers.fetch_element(i, e, loaded);
     }
 #pragma unroll
-    for (int u = 0; u < kVectorsInFlight; ++u) {
-      const int left = n - first - u * team.threads * N;
-#pragma unroll
-      for (int e = 0; e < N; ++e) {
-        if (e < left) f(column.element(loaded[u], e));
-      }
+    for (int e = 0; e < N; ++e) {
+      if (e < n - i) f(numbers.element(loaded, e));
     }
   }
 }
 
+// Where only squares count, a zero's sign does not.
+FO_DEVICE float clamp_for_square(float value, const GradTransform<float>& grad) {
+  return quick_clamp(value, grad.min, grad.max);
+}
+FO_DEVICE double clamp_for_square(double value, const GradTransform<double>& grad) {
+  return clamp(value, grad.min, grad.max);
+}
+FO_DEVICE float largest_of(float a, float b) { return quick_maximum(a, b); }
+FO_DEVICE double largest_of(double a, double b) { return maximum(a, b); }
+
 // A thread's sum of squares: in float, and where a square overflowed or was lost to underflow once more in
 // double.
-template <class T, int N, class Column>
-FO_DEVICE Square sum_squares(const Column& column, const GradTransform<T>& grad, int n, Team team) {
+template <class T, class Numbers>
+FO_DEVICE Square sum_squares(const Numbers& numbers, const GradTransform<T>& grad, int n, Team team) {
   T sum = 0, largest = 0;
   bool non_finite = false;
-  for_each<Column, N>(column, n, team, [&](T element) {
-    const T value = transform(grad, element);
-    non_finite = non_finite || !is_finite(element);
-    largest = maximum(largest, value < 0 ? -value : value);
+  for_each<kVectorsInFlight>(numbers, n, team, [&](T element) {
+    const T value = clamp_for_square(grad.scale * element, grad);
+    non_finite = non_finite | !is_finite(element);
+    largest = largest_of(largest, value < 0 ? -value : value);
     sum += value * value;
   });
   Square result{static_cast<double>(sum), static_cast<double>(largest), non_finite};
@@ -102,7 +134,7 @@ FO_DEVICE Square sum_squares(const Column& column, const GradTransform<T>& grad,
     const bool sure = (sum > 1e-20f && sum < 1e30f) || largest == 0 || !is_finite(largest);
     if (!sure) {
       result.sum = 0;
-      for_each<Column, N>(column, n, team, [&](T element) {
+      for_each<1>(numbers, n, team, [&](T element) {
         const double value = static_cast<double>(transform(grad, element));
         result.sum += value * value;
       });
@@ -118,56 +150,40 @@ struct Numbers {
   const S* address;
   bool aligned;
 
-  FO_DEVICE explicit Numbers(uint64_t at)
-      : address(reinterpret_cast<const S*>(at)), aligned(is_aligned<16>(at)) {}
-  FO_DEVICE Loaded fetch(int i, int n) const {
-    return load_vector<Reuse::soon, S, kVector>(address, i, n, aligned);
+  FO_DEVICE explicit Numbers(uint64_t at) : address(reinterpret_cast<const S*>(at)), aligned(at % 16 == 0) {}
+  FO_DEVICE Loaded fetch(int i) const { return load_global<Reuse::soon, Loaded>(address + i); }
+  FO_DEVICE void fetch_element(int i, int e, Loaded& loaded) const {
+    loaded.put(e, load_global<Reuse::soon, S>(address + i + e));
   }
-  FO_DEVICE static T element(const Loaded& loaded, int e) { return static_cast<T>(load(loaded.element[e])); }
+  FO_DEVICE static T element(const Loaded& loaded, int e) { return static_cast<T>(load(loaded.at(e))); }
 };
 
-struct SplitNumbers {
-  static constexpr int kVector = 8;
-  struct Loaded {
-    Vector<bfloat16, kVector> upper;
-    Vector<int16_t, kVector> lower;
-  };
-  Numbers<float, bfloat16> param;
-  const int16_t* remainder;
-  bool aligned;
-
-  FO_DEVICE SplitNumbers(uint64_t param_at, uint64_t remainder_at)
-      : param(param_at),
-        remainder(reinterpret_cast<const int16_t*>(remainder_at)),
-        aligned(is_aligned<16>(remainder_at)) {}
-  FO_DEVICE Loaded fetch(int i, int n) const {
-    return {param.fetch(i, n), load_vector<Reuse::soon, int16_t, kVector>(remainder, i, n, aligned)};
-  }
-  FO_DEVICE static float element(const Loaded& loaded, int e) {
-    return load_split(loaded.upper.element[e], loaded.lower.element[e]);
-  }
-};
-
-template <class Param>
+// A parameter beside its master weight, or beside the lower half of it.
+template <class S, class M>
 struct MasterNumbers {
-  static constexpr int kVector = 4;
+  static constexpr int kVector = 16 / sizeof(M);
   struct Loaded {
-    Vector<Param, kVector> param;
-    Vector<float, kVector> master;
+    Vector<S, kVector> param;
+    Vector<M, kVector> master;
   };
-  const Param* param;
-  Numbers<float, float> master;
+  const S* param;
+  const M* master;
   bool aligned;
 
   FO_DEVICE MasterNumbers(uint64_t param_at, uint64_t master_at)
-      : param(reinterpret_cast<const Param*>(param_at)),
-        master(master_at),
-        aligned(is_aligned<sizeof(Param) * kVector>(param_at)) {}
-  FO_DEVICE Loaded fetch(int i, int n) const {
-    return {load_vector<Reuse::soon, Param, kVector>(param, i, n, aligned), master.fetch(i, n)};
+      : param(reinterpret_cast<const S*>(param_at)),
+        master(reinterpret_cast<const M*>(master_at)),
+        aligned((param_at | master_at) % 16 == 0) {}
+  FO_DEVICE Loaded fetch(int i) const {
+    return {load_global<Reuse::soon, Vector<S, kVector>>(param + i),
+            load_global<Reuse::soon, Vector<M, kVector>>(master + i)};
+  }
+  FO_DEVICE void fetch_element(int i, int e, Loaded& loaded) const {
+    loaded.param.put(e, load_global<Reuse::soon, S>(param + i + e));
+    loaded.master.put(e, load_global<Reuse::soon, M>(master + i + e));
   }
   FO_DEVICE static float element(const Loaded& loaded, int e) {
-    return load_master(loaded.param.element[e], loaded.master.element[e]);
+    return load_whole(loaded.param.at(e), loaded.master.at(e));
   }
 };
 
@@ -177,7 +193,7 @@ FO_DEVICE Square sum_masters(const Row& row, const GradTransform<float>& grad, i
   const auto first = static_cast<uint64_t>(begin);
   const Numbers numbers(row.address[kParam] + 2 * first,
                         row.address[kMaster] + static_cast<uint64_t>(size_of(row.dtype[kMaster])) * first);
-  return sum_squares<float, Numbers::kVector>(numbers, grad, n, team);
+  return sum_squares<float>(numbers, grad, n, team);
 }
 
 template <class T, class S>
@@ -185,7 +201,7 @@ FO_DEVICE Square sum_numbers(const Row& row, int index, const GradTransform<T>& 
                              Team team) {
   using Column = Numbers<T, S>;
   const Column numbers(row.address[index] + static_cast<uint64_t>(begin) * sizeof(S));
-  return sum_squares<T, Column::kVector>(numbers, grad, n, team);
+  return sum_squares<T>(numbers, grad, n, team);
 }
 
 template <class T>
@@ -209,12 +225,12 @@ FO_DEVICE Square sum_param(const Row& row, int64_t begin, int n, Team team) {
   const GradTransform<T> as_it_is{1, static_cast<T>(-HUGE_VAL), static_cast<T>(HUGE_VAL), 0};
   if constexpr (sizeof(T) == 4) {
     if (row.dtype[kMaster] == DType::remainder) {
-      return sum_masters<SplitNumbers>(row, as_it_is, begin, n, team);
+      return sum_masters<MasterNumbers<bfloat16, int16_t>>(row, as_it_is, begin, n, team);
     }
     if (row.dtype[kMaster] == DType::float32) {
       return row.dtype[kParam] == DType::bfloat16
-                 ? sum_masters<MasterNumbers<bfloat16>>(row, as_it_is, begin, n, team)
-                 : sum_masters<MasterNumbers<float16>>(row, as_it_is, begin, n, team);
+                 ? sum_masters<MasterNumbers<bfloat16, float>>(row, as_it_is, begin, n, team)
+                 : sum_masters<MasterNumbers<float16, float>>(row, as_it_is, begin, n, team);
     }
   }
   return sum_column<T>(row, kParam, as_it_is, begin, n, team);
@@ -255,63 +271,37 @@ FO_DEVICE double read_weight_decay(RuleList<R...>, const Row& row, const CudaGro
   return read_hyper(group, index) * row.weight_decay_scale;
 }
 
-// The elements that a rule sees as the parameter: itself, or its master weight beside which it is a rounded
-// copy.
-template <class T>
-struct ParamNumbers {
-  AnyColumn<T, 1> param, master;
-
-  FO_DEVICE ParamNumbers(const Row& row, int64_t begin)
-      : param(row, kParam, begin), master(row, kMaster, begin) {}
-  FO_DEVICE T at(int i) const {
-    if constexpr (sizeof(T) == 4) {
-      if (master.dtype == DType::remainder) return load_split(bits_at<bfloat16>(i), lower_at(i));
-      if (master.dtype == DType::float32) {
-        const float whole = master.fetch(i, 1).element[0];
-        return param.dtype == DType::bfloat16 ? load_master(bits_at<bfloat16>(i), whole)
-                                              : load_master(bits_at<float16>(i), whole);
-      }
-    }
-    return param.fetch(i, 1).element[0];
-  }
-
- private:
-  template <class Param>
-  FO_DEVICE Param bits_at(int i) const {
-    return load_global<Reuse::soon, Param>(reinterpret_cast<const Param*>(param.address) + i);
-  }
-  FO_DEVICE int16_t lower_at(int i) const {
-    return load_global<Reuse::soon, int16_t>(reinterpret_cast<const int16_t*>(master.address) + i);
-  }
-};
-
 // Every sum of gradient and parameter that there is, each read once: for the norm of grad + weight_decay *
 // param. Elements one by one, in double: few optimizers ask for it.
 template <class T>
 FO_DEVICE Sums sum_decayed(const Row& row, const GradTransform<T>& grad, int64_t begin, int n, Team team) {
   constexpr int kElementsInFlight = 4;
-  const AnyColumn<T, 1> grads(row, kGrad, begin);
-  const ParamNumbers<T> params(row, begin);
+  const AnyColumn<T> grads(row, kGrad, begin);
+  const AnyParamColumns<T> params(row, kParam, begin);
   Sums sums{};
   for (int first = team.thread; first < n; first += kElementsInFlight * team.threads) {
-    T values[kElementsInFlight], param[kElementsInFlight];
+    typename AnyColumn<T>::template Loaded<1> of_grad[kElementsInFlight];
+    typename AnyParamColumns<T>::template Loaded<1> of_param[kElementsInFlight];
 #pragma unroll
     for (int u = 0; u < kElementsInFlight; ++u) {
       const int i = first + u * team.threads;
-      values[u] = i < n ? grads.fetch(i, 1).element[0] : T(0);
-      param[u] = i < n ? params.at(i) : T(0);
+      if (i >= n) continue;
+      of_grad[u] = grads.template fetch<1>(i, 0);
+      of_param[u] = params.template fetch<1>(i, 0);
     }
 #pragma unroll
     for (int u = 0; u < kElementsInFlight; ++u) {
       if (first + u * team.threads >= n) continue;
-      const auto own = static_cast<double>(transform(grad, values[u]));
-      const auto of_param = static_cast<double>(param[u]);
-      const auto decayed = static_cast<double>(transform(grad, values[u], param[u]));
+      T element[1], param[1];
+      grads.widen(of_grad[u], element);
+      params.widen(of_param[u], param);
+      const auto own = static_cast<double>(transform(grad, element[0]));
+      const auto decayed = static_cast<double>(transform(grad, element[0], param[0]));
       sums.norms.grad_sq += own * own;
       sums.norms.grad_max = maximum(sums.norms.grad_max, own < 0 ? -own : own);
-      sums.norms.param_sq += of_param * of_param;
+      sums.norms.param_sq += static_cast<double>(param[0]) * static_cast<double>(param[0]);
       sums.norms.decayed_sq += decayed * decayed;
-      if (!is_finite(values[u])) sums.non_finite = 1;
+      if (!is_finite(element[0])) sums.non_finite = 1;
     }
   }
   return sums;
@@ -356,7 +346,7 @@ FO_DEVICE Sums sum_range(const Row& row, const CudaGroup& group, const StepOptio
 
 }  // namespace
 
-__global__ void __launch_bounds__(kThreads, 2) reduce_kernel(ReduceTable table, CudaStep step) {
+__global__ void __launch_bounds__(kThreads, 3) reduce_kernel(ReduceTable table, CudaStep step) {
   const int block = static_cast<int>(blockIdx.x), thread = static_cast<int>(threadIdx.x);
   const StepOptions options = options_of(step);
   if (block < table.piece_count) {

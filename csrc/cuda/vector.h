@@ -1,9 +1,8 @@
-// Vectors of up to 16 bytes in global memory, and columns of a row as the kernels walk them.
+// Vectors of up to 16 bytes in global memory, the numbers in them, and columns of a row as the kernels walk
+// them.
 //
-// A column is read and written in vectors where its address allows it and by elements where not: under DDP's
-// bucket views a gradient lies at 4, 8 or 12 mod 16 while everything else is aligned, and then only the
-// gradient is read narrow. The four narrow loads of a vector meet in the first-level cache, so that device
-// memory sees the same traffic. Nothing outside [address, address + n) is touched.
+// What a load has asked for stays as whole words until a number is asked of it: only then does a thread wait,
+// and all loads before are under way together. Nothing outside [address, address + n) is touched.
 //
 // Accesses carry a cache policy. What a step reads and writes exactly once is evicted first (`cs`); what
 // another phase or the next forward pass reads stays.
@@ -11,6 +10,10 @@
 
 #include <cuda_runtime.h>
 
+#include <type_traits>
+
+#include "cuda/quick_float.h"
+#include "prepare.h"
 #include "row.h"
 #include "storage.h"
 
@@ -39,12 +42,6 @@ struct BitsOf<16> {
   using type = uint4;
 };
 
-// N elements as they lie in memory.
-template <class S, int N>
-struct alignas(sizeof(S) * N) Vector {
-  S element[N];
-};
-
 template <Reuse kReuse, class Value>
 FO_DEVICE Value load_global(const void* address) {
   using Bits = typename BitsOf<sizeof(Value)>::type;
@@ -67,74 +64,261 @@ FO_DEVICE void store_global(void* address, const Value& value) {
   }
 }
 
-template <int kBytes>
-FO_DEVICE bool is_aligned(uint64_t address) {
-  return address % kBytes == 0;
-}
+// N elements as they lie in memory. Two 16-bit elements share a word, from which the compiler would otherwise
+// take them as soon as it is loaded.
+template <class S, int N>
+struct Vector {
+  static constexpr bool kPairs = sizeof(S) == 2 && N > 1;
+  using Word = typename std::conditional<kPairs, uint32_t, typename BitsOf<sizeof(S)>::type>::type;
+  Word word[kPairs ? N / 2 : N];
 
-// Elements [i, i + N) of a column, of which only the first `n` exist; the others are zero.
-template <Reuse kReuse, class S, int N>
-FO_DEVICE Vector<S, N> load_vector(const S* column, int i, int n, bool aligned) {
-  if (aligned && n >= N) return load_global<kReuse, Vector<S, N>>(column + i);
-  Vector<S, N> vector{};
-#pragma unroll
-  for (int k = 0; k < N; ++k) {
-    // The next elements are in the same sectors: these must stay in the first-level cache until then.
-    if (k < n) vector.element[k] = load_global<Reuse::soon, S>(column + i + k);
+  FO_DEVICE S at(int k) const {
+    S element;
+    if constexpr (kPairs) {
+      const auto half = static_cast<uint16_t>(k % 2 == 0 ? word[k / 2] : word[k / 2] >> 16);
+      __builtin_memcpy(&element, &half, sizeof element);
+    } else {
+      __builtin_memcpy(&element, &word[k], sizeof element);
+    }
+    return element;
   }
-  return vector;
-}
-
-template <Reuse kReuse, class S, int N>
-FO_DEVICE void store_vector(S* column, int i, int n, bool aligned, const Vector<S, N>& vector) {
-  if (aligned && n >= N) return store_global<kReuse>(column + i, vector);
-#pragma unroll
-  for (int k = 0; k < N; ++k) {
-    if (k < n) store_global<kReuse>(column + i + k, vector.element[k]);
-  }
-}
-
-// A column whose storage is known when the kernel is compiled.
-template <class T, class S, int N, Reuse kReuse = Reuse::none>
-struct FixedColumn {
-  using Loaded = Vector<S, N>;
-  S* address;
-  bool aligned;
-
-  FO_DEVICE explicit FixedColumn(uint64_t at)
-      : address(reinterpret_cast<S*>(at)), aligned(is_aligned<sizeof(S) * N>(at)) {}
-
-  FO_DEVICE FixedColumn(const Row& row, int index, int64_t begin)
-      : FixedColumn(row.address[index] + static_cast<uint64_t>(begin) * sizeof(S)) {}
-
-  FO_DEVICE Loaded fetch(int i, int n) const { return load_vector<kReuse, S, N>(address, i, n, aligned); }
-
-  FO_DEVICE static void widen(const Loaded& loaded, T (&out)[N]) {
-#pragma unroll
-    for (int k = 0; k < N; ++k) out[k] = static_cast<T>(load(loaded.element[k]));
-  }
-
-  // What is read again of a value that is put.
-  FO_DEVICE T rounded(T value) const {
-    S stored;
-    store(stored, value);
-    return static_cast<T>(load(stored));
-  }
-
-  FO_DEVICE void put(int i, int n, const T (&values)[N]) const {
-    Vector<S, N> out;
-#pragma unroll
-    for (int k = 0; k < N; ++k) store(out.element[k], values[k]);
-    store_vector<kReuse, S, N>(address, i, n, aligned, out);
+  // In order: element 2k before 2k + 1.
+  FO_DEVICE void put(int k, S element) {
+    if constexpr (kPairs) {
+      uint16_t half;
+      __builtin_memcpy(&half, &element, sizeof half);
+      word[k / 2] = k % 2 == 0 ? half : word[k / 2] | static_cast<uint32_t>(half) << 16;
+    } else {
+      __builtin_memcpy(&word[k], &element, sizeof element);
+    }
   }
 };
 
-// A column whose storage is read from the row: for every combination that has no kernel of its own.
+// Numbers -------------------------------------------------------------------------------------------------
+//
+// As storage.h has them, one by one. For QuickFloats, none of which counts if it is NaN, the processor's own
+// conversions do where it has them: they differ in what they make of a NaN.
+
+template <class T, class S>
+FO_DEVICE T widen(S stored) {
+  if constexpr (std::is_same<T, QuickFloat>::value && std::is_same<S, float16>::value) {
+#if defined(__CUDA_ARCH__)
+    float value;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(stored.bits));
+    return value;
+#else
+    return load(stored);
+#endif
+  } else {
+    return static_cast<T>(load(stored));
+  }
+}
+
+template <class T, class S, int N>
+FO_DEVICE void widen(const Vector<S, N>& stored, T (&out)[N]) {
+#pragma unroll
+  for (int k = 0; k < N; ++k) out[k] = widen<T>(stored.at(k));
+}
+
+FO_DEVICE uint32_t pack(bfloat16, float low, float high) {
+  uint32_t bits;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(high), "f"(low));
+#else
+  bfloat16 one, other;
+  store(one, low);
+  store(other, high);
+  bits = one.bits | static_cast<uint32_t>(other.bits) << 16;
+#endif
+  return bits;
+}
+
+FO_DEVICE uint32_t pack(float16, float low, float high) {
+  uint32_t bits;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(high), "f"(low));
+#else
+  float16 one, other;
+  store(one, low);
+  store(other, high);
+  bits = one.bits | static_cast<uint32_t>(other.bits) << 16;
+#endif
+  return bits;
+}
+
+template <class S, int N>
+FO_DEVICE void narrow(const float (&values)[N], Vector<S, N>& out) {
+#pragma unroll
+  for (int k = 0; k < N; ++k) {
+    S element;
+    store(element, values[k]);
+    out.put(k, element);
+  }
+}
+
+template <class S, int N>
+FO_DEVICE void narrow(const QuickFloat (&values)[N], Vector<S, N>& out) {
+  if constexpr (Vector<S, N>::kPairs) {
+#pragma unroll
+    for (int k = 0; k < N; k += 2) out.word[k / 2] = pack(S{}, values[k].value, values[k + 1].value);
+  } else {
+#pragma unroll
+    for (int k = 0; k < N; ++k) out.put(k, values[k].value);
+  }
+}
+
+template <class S, int N>
+FO_DEVICE void narrow(const double (&values)[N], Vector<S, N>& out) {
+#pragma unroll
+  for (int k = 0; k < N; ++k) {
+    S element;
+    if constexpr (sizeof(S) == 8) {
+      store(element, values[k]);
+    } else {
+      store(element, static_cast<float>(values[k]));
+    }
+    out.put(k, element);
+  }
+}
+
+// A parameter and its master weight, or the lower half of it: load_master, load_split, store_ties_away and
+// store_split. For a QuickFloat a master that is NaN need not be told from one that rounds to another
+// parameter, nor a split that makes a NaN be mended: a NaN is what comes of either.
+FO_DEVICE float load_whole(bfloat16 param, int16_t lower) { return load_split(param, lower); }
+template <class S>
+FO_DEVICE float load_whole(S param, float master) {
+  return load_master(param, master);
+}
+
+FO_DEVICE QuickFloat load_whole_quickly(bfloat16 param, int16_t lower) {
+  const uint32_t upper = static_cast<uint32_t>(param.bits) << 16;
+  return float_of(upper + static_cast<uint32_t>(static_cast<int32_t>(lower)));
+}
+FO_DEVICE QuickFloat load_whole_quickly(bfloat16 param, float master) {
+  const uint32_t upper = static_cast<uint32_t>(param.bits) << 16;
+  return ((bits_of(master) + 0x8000u) ^ upper) < 0x10000u ? master : float_of(upper);
+}
+FO_DEVICE QuickFloat load_whole_quickly(float16 param, float master) {
+  const auto rounded = static_cast<uint16_t>(pack(param, master, master));
+  return rounded == param.bits ? master : widen<QuickFloat>(param).value;
+}
+
+template <class T, class S, class M, int N>
+FO_DEVICE void widen_whole(const Vector<S, N>& param, const Vector<M, N>& master, T (&out)[N]) {
+#pragma unroll
+  for (int k = 0; k < N; ++k) {
+    if constexpr (std::is_same<T, QuickFloat>::value) {
+      out[k] = load_whole_quickly(param.at(k), master.at(k));
+    } else {
+      out[k] = static_cast<T>(load_whole(param.at(k), master.at(k)));
+    }
+  }
+}
+
+template <class S, class M, int N>
+FO_DEVICE void narrow_whole(const float (&values)[N], Vector<S, N>& param, Vector<M, N>& master) {
+#pragma unroll
+  for (int k = 0; k < N; ++k) {
+    S rounded;
+    if constexpr (sizeof(M) == 2) {
+      M lower;
+      store_split(rounded, lower, values[k]);
+      master.put(k, lower);
+    } else {
+      store_ties_away(rounded, values[k]);
+      master.put(k, values[k]);
+    }
+    param.put(k, rounded);
+  }
+}
+
+template <class S, class M, int N>
+FO_DEVICE void narrow_whole(const QuickFloat (&values)[N], Vector<S, N>& param, Vector<M, N>& master) {
+  if constexpr (std::is_same<S, float16>::value) {
+    narrow(values, param);
+  } else {
+#pragma unroll
+    for (int k = 0; k < N; ++k) {
+      param.put(k, bfloat16{static_cast<uint16_t>((bits_of(values[k].value) + 0x8000u) >> 16)});
+    }
+  }
+#pragma unroll
+  for (int k = 0; k < N; ++k) {
+    if constexpr (sizeof(M) == 2) {
+      master.put(k, static_cast<M>(static_cast<uint16_t>(bits_of(values[k].value))));
+    } else {
+      master.put(k, values[k].value);
+    }
+  }
+}
+
+// What a rule sees of gradient elements, in place. Weight decay is asked for once a vector.
 template <class T, int N>
+FO_DEVICE void transform(const GradTransform<T>& grad, T (&values)[N], const T (&param)[N]) {
+#pragma unroll
+  for (int e = 0; e < N; ++e) values[e] = transform(grad, values[e]);
+  if (grad.weight_decay != 0) {
+#if defined(__CUDA_ARCH__)
+    if (N > 1) asm volatile("bar.warp.sync 0xffffffff;");
+#endif
+#pragma unroll
+    for (int e = 0; e < N; ++e) values[e] = values[e] + grad.weight_decay * param[e];
+  }
+}
+
+template <class T>
+FO_DEVICE bool has_quick_bounds(const GradTransform<T>& grad) {
+  return grad.min != 0 && grad.max != 0;
+}
+
+// Columns -------------------------------------------------------------------------------------------------
+//
+// `fetch` asks for N elements from i + plus on, which lie at a multiple of their size together; `widen` waits
+// for them; `narrow` makes of numbers what `put` writes. `plus` is a constant, so that one address serves
+// several vectors.
+
+// A column whose storage is known when the kernel is compiled.
+template <class S, Reuse kLoaded, Reuse kStored = kLoaded>
+struct FixedColumn {
+  template <int N>
+  using Loaded = Vector<S, N>;
+  uint64_t address;
+
+  FO_DEVICE FixedColumn(const Row& row, int index, int64_t begin)
+      : address(row.address[index] + static_cast<uint64_t>(begin) * sizeof(S)) {
+#if defined(__CUDA_ARCH__)
+    asm("" : "+l"(address));  // one number: not a sum whose parts are added anew for every vector
+#endif
+  }
+
+  FO_DEVICE void* at(int i, int plus) const {
+    return reinterpret_cast<S*>(address + uint64_t{static_cast<uint32_t>(i)} * sizeof(S)) + plus;
+  }
+  template <int N>
+  FO_DEVICE Loaded<N> fetch(int i, int plus) const {
+    return load_global<kLoaded, Loaded<N>>(at(i, plus));
+  }
+  template <class T, int N>
+  FO_DEVICE void widen(const Vector<S, N>& loaded, T (&out)[N]) const {
+    fused_optim::widen(loaded, out);
+  }
+  template <class T, int N>
+  FO_DEVICE void narrow(const T (&values)[N], Vector<S, N>& out) const {
+    fused_optim::narrow(values, out);
+  }
+  template <int N>
+  FO_DEVICE void put(int i, int plus, const Vector<S, N>& vector) const {
+    store_global<kStored>(at(i, plus), vector);
+  }
+};
+
+// A column whose storage is read from the row, element by element: for every combination that has no code of
+// its own. What it loads waits as bits, since to ask for the storage is to branch.
+template <class T>
 struct AnyColumn {
-  struct Loaded {
-    T element[N];
-  };
+  using Bits = typename std::conditional<sizeof(T) == 8, uint64_t, uint32_t>::type;
+  template <int N>
+  using Loaded = Bits;
   uint64_t address;
   DType dtype;
 
@@ -143,66 +327,118 @@ struct AnyColumn {
                 static_cast<uint64_t>(begin) * static_cast<uint64_t>(size_of(row.dtype[index]))),
         dtype(row.dtype[index]) {}
 
-  template <class S>
-  FO_DEVICE void fetch_as(int i, int n, T (&out)[N]) const {
-    const bool aligned = is_aligned<sizeof(S) * N>(address);
-    const auto vector = load_vector<Reuse::none, S, N>(reinterpret_cast<const S*>(address), i, n, aligned);
-#pragma unroll
-    for (int k = 0; k < N; ++k) out[k] = static_cast<T>(load(vector.element[k]));
-  }
-
-  FO_DEVICE Loaded fetch(int i, int n) const {
-    Loaded loaded{};
-    if (dtype == DType::float32) fetch_as<float>(i, n, loaded.element);
-    if (dtype == DType::bfloat16) fetch_as<bfloat16>(i, n, loaded.element);
-    if (dtype == DType::float16) fetch_as<float16>(i, n, loaded.element);
+  template <int N>
+  FO_DEVICE Bits fetch(int i, int plus) const {
+    static_assert(N == 1, "an element");
+    Bits bits = 0;
+    const int bytes = size_of(dtype);
+    const void* at = reinterpret_cast<const void*>(address + static_cast<uint64_t>((i + plus) * bytes));
+    if (bytes == 2) bits = load_global<Reuse::none, uint16_t>(at);
+    if (bytes == 4) bits = load_global<Reuse::none, uint32_t>(at);
     if constexpr (sizeof(T) == 8) {
-      if (dtype == DType::float64) fetch_as<double>(i, n, loaded.element);
+      if (bytes == 8) bits = load_global<Reuse::none, uint64_t>(at);
     }
-    return loaded;
+    return bits;
   }
 
-  FO_DEVICE static void widen(const Loaded& loaded, T (&out)[N]) {
-#pragma unroll
-    for (int k = 0; k < N; ++k) out[k] = loaded.element[k];
-  }
-
-  template <class S>
-  FO_DEVICE void put_as(int i, int n, const T (&values)[N]) const {
-    Vector<S, N> out;
-#pragma unroll
-    for (int k = 0; k < N; ++k) {
-      if constexpr (sizeof(S) == 8) {
-        store(out.element[k], static_cast<double>(values[k]));
-      } else {
-        store(out.element[k], static_cast<float>(values[k]));
-      }
+  FO_DEVICE void widen(Bits bits, T (&out)[1]) const {
+    const auto half = static_cast<uint16_t>(bits);
+    if (dtype == DType::float32) out[0] = static_cast<T>(float_of(static_cast<uint32_t>(bits)));
+    if (dtype == DType::bfloat16) out[0] = static_cast<T>(load(bfloat16{half}));
+    if (dtype == DType::float16) out[0] = static_cast<T>(load(float16{half}));
+    if constexpr (sizeof(T) == 8) {
+      if (dtype == DType::float64) __builtin_memcpy(out, &bits, sizeof bits);
     }
-    store_vector<Reuse::none, S, N>(reinterpret_cast<S*>(address), i, n, is_aligned<sizeof(S) * N>(address),
-                                    out);
   }
 
-  FO_DEVICE T rounded(T value) const {
-    if (dtype == DType::float32) return rounded_as<float>(value);
-    if (dtype == DType::bfloat16) return rounded_as<bfloat16>(value);
-    if (dtype == DType::float16) return rounded_as<float16>(value);
-    return value;
+  FO_DEVICE void narrow(const T (&values)[1], Bits& out) const {
+    const auto value = static_cast<float>(values[0]);
+    if (dtype == DType::float32) out = bits_of(value);
+    if (dtype == DType::bfloat16) out = stored<bfloat16>(value);
+    if (dtype == DType::float16) out = stored<float16>(value);
+    if constexpr (sizeof(T) == 8) {
+      if (dtype == DType::float64) __builtin_memcpy(&out, values, sizeof out);
+    }
   }
 
+  template <int N>
+  FO_DEVICE void put(int i, int plus, Bits bits) const {
+    static_assert(N == 1, "an element");
+    const int bytes = size_of(dtype);
+    void* at = reinterpret_cast<void*>(address + static_cast<uint64_t>((i + plus) * bytes));
+    if (bytes == 2) store_global<Reuse::none>(at, static_cast<uint16_t>(bits));
+    if (bytes == 4) store_global<Reuse::none>(at, static_cast<uint32_t>(bits));
+    if constexpr (sizeof(T) == 8) {
+      if (bytes == 8) store_global<Reuse::none>(at, bits);
+    }
+  }
+
+ private:
   template <class S>
-  FO_DEVICE static T rounded_as(T value) {
+  FO_DEVICE static uint16_t stored(float value) {
     S stored;
-    store(stored, static_cast<float>(value));
-    return static_cast<T>(load(stored));
+    store(stored, value);
+    return stored.bits;
+  }
+};
+
+// The parameter as a rule sees it, for every combination: itself, or with what is beside it.
+template <class T>
+struct AnyParamColumns {
+  using Bits = typename AnyColumn<T>::Bits;
+  template <int N>
+  struct Loaded {
+    Bits param, master;
+  };
+  AnyColumn<T> param, master;
+
+  FO_DEVICE AnyParamColumns(const Row& row, int index, int64_t begin)
+      : param(row, index, begin), master(row, kMaster, begin) {}
+  template <int N>
+  FO_DEVICE Loaded<N> fetch(int i, int plus) const {
+    return {param.template fetch<N>(i, plus), master.template fetch<N>(i, plus)};
+  }
+  template <int N>
+  FO_DEVICE void put(int i, int plus, const Loaded<N>& out) const {
+    master.template put<N>(i, plus, out.master);
+    param.template put<N>(i, plus, out.param);
   }
 
-  FO_DEVICE void put(int i, int n, const T (&values)[N]) const {
-    if (dtype == DType::float32) put_as<float>(i, n, values);
-    if (dtype == DType::bfloat16) put_as<bfloat16>(i, n, values);
-    if (dtype == DType::float16) put_as<float16>(i, n, values);
-    if constexpr (sizeof(T) == 8) {
-      if (dtype == DType::float64) put_as<double>(i, n, values);
+  FO_DEVICE void widen(const Loaded<1>& loaded, T (&out)[1]) const {
+    if constexpr (sizeof(T) == 4) {  // a float64 parameter has no master weight
+      if (master.dtype == DType::remainder) return widen_as<bfloat16, int16_t>(loaded, out);
+      if (master.dtype == DType::float32 && param.dtype == DType::bfloat16)
+        return widen_as<bfloat16, float>(loaded, out);
+      if (master.dtype == DType::float32) return widen_as<float16, float>(loaded, out);
     }
+    param.widen(loaded.param, out);
+  }
+  FO_DEVICE void narrow(const T (&values)[1], Loaded<1>& out) const {
+    if constexpr (sizeof(T) == 4) {
+      if (master.dtype == DType::remainder) return narrow_as<bfloat16, int16_t>(values, out);
+      if (master.dtype == DType::float32 && param.dtype == DType::bfloat16)
+        return narrow_as<bfloat16, float>(values, out);
+      if (master.dtype == DType::float32) return narrow_as<float16, float>(values, out);
+    }
+    param.narrow(values, out.param);
+  }
+
+ private:
+  template <class S, class M>
+  FO_DEVICE static void widen_as(const Loaded<1>& loaded, T (&out)[1]) {
+    Vector<S, 1> param;
+    Vector<M, 1> master;
+    param.word[0] = static_cast<uint16_t>(loaded.param);
+    master.word[0] = static_cast<typename Vector<M, 1>::Word>(loaded.master);
+    widen_whole(param, master, out);
+  }
+  template <class S, class M>
+  FO_DEVICE static void narrow_as(const T (&values)[1], Loaded<1>& out) {
+    Vector<S, 1> param;
+    Vector<M, 1> master;
+    narrow_whole(values, param, master);
+    out.param = param.word[0];
+    out.master = master.word[0];
   }
 };
 

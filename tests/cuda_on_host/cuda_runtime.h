@@ -135,6 +135,7 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
 #define __ballot_sync(mask, predicate)                                                                       \
   static_cast<unsigned>(cuda_on_host::exchange(cuda_on_host::Exchange::ballot, mask, (predicate) ? 1 : 0, 0, \
                                                __FILE__, __LINE__))
+#define __any_sync(mask, predicate) (__ballot_sync(mask, predicate) != 0)
 #define __shfl_down_sync(mask, value, distance) \
   cuda_on_host::shuffle_down(mask, value, static_cast<unsigned>(distance), __FILE__, __LINE__)
 
