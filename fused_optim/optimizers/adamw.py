@@ -104,7 +104,7 @@ class Adam(FusedOptimizer):
 
     Raises:
         ValueError: ``lr``, ``betas``, ``eps`` or ``weight_decay`` out of range, with torch's texts; an unknown
-            ``backend``, or one that takes none of the parameters; a ``state_dtype`` that is none.
+            ``backend``, or one that takes none of the parameters; another ``state_dtype``.
         RuntimeError: ``foreach`` and ``fused`` both true, or ``differentiable`` with ``fused`` (torch's texts); a
             forced backend that cannot be used here.
 
@@ -226,7 +226,7 @@ class AdamW(Adam):
 
     Raises:
         ValueError: ``lr``, ``betas``, ``eps`` or ``weight_decay`` out of range, with torch's texts; an unknown
-            ``backend``, or one that takes none of the parameters; a ``state_dtype`` that is none.
+            ``backend``, or one that takes none of the parameters; another ``state_dtype``.
         RuntimeError: ``foreach`` and ``fused`` both true, or ``differentiable`` with ``fused`` (torch's texts); a
             forced backend that cannot be used here.
 

@@ -187,7 +187,7 @@ def decay_mask(function: Callable[[str], bool] | None) -> ScaleColumn:
 
 
 def check_decay_scaling(decay_scaling: Any, where: str) -> None:
-    """Refuse a word that is none.
+    """Refuse another word than those of ``decay_scaling``.
 
     Raises:
         ValueError: the text lists the words.

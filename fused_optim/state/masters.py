@@ -23,7 +23,7 @@ DTYPES = {"master_param": torch.float32, "param_remainder": torch.int16}
 
 
 def check_option(option: str | None) -> None:
-    """Refuse a ``master_weights`` that is none.
+    """Refuse another ``master_weights`` than those there are.
 
     Raises:
         ValueError: not ``"float32"``, ``"split"`` or None.
