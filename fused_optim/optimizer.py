@@ -79,7 +79,8 @@ class FusedOptimizer(Rule, torch.optim.Optimizer):
 
     Raises:
         ValueError: an unknown backend, one that takes none of the parameters, another ``state_dtype`` or
-            ``master_weights`` than those, a factor that is negative or not finite, a pattern that matches nothing, a missing name.
+            ``master_weights`` than those, a factor that is negative or not finite, a pattern that matches nothing, a
+            missing name.
         TypeError: a scale, a factor or a clip of the wrong kind.
         RuntimeError: a forced backend is not available here; the text says why.
     """
