@@ -286,7 +286,7 @@ class FusedOptimizer(Rule, torch.optim.Optimizer):
                 if (waits and (by_global_norm or step.finds_inf)) or (plan.shards and plan.reduces):
                     total = plan.native.reduce(step)
                     if waits and by_global_norm:
-                        step.global_norm = global_norm([total, *eager.squares()])
+                        step.global_norm = global_norm([total, *eager.squares(plan.shards.values())])
                     if waits and step.finds_inf and (plan.has_found_inf() or eager.non_finite()):
                         scale.found()
                         return

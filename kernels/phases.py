@@ -481,6 +481,7 @@ class Phases:
             "CLIP": launched.clip,
             "FINDS_INF": launched.finds_inf,
             "ADDS_NORM": launched.clips_by_norm and launched.step.global_norm is None,
+            "EXCHANGED": launched.exchanged != 0,
             "MEASURES": reduces,
             "TRUSTS": bytes(trust) != bytes(trust.nbytes),
             "TENSORS": self._has_tensors(),

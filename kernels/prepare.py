@@ -83,9 +83,10 @@ def combine(sum, lost, other, other_lost):
 
 
 @triton.jit
-def sum_rows(table, group_count, row_count, sums):
+def sum_rows(table, group_count, row_count, sums, EXCHANGED: tl.constexpr):
     """The sum of squares over all rows that take part in clipping, and the number of sums that are not finite.
 
+    With EXCHANGED the sums are those of all processes, and a row counts that has its gradient in another one.
     Every program for itself: reading a few numbers a row once more is cheaper than another launch.
     """
     lanes = tl.arange(0, LANES)
@@ -98,7 +99,10 @@ def sum_rows(table, group_count, row_count, sums):
         active = tl.load(row_at(table, group_count, row_count, row, ROW_ACTIVE), mask=mask, other=0) != 0
         clipped = tl.load(row_at(table, group_count, row_count, row, CLIPPED), mask=mask, other=0) != 0
         at = sums + row.to(tl.int64) * SUMS
-        term = tl.load(at + SUM_GRAD_SQ, mask=mask & active & clipped, other=0.0)
+        counts = mask & clipped
+        if not EXCHANGED:
+            counts = counts & active
+        term = tl.load(at + SUM_GRAD_SQ, mask=counts, other=0.0)
         total, lost = add_compensated(total, lost, term)
         non_finite += tl.load(at + SUM_NON_FINITE, mask=mask & active, other=0.0)
     total, lost = tl.reduce((total, lost), 0, combine)
@@ -165,6 +169,7 @@ def prepare_kernel(
     CLIP: tl.constexpr,
     FINDS_INF: tl.constexpr,
     ADDS_NORM: tl.constexpr,  # the global norm is that of these rows; otherwise the header has it
+    EXCHANGED: tl.constexpr,  # the sums are those of all processes
     MEASURES: tl.constexpr,  # something was reduced
     TRUSTS: tl.constexpr,  # some group has a trust ratio
     TENSORS: tl.constexpr,  # some hyperparameter is a tensor on the device
@@ -172,7 +177,7 @@ def prepare_kernel(
     global_norm = read_number(table, GLOBAL_NORM)
     non_finite = global_norm * 0
     if FINDS_INF or ADDS_NORM:
-        grad_sq, non_finite = sum_rows(table, group_count, row_count, sums)
+        grad_sq, non_finite = sum_rows(table, group_count, row_count, sums, EXCHANGED)
         if ADDS_NORM:
             global_norm = tl.sqrt(grad_sq)
     skip = read_float32(tl.load(table + FOUND_INF_ADDRESS)) != 0
@@ -274,7 +279,7 @@ def prepare_kernel(
 @triton.jit(do_not_specialize=["group_count", "row_count"])
 def grad_sq_kernel(table, group_count, row_count, sums, grad_sq):
     """For a caller that wants to know before the step goes on."""
-    total, non_finite = sum_rows(table, group_count, row_count, sums)
+    total, non_finite = sum_rows(table, group_count, row_count, sums, False)
     tl.store(grad_sq, total)
     address = tl.load(table + NON_FINITE_ADDRESS)
     found = (non_finite != 0).to(tl.float32)

@@ -261,7 +261,9 @@ def loops_of(kernel: Kernel) -> Iterator[Loop]:
         for block in sorted(body, key=lambda block: number[block]):
             if block != head and not is_ordinary(blocks[block]):
                 continue
-            reached = [best[b] for b in before[block] if b in best and number[b] < number[block]] if block != head else []
+            reached = (
+                [best[b] for b in before[block] if b in best and number[b] < number[block]] if block != head else []
+            )
             moved, length, way = max(reached) if reached else (0, 0, ())
             if block == head or reached:
                 moved += sum(i.moves("LDG") + i.moves("STG") for i in blocks[block])
@@ -351,7 +353,8 @@ def main() -> int:
     for kernel in kernels:
         for loop in loops_of(kernel):
             loads, stores = (
-                " + ".join(f"{n} x {w}" for w, n in sorted(loop.widths(kind).items())) or "none" for kind in ("LDG", "STG")
+                " + ".join(f"{n} x {w}" for w, n in sorted(loop.widths(kind).items())) or "none"
+                for kind in ("LDG", "STG")
             )
             print(
                 f"{kernel.name}\n  {loop.way[0].address:05x}: {len(loop.way)} instructions, loads {loads}, stores {stores}, "

@@ -331,11 +331,12 @@ void prepare_rows(const CpuStep& step, double global_norm, const Takes& takes) {
   }
 }
 
-// The sum over all active, clipped rows; the split into groups does not change it.
-double sum_of_squares(const std::vector<Row>& rows, const std::vector<Norms>& norms) {
+// The sum over all active, clipped rows; the split into groups does not change it. exchanged: the norms are
+// those of all processes, and a row counts that has its gradient in another one.
+double sum_of_squares(const std::vector<Row>& rows, const std::vector<Norms>& norms, bool exchanged) {
   double sum = 0, lost = 0;  // Neumaier's sum: exact enough that the order of the rows does not show
   for (size_t r = 0; r < rows.size(); ++r) {
-    if (!rows[r].active || !rows[r].clipped) continue;
+    if (!(rows[r].active || exchanged) || !rows[r].clipped) continue;
     const double term = norms[r].grad_sq, next = sum + term;
     lost += sum >= term ? (sum - next) + term : (term - next) + sum;
     sum = next;
@@ -471,7 +472,7 @@ bool CpuPhases::reduce(const Step& step, double* sum) {
       {kernels_, *rows_, groups_, step.options, step.threads, norms_, records_, measured_, non_finite_});
   double exchanged = 0;
   if (step.exchange && !step.exchange(&norms_, 0, &exchanged)) return false;
-  *sum += exchanged + sum_of_squares(*rows_, norms_);
+  *sum += exchanged + sum_of_squares(*rows_, norms_, static_cast<bool>(step.exchange));
   reduced_ = true;
   return true;
 }

@@ -400,8 +400,9 @@ FO_DEVICE Compensated add(const Compensated& a, const Compensated& b) {
 }
 
 // Every block for itself: reading a few numbers a row once more is cheaper than another launch. The result is
-// that of all threads together, in the first one.
-FO_DEVICE void sum_rows(const PrepareTable& table, double& grad_sq, bool& non_finite) {
+// that of all threads together, in the first one. exchanged: the sums are those of all processes, and a row
+// counts that has its gradient in another one.
+FO_DEVICE void sum_rows(const PrepareTable& table, bool exchanged, double& grad_sq, bool& non_finite) {
   __shared__ Compensated of_warp[kWarpsPerBlock];
   __shared__ int non_finite_of_warp[kWarpsPerBlock];
   Compensated own{0, 0};
@@ -412,7 +413,7 @@ FO_DEVICE void sum_rows(const PrepareTable& table, double& grad_sq, bool& non_fi
     const bool active = table.rows[r].active, clipped = table.rows[r].clipped;
     const double term = table.sums[r].norms.grad_sq, flag = table.sums[r].non_finite;
     if (active) bad += flag;
-    if (active && clipped) own = add(own, term);
+    if ((active || exchanged) && clipped) own = add(own, term);
   }
 #pragma unroll
   for (int distance = kWarp / 2; distance > 0; distance /= 2) {
@@ -499,7 +500,7 @@ FO_DEVICE void prepare_second_any(RuleList<R...>, const Row& row, const CudaGrou
 __global__ void __launch_bounds__(kThreads) grad_sq_kernel(PrepareTable table, uint64_t non_finite_address) {
   double grad_sq = 0;
   bool non_finite = false;
-  sum_rows(table, grad_sq, non_finite);
+  sum_rows(table, false, grad_sq, non_finite);
   if (threadIdx.x == 0) {
     table.control->grad_sq = grad_sq;
     if (non_finite_address != 0) *reinterpret_cast<float*>(non_finite_address) = non_finite ? 1.0f : 0.0f;
@@ -511,7 +512,7 @@ __global__ void __launch_bounds__(kThreads) prepare_kernel(PrepareTable table, C
   double grad_sq = 0;
   bool non_finite = false;
   const bool measured = options.clip == Clip::global_norm || options.clip == Clip::norm;
-  if (measured || options.finds_inf) sum_rows(table, grad_sq, non_finite);
+  if (measured || options.finds_inf) sum_rows(table, step.exchanged != 0, grad_sq, non_finite);
   const bool skip = found_inf(step) || (options.finds_inf && non_finite);
   const double global_norm = step.global_norm_known ? step.global_norm : sqrt(grad_sq);
   const int thread = static_cast<int>(threadIdx.x);

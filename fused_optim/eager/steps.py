@@ -53,9 +53,13 @@ class EagerSteps:
             self._steps[index] = self._begin(row, grad_scale)
             self._advance(index, None)
 
-    def squares(self) -> list[float]:
-        """Of the gradients that take part in clipping, scaled."""
-        return [norms.sums()[0] for index, norms in self._norms.items() if self._rows[index].clipped]
+    def squares(self, shards: Collection[Shards]) -> list[float]:
+        """Of the gradients that take part in clipping, scaled; those among ``shards`` stand in the exchanged norms."""
+        return [
+            norms.sums()[0]
+            for index, norms in self._norms.items()
+            if self._rows[index].clipped and not any(index in table.positions for table in shards)
+        ]
 
     def non_finite(self) -> bool:
         """Whether some gradient has an element that is infinite or NaN."""

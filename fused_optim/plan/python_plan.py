@@ -25,6 +25,7 @@ from ..row import (
     FLOAT32,
     FLOAT64,
     GRAD,
+    GRAD_SQ,
     MASTER,
     MAX_STATES,
     NORMS,
@@ -395,7 +396,12 @@ class PythonPlan:
         return self._exchange(step.exchange)
 
     def _exchange(self, exchange: Exchange | None) -> float:
-        return 0.0 if exchange is None else exchange(bytearray(8 * NORMS * len(self._rows)))
+        """The sum of squares over the clipped rows of which other processes have parts."""
+        if exchange is None:
+            return 0.0
+        norms = array("d", bytes(8 * NORMS * len(self._rows)))
+        total = exchange(norms)
+        return total + sum(norms[NORMS * i + GRAD_SQ] for i, row in enumerate(self._rows) if row.clipped)
 
     def non_finite(self) -> bool:
         return False
