@@ -30,13 +30,14 @@ from .parameters import parameters
 from .plan.built_plan import BuiltPlan
 from .plan.loss_scale import LossScale
 from .plan.plan import why_refused
-from .plan.planner import build_plan
+from .plan.planner import build_plan, check_flattened
 from .plan.step import Step
 from .row import Row
 from .rule import Rule
 from .shards import Exchange
 from .state import checkpoint, masters
 from .state.readiness import make_ready
+from .tensors import is_flattened
 from .trust_ratio import TrustRatio
 
 
@@ -133,6 +134,8 @@ class FusedOptimizer(Rule, torch.optim.Optimizer):
         for place in places:
             masters.key_for(place.param, master_weights, place.name)
         options.factors = factors
+        for place in places:
+            check_flattened(place, self, options)
 
     @property
     def options(self) -> Options:
@@ -148,8 +151,7 @@ class FusedOptimizer(Rule, torch.optim.Optimizer):
         return self.options.trust_ratio
 
     def attach_trust_ratio(self, trust: TrustRatio, has_trust_ratio: ScaleColumn) -> None:
-        """Take a trust ratio into every step from now on; `LARC` calls this."""
-        has_trust_ratio.resolve([(place.own_name, place.name, place.param) for place in parameters(self.param_groups)])
+        """Take a trust ratio, and who has one, into every step from now on; `LARC` calls this."""
         self.options.trust_ratio, self.options.factors.has_trust_ratio = trust, has_trust_ratio
         self._kept.plan = None
 
@@ -158,7 +160,7 @@ class FusedOptimizer(Rule, torch.optim.Optimizer):
         """Whether torch's GradScaler leaves the gradients scaled: as in torch with ``fused=True``, or if the user has
         set it. Frameworks that clip between unscaling and step, as Lightning does, refuse an optimizer that says so."""
         chosen = self._kept.supports_scaling
-        return bool(self.defaults.get("fused") if chosen is None else chosen)
+        return bool(self.defaults.get("fused") if chosen is None else chosen) and not self._is_flattened()
 
     @_step_supports_amp_scaling.setter
     def _step_supports_amp_scaling(self, value: bool) -> None:
@@ -167,7 +169,13 @@ class FusedOptimizer(Rule, torch.optim.Optimizer):
     @property
     def _step_finds_inf(self) -> bool:
         """Whether this library's GradScaler leaves them so, unless the user has set the other one to False."""
-        return self._kept.supports_scaling is not False
+        return self._kept.supports_scaling is not False and not self._is_flattened()
+
+    def _is_flattened(self) -> bool:
+        """Whether FSDP1 has flattened a parameter: only ShardedGradScaler knows of an infinity in another's shard."""
+        if self._kept.plan is not None:
+            return self._kept.plan.flattened
+        return any(is_flattened(place.param) for place in parameters(self.param_groups))
 
     def _devices(self) -> set[torch.device]:
         return {param.device for group in self.param_groups for param in group["params"]}

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, NoReturn, cast
 
 import torch
 from torch import Tensor
@@ -30,6 +30,18 @@ def check_placement(param: Tensor, place: str) -> None:
                 f"{place} is a DTensor with the placement {placement!r}: no process has its values, only a term of "
                 "them; redistribute it to Shard or Replicate before it becomes a parameter"
             )
+
+
+def refuse_flattened(place: str, what: str, way_out: str = "") -> NoReturn:
+    """Refuse a parameter of FSDP1, a shard that is no DTensor, where ``what`` needs the norm of the whole tensor.
+
+    Raises:
+        ValueError: the text names both, and the remedy.
+    """
+    raise ValueError(
+        f"{place} is flattened and cut up by FullyShardedDataParallel, and {what} needs the norms of whole tensors; "
+        f"shard the model by torch.distributed.fsdp.fully_shard, whose DTensors know the whole{way_out}"
+    )
 
 
 def redistribute_grad(param: Tensor) -> str | None:

@@ -118,6 +118,12 @@ def is_sharded(tensor: Tensor) -> bool:
     return type(tensor) is dtensor_type()
 
 
+def is_flattened(param: Tensor) -> bool:
+    """Whether FSDP's first kind has flattened a parameter: it is a flat one, or a view of one. With all of its
+    strategies but one it is then a shard, and no DTensor that knows the whole."""
+    return bool(getattr(param, "_fsdp_flattened", False))
+
+
 def local(tensor: Tensor) -> Tensor:
     """The part of a tensor that this process has: of a DTensor its local tensor, without a copy."""
     return cast(Tensor, tensor._local_tensor) if is_sharded(tensor) else tensor  # type: ignore[attr-defined]

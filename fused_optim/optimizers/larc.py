@@ -20,6 +20,8 @@ from ..optimizer import FusedOptimizer
 from ..options.peers import refuse_peer_arguments
 from ..options.scales import Exclude, ScaleColumn, excluded
 from ..parameters import Place, parameters
+from ..shards import refuse_flattened
+from ..tensors import is_flattened
 from ..trust_ratio import FLOOR, IN_RATIO, ONE, OUTSIDE, SKIP, TrustRatio
 from .lamb import LAMB
 from .lars import LARS, refuse_clip
@@ -134,12 +136,13 @@ class LARC(torch.optim.Optimizer):
         self.optimizer = optimizer
         self._trust = trust
         self._trusted = ScaleColumn("exclude", excluded(exclude))
+        places = list(parameters(self.param_groups))
+        self._trusted.resolve([place.named for place in places])
+        for place in places:
+            if is_flattened(place.param) and self._trusted.of(*place.named) != 0:
+                refuse_flattened(place.name, "LARC")
         if isinstance(optimizer, FusedOptimizer):
             optimizer.attach_trust_ratio(trust, self._trusted)
-        else:
-            self._trusted.resolve(
-                [(place.own_name, place.name, place.param) for place in parameters(self.param_groups)]
-            )
         super().__setstate__({})  # the hooks; torch's __init__ would make groups and a state of its own
 
     @property
@@ -315,6 +318,8 @@ class LARC(torch.optim.Optimizer):
         whole, result = param.to(dtype), grad.to(dtype)
         if self._trusted.of(place.own_name, place.name, param) == 0:
             return (result + sign * weight_decay * whole).to(grad.dtype) if inside else grad
+        if is_flattened(param):
+            refuse_flattened(place.name, "LARC")
         grad_norm, param_norm = (
             torch.linalg.vector_norm(tensor, dtype=squares_dtype(tensor)) for tensor in (result, whole)
         )

@@ -12,6 +12,7 @@ from ..options.clip import NO_CLIP, ClipOptions
 from ..row import Row
 from ..rule import Rule
 from ..shards import Shards
+from ..tensors import is_flattened
 from .device_buffers import DeviceBuffers
 from .loss_scale import LossScale
 from .plan import DEVICE_BACKENDS, Plan, why_not_native
@@ -47,6 +48,7 @@ class BuiltPlan:
     ) -> None:
         self.rows, self.native, self.shards, self.same_rows = rows, native, shards, same_rows
         self.measures, self.reduces = measures, reduces
+        self.flattened = any(is_flattened(row.param) for row in rows)
         self.buffers = [
             DeviceBuffers(device, of_device, measures=measures, exchanges=device in shards)
             for device, of_device in rows_on_devices(rows).items()

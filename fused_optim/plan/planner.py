@@ -14,11 +14,12 @@ from ..options.options import Options
 from ..parameters import Place, parameters
 from ..row import Row
 from ..rule import Rule
-from ..shards import Shards, check_placement, check_same_rows
+from ..shards import Shards, check_placement, check_same_rows, refuse_flattened
 from ..state import masters
 from ..tensors import (
     current_stream,
     describe_tensor,
+    is_flattened,
     is_sharded,
     kind_of,
     local,
@@ -58,6 +59,7 @@ def build_plan(
             log.serves(f"parameters on {place.param.device}", passed_over, served_by=row.backend)
         if is_sharded(place.param):
             check_placement(place.param, place.name)
+        check_flattened(place, rule, options)
         rows.append(row)
     rules = [rule.rule(group) for group in groups]
     has_trust_ratio = any(rule.trust_ratio(group) is not None for group in groups)
@@ -80,6 +82,25 @@ def build_plan(
         has_direction=rule.has_direction,
     )
     return BuiltPlan(rows, native, shards, measures=measures, reduces=reduces, same_rows=same_rows)
+
+
+def check_flattened(place: Place, rule: Rule, options: Options) -> None:
+    """Refuse a parameter that FSDP1 has flattened where a step would need the norm of the whole tensor.
+
+    Raises:
+        ValueError: the text names the parameter, what needs the norm, and the remedy.
+    """
+    if not is_flattened(place.param):
+        return
+    _, _, clips, has_trust_ratio = options.factors.of(place)
+    by_ratio = rule.has_direction or rule.trust_ratio(place.group) is not None
+    if by_ratio and has_trust_ratio and not rule.exempt(place.group, place.param):
+        refuse_flattened(place.name, "LARC" if options.trust_ratio is not None else type(rule).__name__)
+    if rule.norms(place.group):
+        refuse_flattened(place.name, type(rule).__name__)
+    if clips and options.clip.kind in (GLOBAL_NORM, NORM):
+        what = "ClipGradByGlobalNorm" if options.clip.kind == GLOBAL_NORM else "ClipGradByNorm"
+        refuse_flattened(place.name, what, ", or leave grad_clip out and call clip_grad_norm_() of the FSDP module")
 
 
 def row_of(place: Place, rule: Rule, options: Options) -> tuple[Row, str | None]:
