@@ -3,6 +3,9 @@
 A program updates one tile of a row. The columns of a row lie anywhere; where all of them are aligned to 16 bytes and
 the tile is full, they are read and written in 16-byte accesses. A gradient that alone is not, as under DDP's bucket
 views, is read narrow beside them.
+
+What a program reads it asks for three times: which row and tile are its own; all that the table says of the row; the
+elements, of all columns. Nothing else waits for memory.
 """
 
 from __future__ import annotations
@@ -32,26 +35,55 @@ from .transform import TRANSFORM, Transform, transform
 
 # Elements that a program updates.
 TILE = tl.constexpr(1024)
+# Of a tile that is not taken in 16-byte accesses, those that are at a time: each takes an address of its own.
+PART = tl.constexpr(512)
 # Numbers of a record: the transform of a gradient, and a rule's scalars.
 RECORD = tl.constexpr(24)
+
+
+class Columns(NamedTuple):
+    """Where a row's columns are."""
+
+    grad: Any
+    param: Any
+    master: Any  # the parameter's address where there is no master weight
+    states: Any  # those with a number an element
 
 
 class Tile(NamedTuple):
     """A tile of a row: its first element, and how many elements there are from there on."""
 
-    table: Any
-    group_count: Any
-    row_count: Any
-    row: Any
+    columns: Any
     begin: Any
     left: Any
 
 
 @triton.jit
-def tile_of(table, group_count, row_count, row, index):
+def read_columns(table, group_count, row_count, row, DTYPES: tl.constexpr, FIRST: tl.constexpr):
+    grad = tl.load(row_at(table, group_count, row_count, row, ROW_GRAD))
+    param = tl.load(row_at(table, group_count, row_count, row, ROW_PARAM))
+    master = param
+    if DTYPES[MASTER] != NONE:
+        master = tl.load(row_at(table, group_count, row_count, row, ROW_MASTER))
+    states = ()
+    for k in tl.static_range(len(DTYPES) - FIRST_STATE):
+        states = states + (tl.load(row_at(table, group_count, row_count, row, ROW_STATE + FIRST + k)),)
+    return Columns(grad, param, master, states)
+
+
+@triton.jit
+def read_tile(
+    table, group_count, row_count, row, index, control, DTYPES: tl.constexpr, FIRST: tl.constexpr
+):
+    """A row's tile; nothing of it is left where the step is skipped or the row has no gradient.
+
+    That is no branch: the compiler would put the other reads behind it, where they begin when its condition has come.
+    """
+    columns = read_columns(table, group_count, row_count, row, DTYPES, FIRST)
     begin = index.to(tl.int64) * TILE
-    numel = tl.load(row_at(table, group_count, row_count, row, NUMEL))
-    return Tile(table, group_count, row_count, row, begin, numel - begin)
+    left = tl.load(row_at(table, group_count, row_count, row, NUMEL)) - begin
+    active = tl.load(row_at(table, group_count, row_count, row, ROW_ACTIVE))
+    return Tile(columns, begin, tl.where((active != 0) & (tl.load(control) == 0), left, 0))
 
 
 @triton.jit
@@ -64,37 +96,32 @@ def index_of(BACKWARDS: tl.constexpr):
 
 
 @triton.jit
-def address_of(tile, field):
-    return tl.load(row_at(tile.table, tile.group_count, tile.row_count, tile.row, field))
-
-
-@triton.jit
-def column(tile, field, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
-    """Where the tile's elements of a column are. Its first is aligned as the row's is."""
-    at = pointer(address_of(tile, field), DTYPE) + tile.begin
+def column(address, begin, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
+    """Where a tile's elements of a column are. Its first is aligned as the row's is."""
+    at = pointer(address, DTYPE) + begin
     if ALIGNED:
         at = tl.multiple_of(at, 16)
     return at
 
 
 @triton.jit
-def is_aligned(tile, DTYPES: tl.constexpr):
-    """Whether a row's gradient and parameter are, as the rule sees it, aligned to 16 bytes."""
-    low = address_of(tile, ROW_GRAD) | address_of(tile, ROW_PARAM)
-    if DTYPES[MASTER] != NONE:
-        low = low | address_of(tile, ROW_MASTER)
-    return low & 15 == 0
+def has_wide_columns(tile):
+    """Whether the tile is full, and all columns of its row but the gradient are aligned to 16 bytes."""
+    low = tile.columns.param | tile.columns.master
+    for k in tl.static_range(len(tile.columns.states)):
+        low = low | tile.columns.states[k]
+    return (low & 15 == 0) & (tile.left >= TILE)
 
 
 @triton.jit
-def others_are_aligned(tile, DTYPES: tl.constexpr, FIRST: tl.constexpr):
-    """Whether all columns of a row but its gradient are aligned to 16 bytes."""
-    low = address_of(tile, ROW_PARAM)
-    if DTYPES[MASTER] != NONE:
-        low = low | address_of(tile, ROW_MASTER)
-    for k in tl.static_range(len(DTYPES) - FIRST_STATE):
-        low = low | address_of(tile, ROW_STATE + FIRST + k)
-    return low & 15 == 0
+def has_wide_grad(tile):
+    return tile.columns.grad & 15 == 0
+
+
+@triton.jit
+def narrow_count(tile):
+    """How many elements of a tile there are."""
+    return tl.minimum(tile.left, TILE).to(tl.int32)
 
 
 @triton.jit
@@ -117,23 +144,32 @@ def store_tile(at, i, left, value, WHOLE: tl.constexpr):
 @triton.jit
 def param_columns(tile, DTYPES: tl.constexpr, ALIGNED: tl.constexpr):
     """The parameter, and its master weight or what takes its place."""
-    param_at = column(tile, ROW_PARAM, DTYPES[PARAM], ALIGNED)
+    param_at = column(tile.columns.param, tile.begin, DTYPES[PARAM], ALIGNED)
     if DTYPES[MASTER] == NONE:
         return param_at, param_at
     else:
-        return param_at, column(tile, ROW_MASTER, DTYPES[MASTER], ALIGNED)
+        return param_at, column(tile.columns.master, tile.begin, DTYPES[MASTER], ALIGNED)
 
 
 @triton.jit
-def load_param(columns, i, left, DTYPES: tl.constexpr, COMPUTE: tl.constexpr, WHOLE: tl.constexpr):
-    """The parameter as a rule sees it: itself, or its master weight beside which it is a rounded copy."""
+def load_param(columns, i, left, DTYPES: tl.constexpr, WHOLE: tl.constexpr):
+    """The parameter and its master weight, as they are stored; twice the parameter where there is none."""
     param_at, master_at = columns
+    param = load_tile(param_at, i, left, WHOLE)
     if DTYPES[MASTER] == NONE:
-        return widen(load_tile(param_at, i, left, WHOLE), DTYPES[PARAM], COMPUTE)
-    elif DTYPES[MASTER] == REMAINDER:
-        return widen_split(load_tile(param_at, i, left, WHOLE), load_tile(master_at, i, left, WHOLE))
+        return param, param
     else:
-        param, master = load_tile(param_at, i, left, WHOLE), load_tile(master_at, i, left, WHOLE)
+        return param, load_tile(master_at, i, left, WHOLE)
+
+
+@triton.jit
+def widen_param(param, master, DTYPES: tl.constexpr, COMPUTE: tl.constexpr):
+    """The parameter as a rule sees it: itself, or its master weight beside which it is a rounded copy."""
+    if DTYPES[MASTER] == NONE:
+        return widen(param, DTYPES[PARAM], COMPUTE)
+    elif DTYPES[MASTER] == REMAINDER:
+        return widen_split(param, master)
+    else:
         return widen_master(param, master, DTYPES[PARAM])
 
 
@@ -152,30 +188,37 @@ def store_param(columns, i, left, value, DTYPES: tl.constexpr, WHOLE: tl.constex
 
 
 @triton.jit
-def load_states(tile, i, DTYPES: tl.constexpr, COMPUTE: tl.constexpr, FIRST: tl.constexpr, WHOLE: tl.constexpr):
-    """The states in the rule's order; `FIRST` is the first that has a number an element."""
+def load_states(tile, i, DTYPES: tl.constexpr, WHOLE: tl.constexpr):
+    """The states in the rule's order, as they are stored."""
     values = ()
     for k in tl.static_range(len(DTYPES) - FIRST_STATE):
-        at = column(tile, ROW_STATE + FIRST + k, DTYPES[FIRST_STATE + k], WHOLE)
-        values = values + (widen(load_tile(at, i, tile.left, WHOLE), DTYPES[FIRST_STATE + k], COMPUTE),)
+        at = column(tile.columns.states[k], tile.begin, DTYPES[FIRST_STATE + k], WHOLE)
+        values = values + (load_tile(at, i, tile.left, WHOLE),)
     return values
 
 
 @triton.jit
-def store_states(tile, i, states, DTYPES: tl.constexpr, FIRST: tl.constexpr, WHOLE: tl.constexpr):
+def widen_states(stored, DTYPES: tl.constexpr, COMPUTE: tl.constexpr):
+    values = ()
     for k in tl.static_range(len(DTYPES) - FIRST_STATE):
-        at = column(tile, ROW_STATE + FIRST + k, DTYPES[FIRST_STATE + k], WHOLE)
+        values = values + (widen(stored[k], DTYPES[FIRST_STATE + k], COMPUTE),)
+    return values
+
+
+@triton.jit
+def store_states(tile, i, states, DTYPES: tl.constexpr, WHOLE: tl.constexpr):
+    for k in tl.static_range(len(DTYPES) - FIRST_STATE):
+        at = column(tile.columns.states[k], tile.begin, DTYPES[FIRST_STATE + k], WHOLE)
         store_tile(at, i, tile.left, narrow(states[k], DTYPES[FIRST_STATE + k]), WHOLE)
 
 
 @triton.jit
 def rounded_states(states, DTYPES: tl.constexpr, COMPUTE: tl.constexpr):
     """The states as they are read again after the store."""
-    values = ()
+    stored = ()
     for k in tl.static_range(len(DTYPES) - FIRST_STATE):
-        stored = narrow(states[k], DTYPES[FIRST_STATE + k])
-        values = values + (widen(stored, DTYPES[FIRST_STATE + k], COMPUTE),)
-    return values
+        stored = stored + (narrow(states[k], DTYPES[FIRST_STATE + k]),)
+    return widen_states(stored, DTYPES, COMPUTE)
 
 
 @triton.jit
@@ -192,31 +235,38 @@ def read_record(records, row, COMPUTE: tl.constexpr, COUNT: tl.constexpr):
 
 
 @triton.jit
-def load_grad(tile, i, DTYPES: tl.constexpr, COMPUTE: tl.constexpr, WHOLE: tl.constexpr, ALIGNED: tl.constexpr):
-    at = column(tile, ROW_GRAD, DTYPES[GRAD], ALIGNED)
-    return widen(load_tile(at, i, tile.left, WHOLE), DTYPES[GRAD], COMPUTE)
+def load_elements(tile, i, DTYPES: tl.constexpr, WHOLE: tl.constexpr, ALIGNED_GRAD: tl.constexpr):
+    """Gradient, parameter, master weight and states as they are stored: all are asked for before any is used."""
+    grad = load_tile(column(tile.columns.grad, tile.begin, DTYPES[GRAD], ALIGNED_GRAD), i, tile.left, WHOLE)
+    param, master = load_param(param_columns(tile, DTYPES, WHOLE), i, tile.left, DTYPES, WHOLE)
+    return grad, param, master, load_states(tile, i, DTYPES, WHOLE)
+
+
+@triton.jit
+def widen_elements(loaded, DTYPES: tl.constexpr, COMPUTE: tl.constexpr):
+    """Gradient, parameter and states as a rule sees them."""
+    grad, param, master, states = loaded
+    grad = widen(grad, DTYPES[GRAD], COMPUTE)
+    return grad, widen_param(param, master, DTYPES, COMPUTE), widen_states(states, DTYPES, COMPUTE)
 
 
 @triton.jit
 def update_tile(
     tile,
+    i,
     by,
     s,
     UPDATE: tl.constexpr,
-    FIRST: tl.constexpr,
     DTYPES: tl.constexpr,
     COMPUTE: tl.constexpr,
     WHOLE: tl.constexpr,
     ALIGNED_GRAD: tl.constexpr,
 ):
-    i = tl.arange(0, TILE)
-    grad = load_grad(tile, i, DTYPES, COMPUTE, WHOLE, ALIGNED_GRAD)
-    columns = param_columns(tile, DTYPES, WHOLE)
-    param = load_param(columns, i, tile.left, DTYPES, COMPUTE, WHOLE)
-    states = load_states(tile, i, DTYPES, COMPUTE, FIRST, WHOLE)
+    loaded = load_elements(tile, i, DTYPES, WHOLE, ALIGNED_GRAD)
+    grad, param, states = widen_elements(loaded, DTYPES, COMPUTE)
     param, states = UPDATE(param, transform(grad, param, by), states, s)
-    store_param(columns, i, tile.left, param, DTYPES, WHOLE)
-    store_states(tile, i, states, DTYPES, FIRST, WHOLE)
+    store_param(param_columns(tile, DTYPES, WHOLE), i, tile.left, param, DTYPES, WHOLE)
+    store_states(tile, i, states, DTYPES, WHOLE)
 
 
 @triton.jit(do_not_specialize=["group_count", "row_count"])
@@ -236,39 +286,36 @@ def apply_kernel(
 ):
     index = index_of(BACKWARDS)
     row = tl.load(tiles + 2 * index)
-    tile = tile_of(table, group_count, row_count, row, tl.load(tiles + 2 * index + 1))
-    active = tl.load(row_at(table, group_count, row_count, row, ROW_ACTIVE))
-    if (active != 0) & (tl.load(control) == 0):
-        by, s = read_record(records, row, COMPUTE, COUNT)
-        if others_are_aligned(tile, DTYPES, FIRST) & (tile.left >= TILE):
-            if address_of(tile, ROW_GRAD) & 15 == 0:
-                update_tile(tile, by, s, UPDATE, FIRST, DTYPES, COMPUTE, True, True)
-            else:
-                update_tile(tile, by, s, UPDATE, FIRST, DTYPES, COMPUTE, True, False)
-        else:
-            update_tile(tile, by, s, UPDATE, FIRST, DTYPES, COMPUTE, False, False)
+    of_row = tl.load(tiles + 2 * index + 1)
+    tile = read_tile(table, group_count, row_count, row, of_row, control, DTYPES, FIRST)
+    by, s = read_record(records, row, COMPUTE, COUNT)
+    if has_wide_columns(tile) & has_wide_grad(tile):
+        update_tile(tile, tl.arange(0, TILE), by, s, UPDATE, DTYPES, COMPUTE, True, True)
+    elif has_wide_columns(tile):
+        update_tile(tile, tl.arange(0, TILE), by, s, UPDATE, DTYPES, COMPUTE, True, False)
+    else:
+        for part in range(0, narrow_count(tile), PART):
+            update_tile(tile, part + tl.arange(0, PART), by, s, UPDATE, DTYPES, COMPUTE, False, False)
 
 
 @triton.jit
 def accumulate_tile(
     tile,
+    i,
     by,
     s,
     ACCUMULATE: tl.constexpr,
     DIRECTION: tl.constexpr,
-    FIRST: tl.constexpr,
     DTYPES: tl.constexpr,
     COMPUTE: tl.constexpr,
     WHOLE: tl.constexpr,
     ALIGNED_GRAD: tl.constexpr,
 ):
     """The first pass of a rule with a direction: the states, and the sums of direction and param."""
-    i = tl.arange(0, TILE)
-    grad = load_grad(tile, i, DTYPES, COMPUTE, WHOLE, ALIGNED_GRAD)
-    param = load_param(param_columns(tile, DTYPES, WHOLE), i, tile.left, DTYPES, COMPUTE, WHOLE)
-    states = load_states(tile, i, DTYPES, COMPUTE, FIRST, WHOLE)
+    loaded = load_elements(tile, i, DTYPES, WHOLE, ALIGNED_GRAD)
+    grad, param, states = widen_elements(loaded, DTYPES, COMPUTE)
     states = ACCUMULATE(transform(grad, param, by), states, s)
-    store_states(tile, i, states, DTYPES, FIRST, WHOLE)
+    store_states(tile, i, states, DTYPES, WHOLE)
     direction = DIRECTION(param, rounded_states(states, DTYPES, COMPUTE), s).to(tl.float64)
     wide = param.to(tl.float64)
     if not WHOLE:  # the direction of elements that do not exist may be 0 / 0
@@ -295,44 +342,46 @@ def accumulate_kernel(
 ):
     index = index_of(BACKWARDS)
     row = tl.load(tiles + 2 * index)
-    tile = tile_of(table, group_count, row_count, row, tl.load(tiles + 2 * index + 1))
-    active = tl.load(row_at(table, group_count, row_count, row, ROW_ACTIVE))
-    if (active != 0) & (tl.load(control) == 0):
-        by, s = read_record(records, row, COMPUTE, COUNT)
-        if others_are_aligned(tile, DTYPES, FIRST) & (tile.left >= TILE):
-            if address_of(tile, ROW_GRAD) & 15 == 0:
-                direction_sq, param_sq = accumulate_tile(
-                    tile, by, s, ACCUMULATE, DIRECTION, FIRST, DTYPES, COMPUTE, True, True
-                )
-            else:
-                direction_sq, param_sq = accumulate_tile(
-                    tile, by, s, ACCUMULATE, DIRECTION, FIRST, DTYPES, COMPUTE, True, False
-                )
-        else:
-            direction_sq, param_sq = accumulate_tile(
-                tile, by, s, ACCUMULATE, DIRECTION, FIRST, DTYPES, COMPUTE, False, False
+    of_row = tl.load(tiles + 2 * index + 1)
+    tile = read_tile(table, group_count, row_count, row, of_row, control, DTYPES, FIRST)
+    by, s = read_record(records, row, COMPUTE, COUNT)
+    zero = tl.full([], 0.0, tl.float64)
+    direction_sq, param_sq = zero, zero
+    if has_wide_columns(tile) & has_wide_grad(tile):
+        direction_sq, param_sq = accumulate_tile(
+            tile, tl.arange(0, TILE), by, s, ACCUMULATE, DIRECTION, DTYPES, COMPUTE, True, True
+        )
+    elif has_wide_columns(tile):
+        direction_sq, param_sq = accumulate_tile(
+            tile, tl.arange(0, TILE), by, s, ACCUMULATE, DIRECTION, DTYPES, COMPUTE, True, False
+        )
+    else:
+        for part in range(0, narrow_count(tile), PART):
+            of_direction, of_param = accumulate_tile(
+                tile, part + tl.arange(0, PART), by, s, ACCUMULATE, DIRECTION, DTYPES, COMPUTE, False, False
             )
-        out = tile_sums + 2 * index
-        tl.store(out, direction_sq)
-        tl.store(out + 1, param_sq)
+            direction_sq += of_direction
+            param_sq += of_param
+    tl.store(tile_sums + 2 * index, direction_sq)
+    tl.store(tile_sums + 2 * index + 1, param_sq)
 
 
 @triton.jit
 def move_tile(
     tile,
+    i,
     s,
     DIRECTION: tl.constexpr,
     STEP_SIZE: tl.constexpr,
-    FIRST: tl.constexpr,
     DTYPES: tl.constexpr,
     COMPUTE: tl.constexpr,
     WHOLE: tl.constexpr,
 ):
     """The second pass: the param moves along the direction."""
-    i = tl.arange(0, TILE)
     columns = param_columns(tile, DTYPES, WHOLE)
-    param = load_param(columns, i, tile.left, DTYPES, COMPUTE, WHOLE)
-    states = load_states(tile, i, DTYPES, COMPUTE, FIRST, WHOLE)
+    param, master = load_param(columns, i, tile.left, DTYPES, WHOLE)
+    states = load_states(tile, i, DTYPES, WHOLE)
+    param, states = widen_param(param, master, DTYPES, COMPUTE), widen_states(states, DTYPES, COMPUTE)
     param = param - s[STEP_SIZE] * DIRECTION(param, states, s)
     store_param(columns, i, tile.left, param, DTYPES, WHOLE)
 
@@ -355,11 +404,11 @@ def move_kernel(
 ):
     index = index_of(BACKWARDS)
     row = tl.load(tiles + 2 * index)
-    tile = tile_of(table, group_count, row_count, row, tl.load(tiles + 2 * index + 1))
-    active = tl.load(row_at(table, group_count, row_count, row, ROW_ACTIVE))
-    if (active != 0) & (tl.load(control) == 0):
-        _, s = read_record(records, row, COMPUTE, COUNT)
-        if others_are_aligned(tile, DTYPES, FIRST) & (tile.left >= TILE):
-            move_tile(tile, s, DIRECTION, STEP_SIZE, FIRST, DTYPES, COMPUTE, True)
-        else:
-            move_tile(tile, s, DIRECTION, STEP_SIZE, FIRST, DTYPES, COMPUTE, False)
+    of_row = tl.load(tiles + 2 * index + 1)
+    tile = read_tile(table, group_count, row_count, row, of_row, control, DTYPES, FIRST)
+    _, s = read_record(records, row, COMPUTE, COUNT)
+    if has_wide_columns(tile):
+        move_tile(tile, tl.arange(0, TILE), s, DIRECTION, STEP_SIZE, DTYPES, COMPUTE, True)
+    else:
+        for part in range(0, narrow_count(tile), PART):
+            move_tile(tile, part + tl.arange(0, PART), s, DIRECTION, STEP_SIZE, DTYPES, COMPUTE, False)

@@ -22,7 +22,7 @@ from torch import Tensor
 from ..plan.step import DeviceStep, Step
 from .apply import RECORD, TILE, accumulate_kernel, apply_kernel, move_kernel
 from .prepare import PREPARED, direction_kernel, grad_sq_kernel, prepare_kernel
-from .reduce import CHUNK_TILES, SUMS, copy_kernel, reduce_kernel, total_kernel
+from .reduce import CHUNK_TILES, MOST_CHUNKS, SUMS, copy_kernel, reduce_kernel, total_kernel
 from .rule import DIRECTION_SQ, FINITE, GRAD_SQ, MAX_HYPER, Rule
 from .table import (
     ADDRESSES,
@@ -51,8 +51,11 @@ INTERPRETED = not isinstance(apply_kernel, triton.runtime.JITFunction)
 # Threads of a program: each has the elements of a tile that 16 bytes of the narrowest column hold.
 THREADS = 128
 PREPARE_THREADS = 64
-# Registers of a thread: three programs of 128 threads a multiprocessor. Left to itself, ptxas spills to fit in more.
-REGISTERS = 168
+# Of the programs that add the sums of a row, which no other program of the row helps.
+ADDING_THREADS = 512
+# Registers of a thread, at most: six programs of 128 threads a multiprocessor; five where sums stand beside elements.
+REGISTERS = 80
+SUM_REGISTERS = 96
 COPIED = 1024  # numbers that a program copies
 # Tables that are kept ready for captures into CUDA graphs, during which none can be allocated.
 SPARES = 2
@@ -68,14 +71,14 @@ def rules() -> dict[str, Rule]:
 
 
 @functools.cache
-def options(threads: int) -> dict[str, Any]:
+def options(threads: int, registers: int) -> dict[str, Any]:
     """What a kernel is compiled with; the interpreter takes nothing."""
     if not isinstance(apply_kernel, triton.runtime.JITFunction):
         return {}
     target = triton.runtime.driver.active.get_current_target()
-    registers = {"maxnreg": REGISTERS} if target.backend == "cuda" else {}
+    limit = {"maxnreg": registers} if target.backend == "cuda" else {}
     # Contraction is off, as in the other backends: the same bits from the same scalars.
-    return {"enable_fp_fusion": False, "num_warps": threads // target.warp_size, **registers}
+    return {"enable_fp_fusion": False, "num_warps": threads // target.warp_size, **limit}
 
 
 class LaunchedStep(NamedTuple):
@@ -403,7 +406,8 @@ class Phases:
         for (name, dtypes), rows in found.items():
             rule = rules()[name]
             tile_counts = [-(-self._numels[row] // TILE.value) for row in rows]
-            chunk_counts = [-(-count // CHUNK_TILES.value) for count in tile_counts]
+            per_chunk = [tiles_of_chunk(self._numels[row]) for row in rows]
+            chunk_counts = [-(-count // each) for count, each in zip(tile_counts, per_chunk)]
             outs = []
             for row, count in zip(rows, chunk_counts):
                 outs.append(row if count <= 1 else slots)
@@ -413,7 +417,10 @@ class Phases:
             tiles, chunks = _repeated(rows, tile_counts), _repeated(rows, chunk_counts)
             out = torch.tensor(outs, dtype=torch.int64, device="cpu")
             out = out.repeat_interleave(torch.tensor(chunk_counts, device="cpu"))
-            chunks = torch.stack([chunks[:, 0], chunks[:, 1] * CHUNK_TILES.value, out + chunks[:, 1]], 1)
+            length = torch.tensor(per_chunk, dtype=torch.int64, device="cpu").repeat_interleave(
+                torch.tensor(chunk_counts, device="cpu")
+            )
+            chunks = torch.stack([chunks[:, 0], chunks[:, 1] * length, out + chunks[:, 1]], 1)
             parts.append((rule, dtypes, rows, tiles, chunks, summed))
             for row, count in zip(rows, tile_counts) if rule.has_direction else ():
                 directions.setdefault(name, []).append((row, summed, count))
@@ -441,10 +448,18 @@ class Phases:
 
     # Launches -----------------------------------------------------------------------------------------------------
 
-    def _launch(self, kernel: Any, programs: int, *arguments: Any, threads: int = THREADS, **constants: Any) -> None:
+    def _launch(
+        self,
+        kernel: Any,
+        programs: int,
+        *arguments: Any,
+        threads: int = THREADS,
+        registers: int = REGISTERS,
+        **constants: Any,
+    ) -> None:
         if programs == 0:
             return
-        kernel[(programs,)](*arguments, **constants, **options(threads))
+        kernel[(programs,)](*arguments, **constants, **options(threads, registers))
         self.launches += 1
 
     def _has_tensors(self) -> bool:
@@ -468,11 +483,13 @@ class Phases:
                 CLIP=launched.clip,
                 FINDS_INF=launched.finds_inf,
                 TENSORS=tensors,
+                registers=SUM_REGISTERS,
             )
         self._launch(
             total_kernel,
             len(layout.totals),
             *(table.words, self._group_count, self._row_count, layout.totals, layout.sums),
+            threads=ADDING_THREADS,
         )
 
     def _launch_prepare(self, launched: LaunchedStep, layout: Layout, table: Table, reduces: bool) -> None:
@@ -562,12 +579,18 @@ class Phases:
                 ADDS_UP=adds_up,
                 PREPARES=prepares,
                 TENSORS=self._has_tensors(),
+                threads=ADDING_THREADS,
             )
 
     def _copy_sums(self, layout: Layout, address: int, *, out: bool) -> None:
         """The rows' sums to where processes exchange them, or back."""
         count = self._row_count * SUMS.value
         self._launch(copy_kernel, -(-count // COPIED), layout.sums, address, count, OUT=out, BLOCK=COPIED)
+
+
+def tiles_of_chunk(numel: int) -> int:
+    """How many tiles of a row a program of the reduce phase sums: `chunk_tiles` in reduce.py."""
+    return max(-(-numel // (MOST_CHUNKS.value * TILE.value)), CHUNK_TILES.value)
 
 
 def _quiet() -> AbstractContextManager[Any]:

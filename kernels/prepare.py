@@ -10,7 +10,6 @@ import triton.language as tl
 
 from .apply import RECORD
 from .reduce import (
-    ADDED,
     SUM_DECAYED_SQ,
     SUM_DIRECTION_SQ,
     SUM_GRAD_MAX,
@@ -67,6 +66,8 @@ LR = tl.constexpr(0)
 PREPARED = tl.constexpr(64)
 # Lanes in which the rows' sums are added.
 LANES = tl.constexpr(128)
+# Sums of tiles that a program adds at a time.
+ADDED_TILES = tl.constexpr(2048)
 
 
 @triton.jit
@@ -313,10 +314,10 @@ def direction_kernel(
     if (active != 0) & (tl.load(control) == 0):
         at = sums + row.to(tl.int64) * SUMS
         if ADDS_UP:
-            lanes = tl.arange(0, ADDED)
-            of_direction = tl.zeros([ADDED], tl.float64)
-            of_param = tl.zeros([ADDED], tl.float64)
-            for begin in range(0, count, ADDED):
+            lanes = tl.arange(0, ADDED_TILES)
+            of_direction = tl.zeros([ADDED_TILES], tl.float64)
+            of_param = tl.zeros([ADDED_TILES], tl.float64)
+            for begin in range(0, count, ADDED_TILES):
                 tile = tile_sums + 2 * (first + begin + lanes).to(tl.int64)
                 of_direction += tl.load(tile, mask=begin + lanes < count, other=0.0)
                 of_param += tl.load(tile + 1, mask=begin + lanes < count, other=0.0)

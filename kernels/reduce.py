@@ -1,8 +1,9 @@
 """The reduce phase: sums over a tensor's gradient and parameter.
 
 A program sums one chunk of a row: every lane adds up its own elements in float64, tile after tile, and the lanes are
-added along a tree. A second launch adds the chunks of rows that have several. Chunks have a fixed size and there are no
-atomics, so the bits are the same from run to run, on every device, and whatever other rows there are.
+added along a tree. A second launch adds the chunks of rows that have several. How long a chunk is depends on nothing but
+its row's number of elements, and there are no atomics, so the bits are the same from run to run, on every device, and
+whatever other rows there are.
 """
 
 from __future__ import annotations
@@ -10,19 +11,21 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .apply import TILE, column, is_aligned, load_param, load_tile, param_columns, tile_of
+from .apply import TILE, Tile, column, load_param, load_tile, param_columns, read_columns, widen_param
 from .rule import DECAYED_SQ, FINITE, GRAD_MAX, GRAD_SQ, PARAM_SQ
 from .storage import load_any_number, widen
 from .table import (
+    BFLOAT16,
     CLIPPED,
+    FLOAT16,
     GRAD,
     HYPER,
     HYPER_ADDRESS,
     HYPER_DTYPE,
     MAXIMIZE,
     NEEDS,
+    NUMEL,
     ROW_ACTIVE,
-    ROW_GRAD,
     ROW_GROUP,
     WEIGHT_DECAY_SCALE,
     group_at,
@@ -30,7 +33,9 @@ from .table import (
 )
 from .transform import Transform, bounds_of, clamp, grad_scale_of, needs_of, transform
 
-CHUNK_TILES = tl.constexpr(32)
+# Tiles of a chunk, and more where a row would have more chunks than one program adds in a few rounds.
+CHUNK_TILES = tl.constexpr(8)
+MOST_CHUNKS = tl.constexpr(4096)
 # The sums of a row or a chunk, in this order: of the squares of gradient (after its sign, the loss scale and clipping
 # by value), its largest magnitude, of parameter, gradient plus weight decay, and direction; 1 if an element of the
 # gradient is infinite or NaN. `NORMS` in fused_optim/plan/plan.py, and one.
@@ -52,6 +57,12 @@ def read_hyper(table, group_count, group, index, TENSORS: tl.constexpr):
 
 
 @triton.jit
+def chunk_tiles(numel):
+    """Tiles of a chunk of a row; `tiles_of_chunk` in layout.py says the same."""
+    return tl.maximum(tl.cdiv(numel, MOST_CHUNKS * TILE), CHUNK_TILES)
+
+
+@triton.jit
 def transform_before_norms(table, group_count, group, clipped, weight_decay, COMPUTE: tl.constexpr, CLIP: tl.constexpr):
     """The part of the transform that is known before any norm is."""
     scale = grad_scale_of(table)
@@ -66,13 +77,24 @@ def transform_before_norms(table, group_count, group, clipped, weight_decay, COM
 
 
 @triton.jit
-def sum_tile(tile, sums, by, DTYPES: tl.constexpr, COMPUTE: tl.constexpr, NORMS: tl.constexpr, WHOLE: tl.constexpr):
+def load_norms(tile, DTYPES: tl.constexpr, NORMS: tl.constexpr, WHOLE: tl.constexpr):
+    """What a tile's norms are taken of, as it is stored: gradient, parameter and master weight, or 0 for each that is
+    not asked for."""
+    i = tl.arange(0, TILE)
+    grad, param, master = 0, 0, 0
+    if (GRAD_SQ | GRAD_MAX | DECAYED_SQ | FINITE) & NORMS:
+        grad = load_tile(column(tile.columns.grad, tile.begin, DTYPES[GRAD], WHOLE), i, tile.left, WHOLE)
+    if (PARAM_SQ | DECAYED_SQ) & NORMS:
+        param, master = load_param(param_columns(tile, DTYPES, WHOLE), i, tile.left, DTYPES, WHOLE)
+    return grad, param, master
+
+
+@triton.jit
+def add_norms(loaded, sums, by, DTYPES: tl.constexpr, COMPUTE: tl.constexpr, NORMS: tl.constexpr):
     """Adds the elements of a tile to the sums of their lanes."""
     grad_sq, grad_max, param_sq, decayed_sq, non_finite = sums
-    i = tl.arange(0, TILE)
     if (GRAD_SQ | GRAD_MAX | DECAYED_SQ | FINITE) & NORMS:
-        grad_at = column(tile, ROW_GRAD, DTYPES[GRAD], WHOLE)
-        stored = widen(load_tile(grad_at, i, tile.left, WHOLE), DTYPES[GRAD], COMPUTE)
+        stored = widen(loaded[0], DTYPES[GRAD], COMPUTE)
         grad = clamp(stored, by).to(tl.float64)
         if GRAD_SQ & NORMS:
             grad_sq += grad * grad
@@ -82,7 +104,7 @@ def sum_tile(tile, sums, by, DTYPES: tl.constexpr, COMPUTE: tl.constexpr, NORMS:
         if FINITE & NORMS:
             non_finite = tl.where(stored - stored != 0, 1.0, non_finite)
     if (PARAM_SQ | DECAYED_SQ) & NORMS:
-        param = load_param(param_columns(tile, DTYPES, WHOLE), i, tile.left, DTYPES, COMPUTE, WHOLE)
+        param = widen_param(loaded[1], loaded[2], DTYPES, COMPUTE)
         wide = param.to(tl.float64)
         if PARAM_SQ & NORMS:
             param_sq += wide * wide
@@ -90,6 +112,29 @@ def sum_tile(tile, sums, by, DTYPES: tl.constexpr, COMPUTE: tl.constexpr, NORMS:
             decayed = transform(stored, param, by).to(tl.float64)
             decayed_sq += decayed * decayed
     return grad_sq, grad_max, param_sq, decayed_sq, non_finite
+
+
+@triton.jit
+def sum_tiles(
+    columns,
+    begin,
+    left,
+    sums,
+    by,
+    DTYPES: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    NORMS: tl.constexpr,
+    WHOLE: tl.constexpr,
+    COUNT: tl.constexpr,
+):
+    """Adds so many tiles; all are asked for before the first is added."""
+    loaded = ()
+    for k in tl.static_range(COUNT):
+        tile = Tile(columns, begin + k * TILE, left - k * TILE)
+        loaded = loaded + (load_norms(tile, DTYPES, NORMS, WHOLE),)
+    for k in tl.static_range(COUNT):
+        sums = add_norms(loaded[k], sums, by, DTYPES, COMPUTE, NORMS)
+    return sums
 
 
 @triton.jit
@@ -115,6 +160,9 @@ def reduce_kernel(
     FINDS_INF: tl.constexpr,
     TENSORS: tl.constexpr,
 ):
+    # Tiles that are under way together: four reads of 16 bytes a thread or more.
+    NARROW_GRADS: tl.constexpr = DTYPES[GRAD] == BFLOAT16 or DTYPES[GRAD] == FLOAT16
+    TOGETHER: tl.constexpr = 4 if NARROW_GRADS and not (PARAM_SQ | DECAYED_SQ) & NORMS else 2
     chunk = tl.program_id(0)
     row = tl.load(chunks + 3 * chunk)
     first_tile = tl.load(chunks + 3 * chunk + 1)
@@ -122,6 +170,8 @@ def reduce_kernel(
     active = tl.load(row_at(table, group_count, row_count, row, ROW_ACTIVE))
     clipped = tl.load(row_at(table, group_count, row_count, row, CLIPPED))
     group = tl.load(row_at(table, group_count, row_count, row, ROW_GROUP))
+    columns = read_columns(table, group_count, row_count, row, DTYPES, 0)
+    numel = tl.load(row_at(table, group_count, row_count, row, NUMEL))
     needs = needs_of(tl.load(group_at(table, group_count, group, NEEDS)), clipped, CLIP, FINDS_INF)
     if (active != 0) & (needs != 0):
         scale = tl.load(row_at(table, group_count, row_count, row, WEIGHT_DECAY_SCALE)).to(tl.float64, bitcast=True)
@@ -129,19 +179,26 @@ def reduce_kernel(
         by = transform_before_norms(table, group_count, group, clipped, weight_decay, COMPUTE, CLIP)
         zeros = tl.zeros([TILE], tl.float64)
         grad_sq, grad_max, param_sq, decayed_sq, non_finite = zeros, zeros, zeros, zeros, zeros
-        first = tile_of(table, group_count, row_count, row, first_tile)
-        aligned = is_aligned(first, DTYPES)
-        tiles = tl.minimum(tl.cdiv(first.left, TILE), CHUNK_TILES).to(tl.int32)
-        for t in range(0, tiles):
-            tile = tile_of(table, group_count, row_count, row, first_tile + t)
+        begin = first_tile.to(tl.int64) * TILE
+        left = numel - begin
+        aligned = (columns.grad | columns.param | columns.master) & 15 == 0
+        tiles = tl.minimum(tl.cdiv(left, TILE), chunk_tiles(numel)).to(tl.int32)
+        together = tl.where(aligned, tl.minimum(left // TILE, tiles).to(tl.int32), 0) // TOGETHER * TOGETHER
+        for t in range(0, together, TOGETHER):
             running = (grad_sq, grad_max, param_sq, decayed_sq, non_finite)
-            if aligned & (tile.left >= TILE):
-                grad_sq, grad_max, param_sq, decayed_sq, non_finite = sum_tile(
-                    tile, running, by, DTYPES, COMPUTE, NORMS, True
+            grad_sq, grad_max, param_sq, decayed_sq, non_finite = sum_tiles(
+                columns, begin + t * TILE, left - t * TILE, running, by, DTYPES, COMPUTE, NORMS, True, TOGETHER
+            )
+        for t in range(together, tiles):
+            running = (grad_sq, grad_max, param_sq, decayed_sq, non_finite)
+            at, rest = begin + t * TILE, left - t * TILE
+            if aligned & (rest >= TILE):
+                grad_sq, grad_max, param_sq, decayed_sq, non_finite = sum_tiles(
+                    columns, at, rest, running, by, DTYPES, COMPUTE, NORMS, True, 1
                 )
             else:
-                grad_sq, grad_max, param_sq, decayed_sq, non_finite = sum_tile(
-                    tile, running, by, DTYPES, COMPUTE, NORMS, False
+                grad_sq, grad_max, param_sq, decayed_sq, non_finite = sum_tiles(
+                    columns, at, rest, running, by, DTYPES, COMPUTE, NORMS, False, 1
                 )
         at = sums + out.to(tl.int64) * SUMS
         tl.store(at + SUM_GRAD_SQ, tl.sum(grad_sq, 0))

@@ -49,7 +49,7 @@ from fused_optim.plan import python_plan
 
 pytestmark = pytest.mark.interpreted
 
-TILE, CHUNK = 1024, 32 * 1024  # kernels/apply.py, kernels/reduce.py
+TILE, CHUNK = 1024, 8 * 1024  # kernels/apply.py, kernels/reduce.py
 # Around the 16-byte vector and the tile.
 RAGGED = tuple((n,) for n in (0, 1, 3, 5, 9, 1023, 1024, 1025, 2049))
 NORM_SHAPES = tuple((n,) for n in (0, 1, 5, TILE, CHUNK, CHUNK + 1, 2 * CHUNK + 77))
