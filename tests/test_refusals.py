@@ -529,9 +529,7 @@ def test_a_word_in_a_group_that_is_none(make: Any, key: str, backend: str) -> No
         before = snapshot(optimizer)
         kept = optimizer.param_groups[0].get(key)
         optimizer.param_groups[0][key] = "triple"
-        with pytest.raises(
-            ValueError, match=rf"param_groups\[0\]\['{key}'\] is 'triple', which is none of its choices"
-        ):
+        with pytest.raises(ValueError, match=rf"param_groups\[0\]\['{key}'\] must be one of '.*', got 'triple'"):
             optimizer.step()
         assert_same_snapshots(snapshot(optimizer), before)
         if kept is None:

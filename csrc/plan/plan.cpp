@@ -341,8 +341,14 @@ bool Plan::parse_group(PyObject* group, size_t index, bool* stale) {
     }
     Py_XDECREF(item);
     if (!good && field.choices != nullptr) {
-      PyErr_Format(PyExc_ValueError, "param_groups[%zu][%R] is %R, which is none of its choices", index, key,
-                   value);
+      std::string words;
+      for (const char* const* word = field.choices; *word != nullptr; ++word) {
+        words += words.empty() ? "'" : ", '";
+        words += *word;
+        words += "'";
+      }
+      PyErr_Format(PyExc_ValueError, "param_groups[%zu][%R] must be one of %s, got %R", index, key,
+                   words.c_str(), value);
       return false;
     }
     if (!good) {

@@ -215,7 +215,8 @@ class GroupReader:
             if value is None and field.optional:
                 return 0.0, 0, 0
             if value not in field.choices:
-                raise ValueError(f"{place} is {value!r}, which is none of its choices")
+                words = ", ".join(map(repr, field.choices))
+                raise ValueError(f"{place} must be one of {words}, got {value!r}")
             return float(field.choices.index(value)), 0, 0
         if value is None and field.optional:
             return 0.0, 0, 0

@@ -26,11 +26,12 @@ def check_hyperparameters(
 
     Raises:
         TypeError: what is no number; the text names the group and the key.
-        ValueError: a word that is none of the hyperparameter's choices.
+        ValueError: another word than the hyperparameter may be.
     """
     for key, words in rule.choices:
         if key in group and group[key] not in words:
-            raise ValueError(f"param_groups[{index}][{key!r}]{of} is {shown(group[key])}, which is none of its choices")
+            choices = ", ".join(map(repr, words))
+            raise ValueError(f"param_groups[{index}][{key!r}]{of} must be one of {choices}, got {shown(group[key])}")
     for key, default in defaults.items():
         if isinstance(default, (bool, str)) or default is None:
             continue
