@@ -29,7 +29,7 @@ class Case:
 
     name: str
     peer: str
-    ours: Callable[[], torch.optim.Optimizer]
+    ours: Callable[[], Stepper]
     theirs: Callable[[], Stepper]
     default_device: str | None = None  # torch.set_default_device while stepping
     bytes_per_element: int | None = None  # what the memory must move at least, where that is the limit
@@ -47,7 +47,7 @@ def new_groups(groups: int, tensors: int, numel: int, dtype: torch.dtype = torch
     return made
 
 
-def elements_of(optimizer: torch.optim.Optimizer) -> int:
+def elements_of(optimizer: Any) -> int:
     return sum(param.numel() for group in optimizer.param_groups for param in group["params"])
 
 
@@ -79,6 +79,61 @@ class Clipped:
 
 def clipped() -> fused_optim.AdamW:
     return fused_optim.AdamW(new_groups(1, 8, 8_000_000), grad_clip=fused_optim.ClipGradByGlobalNorm(1.0))
+
+
+def clamp(params: list[Parameter]) -> None:
+    with torch.no_grad():
+        for param in params:
+            param.clamp_(-1e3, 1e3)
+
+
+class Clamped:
+    """Master weights beside parameters that the training clamps after each step, as CLIP does its logit scale."""
+
+    def __init__(self) -> None:
+        self.param_groups = new_groups(1, 8, 8_000_000, torch.bfloat16)
+        self.optimizer = fused_optim.AdamW(self.param_groups[0]["params"], master_weights="float32")
+
+    def step(self) -> None:
+        self.optimizer.step()
+        clamp(self.param_groups[0]["params"])
+
+
+class ClampedCopies:
+    """The same by hand: float32 copies for torch's optimizer, from which the parameters are rounded."""
+
+    def __init__(self) -> None:
+        self.params = new_groups(1, 8, 8_000_000, torch.bfloat16)[0]["params"]
+        self.copies = [Parameter(param.detach().float()) for param in self.params]
+        self.optimizer = torch.optim.AdamW(self.copies, fused=True)
+
+    def step(self) -> None:
+        for param, copy in zip(self.params, self.copies, strict=True):
+            assert param.grad is not None
+            copy.grad = param.grad.float()
+        self.optimizer.step()
+        with torch.no_grad():
+            for param, copy in zip(self.params, self.copies, strict=True):
+                param.copy_(copy)
+        clamp(self.params)
+
+
+class Infinities:
+    """A step in which a GradScaler finds an infinity, and the one after it."""
+
+    def __init__(self, scaler: torch.amp.GradScaler, make: Callable[[Groups], torch.optim.Optimizer]) -> None:
+        self.param_groups = new_groups(1, 1000, 16)
+        self.optimizer = make(self.param_groups)
+        self.scaler = scaler
+        self.param = self.param_groups[0]["params"][0]
+        self.grads = [torch.full((16,), float("inf")), torch.ones(16)]
+
+    def step(self) -> None:
+        for grad in self.grads:
+            self.param.grad = grad
+            self.scaler.scale(torch.ones(()))
+            self.scaler.step(self.optimizer)
+            self.scaler.update(1.0)
 
 
 LAYERS, RATE, KINDS = 24, 0.9, ("weight", "bias")
@@ -146,6 +201,20 @@ CASES = {
             "torch.optim.AdamW(fused=True)",
             lambda: fused_optim.AdamW(convolutions()),
             lambda: torch.optim.AdamW(convolutions(), fused=True),
+        ),
+        Case(
+            "8 x 8M bfloat16, masters, clamped",
+            "torch.optim.AdamW(fused=True) of float32 copies",
+            Clamped,
+            ClampedCopies,
+        ),
+        Case(
+            "1000 tensors, two steps, one with an infinity",
+            "torch.amp.GradScaler, torch.optim.AdamW(fused=True)",
+            lambda: Infinities(fused_optim.GradScaler("cpu", init_scale=1.0), fused_optim.AdamW),
+            lambda: Infinities(
+                torch.amp.GradScaler("cpu", init_scale=1.0), lambda groups: torch.optim.AdamW(groups, fused=True)
+            ),
         ),
         Case(
             "24 layers, layer-wise decay",
