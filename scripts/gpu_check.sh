@@ -52,7 +52,7 @@ build() {
 }
 
 # Warnings are shown and not raised: a first run on another torch is to say everything that it can.
-suite() { run "$1" "$2" "$2" "$python" -m pytest -v -W default -p no:cacheprovider --durations=10 -m gpu tests/test_gpu.py -k "$3"; }
+suite() { run "$1" "$2" "$2" "$python" -m pytest -v -W default -p no:cacheprovider --durations=10 -m gpu tests/test_phases.py tests/test_gpu.py -k "$3"; }
 
 tests() { suite 240 tests 'not triton'; }
 triton() { suite 300 triton 'triton'; }

@@ -9,6 +9,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import pytest
@@ -37,15 +38,27 @@ def pytest_configure() -> None:
         os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+def parameters_of(item: pytest.Item) -> dict[str, Any]:
+    return item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
+
+
+def is_spared(item: pytest.Item) -> bool:
+    """An interpreter takes its time."""
+    wanted = {name: value for mark in item.iter_markers("sparingly") for name, value in mark.kwargs.items()}
+    found = parameters_of(item)
+    return bool(item.get_closest_marker("interpreted")) and any(
+        found[name] not in (value if isinstance(value, tuple) else (value,)) for name, value in wanted.items()
+    )
+
+
 def choose_for_check(items: list[pytest.Item]) -> None:
     """Marks what `make check` runs: of each test one example for each backend, and for each value of what it names."""
     seen = set()
     for item in items:
         if any(item.get_closest_marker(mark) for mark in ("slow", "gpu", "program")):
             continue
-        parameters = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
         names = {"backend", *(name for mark in item.iter_markers("every") for name in mark.args)}
-        example = (item.nodeid.partition("[")[0], *(str(parameters.get(name)) for name in sorted(names)))
+        example = (item.nodeid.partition("[")[0], *(str(parameters_of(item).get(name)) for name in sorted(names)))
         if example not in seen:
             seen.add(example)
             item.add_marker(pytest.mark.check)
@@ -59,6 +72,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.program)
         if " at 0x" in item.nodeid:
             raise pytest.UsageError(f"{item.nodeid}: a test has one name in every process, and this one has an address")
+        if is_spared(item):
+            item.add_marker(pytest.mark.slow)
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
         if item.get_closest_marker("interpreted"):
@@ -76,7 +91,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Tests that ask the garbage collector find their own objects, and not those of all tests to come."""
+    """Whoever asks the garbage collector finds the test's own objects, and not those of torch and all other tests."""
+
     gc.collect()
     gc.freeze()
 

@@ -81,7 +81,7 @@ class Ranks:
     def _start(self) -> None:
         # Forked from a process that has imported torch and done nothing else: four imports would take long.
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torch", "torch.distributed.tensor", "torch.distributed.checkpoint"])
+        context.set_forkserver_preload(["torch._dynamo", "torch.distributed.tensor", "torch.distributed.checkpoint"])
         self._folder = tempfile.TemporaryDirectory(prefix="ranks-")
         store = str(Path(self._folder.name) / "store")
         for rank in range(WORLD):

@@ -12,18 +12,21 @@ import numpy as np
 import pytest
 import torch
 from cases import (
-    CASES,
     DTYPES,
+    ROWS,
     Case,
     assert_same_bits,
     assert_same_results,
     assert_same_snapshots,
     device_of,
+    each_adam,
+    each_adam_variant,
     each_case,
     each_dtype,
     each_implementation,
     each_implementation_daily,
-    each_variant,
+    each_kind,
+    each_twin,
     new_params,
     set_grads,
     snapshot,
@@ -60,7 +63,7 @@ def through_file(state_dict: dict[str, Any]) -> dict[str, Any]:
 
 @each_implementation
 @each_dtype
-@each_variant
+@each_adam_variant
 def test_resumed_run_equals_the_uninterrupted_one(case: Case, variant: str, dtype: torch.dtype, backend: str) -> None:
     device = device_of(backend)
     params = new_params(dtype, device=device)
@@ -77,7 +80,7 @@ def test_resumed_run_equals_the_uninterrupted_one(case: Case, variant: str, dtyp
 
 
 @each_implementation
-@each_case
+@each_adam
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("state_dtype", [None, torch.float32])
 @pytest.mark.parametrize("same_option", [True, False])
@@ -98,16 +101,16 @@ def test_wide_states_of_narrow_parameters_survive(
 
 
 @each_implementation
-@each_case
+@each_kind
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_loading_shares_no_memory_and_keeps_dtypes(case: Case, dtype: torch.dtype, backend: str) -> None:
     params = new_params(dtype, FEW, device=device_of(backend))
-    optimizer = case.make(params, "amsgrad", backend=backend)
+    optimizer = case.make(params, "all", backend=backend)
     train(optimizer, params, 2)
     saved = copy.deepcopy(optimizer.state_dict())
     kept = copy.deepcopy(saved)
     twins = [nn.Parameter(param.detach().clone()) for param in params]
-    other = case.make(twins, "amsgrad", backend=backend)
+    other = case.make(twins, "all", backend=backend)
     other.load_state_dict(saved)
     train(other, twins, 2, first=2)
     assert saved["param_groups"] == kept["param_groups"]
@@ -130,7 +133,7 @@ def test_own_state_dict_loaded_back(case: Case, backend: str) -> None:
 
 
 @each_implementation
-@each_case
+@each_kind
 def test_load_replaces_what_the_plan_knew(case: Case, backend: str) -> None:
     """Rolling back in place, and the old state tensors are never written again."""
     optimizer, params = trained(case, backend)
@@ -150,7 +153,7 @@ def test_load_replaces_what_the_plan_knew(case: Case, backend: str) -> None:
 
 
 @each_implementation
-@each_case
+@each_kind
 def test_hyperparameters_come_from_the_checkpoint(case: Case, backend: str) -> None:
     optimizer, _ = trained(case, backend, lr=0.125)
     optimizer.param_groups[0]["initial_lr"] = 0.5
@@ -161,7 +164,7 @@ def test_hyperparameters_come_from_the_checkpoint(case: Case, backend: str) -> N
     assert fresh.backend == backend
 
 
-@each_case
+@each_kind
 def test_backend_is_not_in_the_checkpoint(case: Case) -> None:
     optimizer, _ = trained(case, "eager")
     assert "backend" not in optimizer.param_groups[0]
@@ -171,7 +174,7 @@ def test_backend_is_not_in_the_checkpoint(case: Case) -> None:
 
 
 @each_implementation
-@each_case
+@each_adam
 @pytest.mark.parametrize("kind", [np.array, np.float64, np.int64, int, lambda value: torch.tensor([value])])
 @pytest.mark.parametrize("loaded", [True, False])
 def test_a_step_may_be_any_number(case: Case, kind: Callable[[int], Any], loaded: bool, backend: str) -> None:
@@ -194,7 +197,7 @@ def test_a_step_may_be_any_number(case: Case, kind: Callable[[int], Any], loaded
 
 
 @each_implementation
-@each_case
+@each_kind
 def test_tensor_lr_comes_back(case: Case, backend: str) -> None:
     optimizer, params = trained(case, backend, lr=torch.tensor(0.125))
     saved = through_file(optimizer.state_dict())
@@ -208,7 +211,7 @@ def test_tensor_lr_comes_back(case: Case, backend: str) -> None:
 
 
 @each_implementation
-@each_case
+@each_kind
 def test_parameters_without_state(case: Case, backend: str) -> None:
     params = new_params(shapes=FEW, device=device_of(backend))
     optimizer = case.make(params, backend=backend)
@@ -224,7 +227,7 @@ def test_parameters_without_state(case: Case, backend: str) -> None:
 
 
 @each_implementation
-@each_case
+@each_kind
 def test_other_keys_of_the_state_are_kept(case: Case, backend: str) -> None:
     optimizer, params = trained(case, backend)
     optimizer.state[params[0]]["note"] = "kept"
@@ -241,7 +244,7 @@ def test_other_keys_of_the_state_are_kept(case: Case, backend: str) -> None:
 
 
 @each_implementation
-@each_variant
+@each_adam_variant
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_checkpoint_of_torchs(case: Case, variant: str, dtype: torch.dtype, backend: str) -> None:
     device = device_of(backend)
@@ -263,7 +266,7 @@ def test_checkpoint_of_torchs(case: Case, variant: str, dtype: torch.dtype, back
 
 
 @each_implementation
-@each_variant
+@each_adam_variant
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_checkpoint_goes_to_torchs(case: Case, variant: str, dtype: torch.dtype, backend: str) -> None:
     params = new_params(dtype, device=device_of(backend))
@@ -287,7 +290,7 @@ def test_checkpoint_goes_to_torchs(case: Case, variant: str, dtype: torch.dtype,
 
 
 @each_implementation
-@each_case
+@each_adam
 @pytest.mark.parametrize("fused", [True, None])
 def test_checkpoint_of_torchs_fused_optimizer(case: Case, fused: bool | None, backend: str) -> None:
     params = new_params(shapes=FEW[:3])
@@ -329,7 +332,7 @@ def test_decoupled_weight_decay_of_the_class_or_the_checkpoint(backend: str) -> 
 
 
 @each_implementation
-@each_case
+@each_adam
 @pytest.mark.parametrize("step", [5, 5.0, torch.tensor(5.0), torch.tensor([5], dtype=torch.int32)], ids=str)
 def test_step_of_the_group(case: Case, step: Any, backend: str) -> None:
     """apex's FusedAdam keeps the step in the group; DeepSpeed's too, beside moments of its own dtype."""
@@ -361,7 +364,7 @@ def test_step_of_the_group(case: Case, step: Any, backend: str) -> None:
 
 
 @each_implementation
-@each_case
+@each_adam
 def test_step_count_as_a_number(case: Case, backend: str) -> None:
     """DeepSpeed's CPU Adam and torch before 1.12 keep a Python int per parameter."""
     optimizer, params = trained(case, backend, "decay")
@@ -377,7 +380,7 @@ def test_step_count_as_a_number(case: Case, backend: str) -> None:
 
 
 @each_implementation
-@each_case
+@each_kind
 def test_checkpoint_without_bias_correction_is_refused(case: Case, backend: str) -> None:
     optimizer, _ = trained(case, backend)
     saved = copy.deepcopy(optimizer.state_dict())
@@ -387,7 +390,7 @@ def test_checkpoint_without_bias_correction_is_refused(case: Case, backend: str)
 
 
 @each_implementation
-@each_case
+@each_adam
 def test_group_key_step_without_state(case: Case, backend: str) -> None:
     """DeepSpeed puts it there when it creates the optimizer; it is no reason to skip bias correction."""
     params, twins = (new_params(shapes=FEW, device=device_of(backend)) for _ in range(2))
@@ -405,7 +408,7 @@ def test_group_key_step_without_state(case: Case, backend: str) -> None:
 
 
 @each_implementation
-@each_case
+@each_kind
 def test_unknown_and_missing_group_keys(case: Case, backend: str) -> None:
     optimizer, params = trained(case, backend, "default")
     twin, twins = trained(case, backend, "default")
@@ -517,7 +520,7 @@ REFUSED: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
 
 
 @each_implementation
-@each_case
+@each_adam
 @pytest.mark.parametrize("damage", REFUSED)
 def test_damaged_checkpoint_is_refused_and_nothing_changes(case: Case, damage: str, backend: str) -> None:
     def make() -> tuple[Any, list[Any]]:
@@ -546,7 +549,7 @@ def test_damaged_checkpoint_is_refused_and_nothing_changes(case: Case, damage: s
 
 
 @each_implementation
-@each_case
+@each_adam
 def test_refusal_names_the_parameter(case: Case, backend: str) -> None:
     model = nn.Linear(3, 2)
     optimizer = case.make(model.named_parameters(), backend=backend)
@@ -694,7 +697,7 @@ def train_model(model: nn.Module, optimizer: Any, steps: int) -> None:
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @each_implementation
-@each_case
+@each_kind
 @pytest.mark.parametrize("source", ["ours", "torch's"])
 @pytest.mark.parametrize("target", ["ours", "torch's"])
 def test_distributed_checkpoint_state_dicts(case: Case, source: str, target: str, backend: str) -> None:
@@ -724,7 +727,7 @@ def test_distributed_checkpoint_state_dicts(case: Case, source: str, target: str
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 @each_implementation
-@each_case
+@each_twin
 def test_distributed_checkpoint_of_torchs_through_files(case: Case, backend: str, tmp_path: Any) -> None:
     """dcp.load raises for any key that torch did not write: the default optimizer adds none."""
     import torch.distributed.checkpoint as dcp
@@ -742,7 +745,7 @@ def test_distributed_checkpoint_of_torchs_through_files(case: Case, backend: str
 
 
 @each_implementation
-@each_case
+@each_kind
 def test_loading_warns_not(case: Case, backend: str) -> None:
     optimizer, _ = trained(case, backend)
     with warnings.catch_warnings():
@@ -751,7 +754,7 @@ def test_loading_warns_not(case: Case, backend: str) -> None:
 
 
 @each_implementation
-@each_case
+@each_kind
 def test_load_hooks_may_change_the_dict(case: Case, backend: str) -> None:
     """A pre-hook that replaces the dict is heard, and what it made is checked."""
     optimizer, params = trained(case, backend, "decay")
@@ -782,7 +785,7 @@ def with_factors(case: Case, model: nn.Module | None = None, **options: Any) -> 
     return model, optimizer
 
 
-@each_case
+@each_kind
 def test_factors_stand_in_the_checkpoint_where_one_is_not_1(case: Case) -> None:
     for options in ({}, {"lr_scale": {"0.*": 1.0}}, {"lr_scale": [1, 1.0, 1, 1], "weight_decay_scale": lambda n, p: 1}):
         assert with_factors(case, **options)[1].state_dict().keys() == {"state", "param_groups"}
@@ -797,7 +800,7 @@ def test_factors_stand_in_the_checkpoint_where_one_is_not_1(case: Case) -> None:
     assert through_file(saved)[KEY] == saved[KEY]
 
 
-@each_case
+@each_kind
 def test_resuming_with_the_same_factors_warns_not(case: Case, fallbacks: list[str]) -> None:
     _, optimizer = with_factors(case, lr_scale=HALF)
     _, other = with_factors(case, lr_scale=lambda name, param: 0.5 * (1 + 1e-14) if name[0] == "0" else 1.0)
@@ -807,7 +810,7 @@ def test_resuming_with_the_same_factors_warns_not(case: Case, fallbacks: list[st
     assert fallbacks == []
 
 
-@each_case
+@each_kind
 @pytest.mark.parametrize("now", [{}, {"lr_scale": {"0.weight": 0.5, "0.bias": 0.25}}, {"weight_decay_scale": HALF}])
 def test_resuming_with_other_factors_warns(case: Case, now: dict[str, Any], fallbacks: list[str]) -> None:
     model, optimizer = with_factors(case, lr_scale=HALF)
@@ -836,7 +839,7 @@ def test_long_warnings_are_cut(fallbacks: list[str]) -> None:
     assert fallbacks[0].endswith("; and 5 more")
 
 
-@each_case
+@each_kind
 def test_checkpoint_with_factors_goes_to_torchs_and_back(case: Case) -> None:
     model, optimizer = with_factors(case, lr_scale=HALF)
     saved = copy.deepcopy(optimizer.state_dict())
@@ -848,7 +851,7 @@ def test_checkpoint_with_factors_goes_to_torchs_and_back(case: Case) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
-@each_case
+@each_kind
 def test_distributed_checkpoint_passes_factors_over(case: Case, fallbacks: list[str]) -> None:
     model, optimizer = with_factors(case, lr_scale=HALF)
     saved = get_optimizer_state_dict(model, optimizer)
@@ -863,5 +866,5 @@ def test_distributed_checkpoint_passes_factors_over(case: Case, fallbacks: list[
 
 @pytest.mark.parametrize("damaged", [None, 3, [], {"lr_scale": {}}])
 def test_damaged_factors_load(damaged: Any) -> None:
-    _, optimizer = with_factors(CASES[0], lr_scale=HALF)
+    _, optimizer = with_factors(ROWS["AdamW"], lr_scale=HALF)
     optimizer.load_state_dict({**optimizer.state_dict(), KEY: damaged})

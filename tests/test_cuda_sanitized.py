@@ -33,7 +33,9 @@ def test_the_cuda_phases_under_sanitizers() -> None:
         "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0:abort_on_error=1",
         "UBSAN_OPTIONS": "print_stacktrace=1",
     }
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(HERE / "test_cuda_on_host.py")]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
+    command += ["-m", "not gpu and not interpreted"]
+    command += [str(HERE / name) for name in ("test_cuda_on_host.py", "test_phases.py")]
     result = subprocess.run(command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     assert result.returncode == 0, result.stdout[-8000:]
     assert " passed" in result.stdout, result.stdout[-2000:]

@@ -182,10 +182,12 @@ def test_novograd_and_larc_learn_the_digits(tmp_path: Path) -> None:
     assert "prologue.0.weight" in result.stdout
 
 
-def test_novograd_example_names_a_backend_that_is_missing(tmp_path: Path) -> None:
-    result = run_example(NOVOGRAD, "--device=cpu", "--backend=cuda", folder=tmp_path)
-    assert result.returncode == 2
-    assert result.stderr.startswith("train_novograd_larc.py: backend='cuda'")
+def test_novograd_example_names_a_backend_that_is_missing(
+    train_digits: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", [NOVOGRAD.name, "--device=cpu", "--backend=cuda"])
+    assert load_example(NOVOGRAD).main() == 2
+    assert capsys.readouterr().err.startswith("train_novograd_larc.py: backend='cuda'")
 
 
 # Frameworks -----------------------------------------------------------------------------------------------------

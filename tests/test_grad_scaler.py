@@ -12,17 +12,19 @@ from typing import Any
 import pytest
 import torch
 from cases import (
+    RULES,
     assert_same_bits,
     assert_same_snapshots,
     bits,
     each_backend,
     each_dtype,
     each_implementation,
+    each_rule,
+    inner,
     new_grad,
     new_params,
     snapshot,
 )
-from norm_rules import RULES, each_rule, inner
 from torch import Tensor
 from torch.nn import Parameter
 

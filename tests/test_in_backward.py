@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import assert_same_bits, each_implementation
-from norm_rules import RULES, inner
+from cases import RULES, assert_same_bits, each_implementation, inner
 from torch import Tensor, nn
 
 from fused_optim import AdamW, ClipGradByNorm
@@ -20,7 +19,7 @@ with warnings.catch_warnings():
 
 STEPS = 4
 # The elementwise ones, those with norms, and one with a trust ratio around it.
-TRIED = ("sgd", "momentum", "lion", "novograd paper", "lars timm", "lamb without ratio", "larc adamw")
+TRIED = ("SGD no momentum", "SGD all", "Lion decay", "NovoGrad decay", "LARS decay", "LAMB without ratio", "LARC AdamW")
 
 
 def new_model() -> nn.Module:
@@ -56,7 +55,7 @@ def makers(backend: str) -> dict[str, Callable[..., Any]]:
         return AdamW(params, 0.01, grad_clip=ClipGradByNorm(0.1), backend=backend)
 
     rules = {
-        name: lambda params, make=RULES[name], o={} if "lamb" not in name else {"max_grad_norm": None}: make(
+        name: lambda params, make=RULES[name], o={} if "LAMB" not in name else {"max_grad_norm": None}: make(
             params, backend=backend, **o
         )
         for name in TRIED

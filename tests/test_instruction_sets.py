@@ -22,9 +22,9 @@ from cases import (
     assert_same_results,
     assert_same_snapshots,
     bits,
-    each_case,
+    each_adam,
+    each_adam_variant,
     each_dtype,
-    each_variant,
     new_grad,
     new_params,
     set_grads,
@@ -75,7 +75,7 @@ def test_every_instruction_set_is_built() -> None:
 
 
 @each_dtype
-@each_variant
+@each_adam_variant
 def test_instruction_sets_give_the_same_bits(
     case: Case, variant: str, dtype: torch.dtype, capability: Callable[[str], None]
 ) -> None:
@@ -89,7 +89,7 @@ def test_instruction_sets_give_the_same_bits(
         assert_same_results(results[0], other)
 
 
-@each_case
+@each_adam
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_instruction_sets_agree_on_wide_states(
     case: Case, dtype: torch.dtype, capability: Callable[[str], None]
@@ -102,7 +102,7 @@ def test_instruction_sets_agree_on_wide_states(
         assert_same_results(results[0], other)
 
 
-@each_case
+@each_adam
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("column", ["param", "grad", "exp_avg", "exp_avg_sq"])
 def test_instruction_sets_agree_on_every_16_bit_number(
@@ -128,7 +128,7 @@ def test_instruction_sets_agree_on_every_16_bit_number(
         assert_same_snapshots(results[0], other)
 
 
-@each_case
+@each_adam
 def test_unknown_instruction_set_is_refused(case: Case, capability: Callable[[str], None]) -> None:
     capability("sse9")
     params = new_params()
@@ -140,7 +140,7 @@ def test_unknown_instruction_set_is_refused(case: Case, capability: Callable[[st
     assert all(torch.equal(bits(param), bits(old)) for param, old in zip(params, before, strict=True))
 
 
-@each_case
+@each_adam
 def test_empty_variable_is_no_choice(case: Case, capability: Callable[[str], None]) -> None:
     capability("")
     run(case, "default", torch.float32)
@@ -151,7 +151,7 @@ def test_empty_variable_is_no_choice(case: Case, capability: Callable[[str], Non
 # Threads --------------------------------------------------------------------------------------------------------
 
 
-@each_case
+@each_adam
 @each_dtype
 def test_thread_count_does_not_matter(case: Case, dtype: torch.dtype, threads: Callable[[int], None]) -> None:
     results = []
@@ -162,7 +162,7 @@ def test_thread_count_does_not_matter(case: Case, dtype: torch.dtype, threads: C
         assert_same_results(results[0], other)
 
 
-@each_case
+@each_adam
 def test_threaded_step_is_the_witnesss(case: Case, threads: Callable[[int], None]) -> None:
     threads(3)
     one = run(case, "all", torch.float32, LARGE, steps=2)
@@ -239,7 +239,7 @@ def train_threaded(optimizer: Any, params: list[Parameter], steps: int, threads:
 
 
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
-@each_case
+@each_adam
 @pytest.mark.parametrize("parent_used_threads", [False, True])
 def test_forked_child_may_step(case: Case, parent_used_threads: bool, threads: Callable[[int], None]) -> None:
     """A pool's workers do not exist in the child; waiting for them would be for ever."""
@@ -258,7 +258,7 @@ def test_forked_child_may_step(case: Case, parent_used_threads: bool, threads: C
 
 
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
-@each_case
+@each_adam
 def test_optimizer_that_stepped_goes_on_in_the_child(case: Case, threads: Callable[[int], None]) -> None:
     threads(3)
     params = new_params(torch.float32, LARGE)
@@ -283,7 +283,7 @@ def flush_denormal() -> Iterator[Callable[[bool], bool]]:
     torch.set_flush_denormal(False)
 
 
-@each_case
+@each_adam
 @pytest.mark.parametrize("flush", [False, True])
 def test_denormals_are_as_the_caller_has_them_in_every_thread(
     case: Case, flush: bool, flush_denormal: Callable[[bool], bool], threads: Callable[[int], None]
@@ -308,7 +308,7 @@ def test_denormals_are_as_the_caller_has_them_in_every_thread(
         assert_same_snapshots(results[0], other)
 
 
-@each_case
+@each_adam
 def test_register_of_the_workers_is_restored(
     case: Case, flush_denormal: Callable[[bool], bool], threads: Callable[[int], None]
 ) -> None:

@@ -8,16 +8,17 @@ from typing import Any
 import pytest
 import torch
 from cases import (
-    CASES,
     DTYPES,
+    ROWS,
     Case,
     assert_same_bits,
     assert_same_snapshots,
     bits,
     device_of,
-    each_case,
     each_dtype,
     each_implementation,
+    each_kind,
+    each_twin,
     new_grad,
     snapshot,
 )
@@ -108,7 +109,7 @@ def compare_with_contiguous(
 @each_implementation
 @each_dtype
 @each_layout
-@each_case
+@each_kind
 def test_parameter_of_any_layout(case: Case, layout: str, dtype: torch.dtype, backend: str) -> None:
     buffer, view = LAYOUTS[layout](dtype)
     mask = torch.ones_like(buffer, dtype=torch.bool)
@@ -124,7 +125,7 @@ def test_parameter_of_any_layout(case: Case, layout: str, dtype: torch.dtype, ba
 
 @each_implementation
 @each_layout
-@each_case
+@each_kind
 def test_gradient_as_the_backward_lays_it_out(case: Case, layout: str, backend: str) -> None:
     """A gradient with the parameter's strides, which is how autograd accumulates into a dense parameter."""
     _, view = LAYOUTS[layout](torch.float32)
@@ -155,7 +156,7 @@ GRADIENTS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 @each_implementation
-@each_case
+@each_kind
 @pytest.mark.parametrize("gradient", GRADIENTS)
 @pytest.mark.parametrize("shape", [(6,), (1,), (6, 6), (5, 1, 7), (64, 33)], ids=str)
 def test_gradient_of_another_layout(case: Case, shape: tuple[int, ...], gradient: str, backend: str) -> None:
@@ -181,7 +182,7 @@ def test_gradient_with_pending_negation(shape: tuple[int, ...], negate: Any, any
         assert grad.stride() == param.stride()
         return grad
 
-    compare_with_contiguous(CASES[0], any_backend, [Parameter(values(shape))], make_grad)
+    compare_with_contiguous(ROWS["AdamW"], any_backend, [Parameter(values(shape))], make_grad)
 
 
 @pytest.mark.parametrize("numel", [1, 2, 700])
@@ -319,7 +320,7 @@ def test_strides_that_say_nothing(layouts: str, dtype: torch.dtype, any_backend:
     def make_grad(param: Tensor, step: int, position: int) -> Tensor:
         return torch.empty_strided(shape, next(turns), dtype=dtype).copy_(new_grad(param, step))
 
-    compare_with_contiguous(CASES[0], any_backend, [param], make_grad, steps=4)
+    compare_with_contiguous(ROWS["AdamW"], any_backend, [param], make_grad, steps=4)
     assert fallbacks == []
 
 
@@ -347,7 +348,7 @@ def test_states_and_parameters_whose_strides_say_nothing(any_backend: str, fallb
 
 
 @each_implementation
-@each_case
+@each_kind
 def test_negation_that_autograd_leaves_pending(case: Case, backend: str) -> None:
     """A real one-element parameter gets such a gradient from backward alone."""
     param, twin = (Parameter(torch.ones(1)) for _ in range(2))
@@ -364,7 +365,7 @@ def test_negation_that_autograd_leaves_pending(case: Case, backend: str) -> None
 
 
 @each_implementation
-@each_case
+@each_kind
 def test_conjugate_gradient_of_a_complex_parameter(case: Case, backend: str) -> None:
     params = [Parameter(torch.view_as_complex(values((5, 3, 2)))), Parameter(torch.view_as_complex(values((1, 2))))]
     compare_with_contiguous(
@@ -373,7 +374,7 @@ def test_conjugate_gradient_of_a_complex_parameter(case: Case, backend: str) -> 
 
 
 @each_implementation
-@each_case
+@each_twin
 @pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128])
 @pytest.mark.parametrize("variant", ["default", "all"])
 def test_complex_parameters_are_torchs(case: Case, variant: str, dtype: torch.dtype, backend: str) -> None:
@@ -405,7 +406,7 @@ def test_parameter_that_is_a_conjugate_view() -> None:
 
 
 @pytest.mark.usefixtures("all_native")
-@each_case
+@each_kind
 @each_dtype
 def test_gradients_as_views_of_one_bucket(case: Case, dtype: torch.dtype) -> None:
     """As DistributedDataParallel's gradient_as_bucket_view lays them: any alignment, and still native."""
@@ -424,7 +425,7 @@ def test_gradients_as_views_of_one_bucket(case: Case, dtype: torch.dtype) -> Non
 
 
 @each_implementation
-@each_case
+@each_kind
 def test_parameters_as_views_of_one_buffer(case: Case, backend: str) -> None:
     """Neighbours in one storage, which do not overlap."""
     buffer = values((1000,))
@@ -435,7 +436,7 @@ def test_parameters_as_views_of_one_buffer(case: Case, backend: str) -> None:
 
 
 @pytest.mark.usefixtures("all_native")
-@each_case
+@each_kind
 @each_dtype
 @pytest.mark.parametrize(
     "layout",
@@ -452,7 +453,7 @@ def test_dense_layouts_are_native(case: Case, layout: str, dtype: torch.dtype) -
 
 
 @each_implementation
-@each_case
+@each_kind
 @pytest.mark.parametrize("layout", ["transposed", "channels_last", "column", "size-1 dimension inside"])
 def test_states_are_taken_in_any_layout(case: Case, layout: str, backend: str) -> None:
     """A checkpoint's state is contiguous where the parameter is not, and the other way round."""
@@ -491,7 +492,7 @@ def strided(draw: st.DrawFn) -> tuple[tuple[int, ...], tuple[int, ...], int, int
 
 
 @each_implementation
-@each_case
+@each_kind
 @given(
     layout=strided(),
     grad_layout=st.sampled_from(["same", "contiguous", "expanded", "reversed"]),
@@ -527,7 +528,7 @@ def test_any_strides(
 
 
 @each_implementation
-@each_case
+@each_kind
 def test_gradient_is_not_modified(case: Case, backend: str) -> None:
     assert device_of(backend) == "cpu"
     for layout in LAYOUTS.values():

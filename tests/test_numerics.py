@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from typing import Any
 
@@ -18,12 +19,12 @@ from cases import (
     assert_same_bits,
     assert_same_results,
     device_of,
+    each_adam,
+    each_adam_variant,
     each_backend,
-    each_case,
     each_dtype,
     each_implementation,
-    each_implementation_daily,
-    each_variant,
+    each_kind,
     new_grad,
     new_params,
     set_grads,
@@ -32,6 +33,7 @@ from cases import (
 )
 from hypothesis import given
 from hypothesis import strategies as st
+from sources import sources
 from torch import Tensor
 
 # Half a unit in the last place, relative; and half the distance between subnormal numbers.
@@ -103,20 +105,7 @@ def assert_near_witness(case: Case, one: Any, witness: Any) -> None:
 @pytest.mark.usefixtures("all_native")
 @each_backend
 @each_dtype
-@each_variant
-def test_backend_gives_the_bits_of_the_witness(case: Case, variant: str, dtype: torch.dtype, backend: str) -> None:
-    mine, theirs = (new_params(dtype, device=device_of(backend)) for _ in range(2))
-    one = case.make(mine, variant, backend=backend)
-    witness = case.make(theirs, variant, backend="eager")
-    train(one, mine, steps=5)
-    train(witness, theirs, steps=5)
-    assert_near_witness(case, one, witness)
-
-
-@pytest.mark.usefixtures("all_native")
-@each_backend
-@each_dtype
-@each_variant
+@each_adam_variant
 def test_float64_step_equals_the_witness_to_rounding(
     case: Case, variant: str, dtype: torch.dtype, backend: str
 ) -> None:
@@ -150,7 +139,7 @@ def test_float64_step_equals_the_witness_to_rounding(
 
 @pytest.mark.usefixtures("all_native")
 @each_backend
-@each_case
+@each_adam
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_states_of_another_dtype_than_the_parameter(
@@ -166,7 +155,7 @@ def test_states_of_another_dtype_than_the_parameter(
     assert_same_results(one, witness)
 
 
-@each_case
+@each_kind
 @each_implementation
 def test_state_dtype_leaves_wide_parameters_alone(case: Case, backend: str) -> None:
     for dtype in (torch.float32, torch.float64):
@@ -177,7 +166,7 @@ def test_state_dtype_leaves_wide_parameters_alone(case: Case, backend: str) -> N
             assert {optimizer.state[param][name].dtype for param in params} == {dtype}
 
 
-@each_case
+@each_kind
 @pytest.mark.parametrize("state_dtype", [torch.float64, torch.int32, torch.complex64, "float32"])
 def test_state_dtype_that_is_none_is_refused(case: Case, state_dtype: Any) -> None:
     with pytest.raises(ValueError, match="state_dtype="):
@@ -186,7 +175,7 @@ def test_state_dtype_that_is_none_is_refused(case: Case, state_dtype: Any) -> No
 
 @pytest.mark.usefixtures("all_native")
 @each_backend
-@each_case
+@each_kind
 @pytest.mark.parametrize(
     ("dtype", "grad_dtype"),
     [
@@ -219,7 +208,7 @@ def test_gradient_of_another_dtype(case: Case, dtype: torch.dtype, grad_dtype: t
 
 @each_implementation
 @each_dtype
-@each_variant
+@each_adam_variant
 def test_one_step_is_the_mathematics(case: Case, variant: str, dtype: torch.dtype, backend: str) -> None:
     params = new_params(dtype, device=device_of(backend))
     optimizer = case.make(params, variant, backend=backend)
@@ -251,7 +240,7 @@ hyperparameter = st.fixed_dictionaries(
 )
 
 
-@each_case
+@each_adam
 @each_backend
 @given(
     options=hyperparameter,
@@ -302,7 +291,7 @@ def test_any_hyperparameters(
 
 
 @each_implementation
-@each_variant
+@each_adam_variant
 def test_many_float64_steps_are_torchs(case: Case, variant: str, backend: str) -> None:
     mine, theirs = (new_params(torch.float64, device=device_of(backend)) for _ in range(2))
     one = case.make(mine, variant, backend=backend)
@@ -317,7 +306,7 @@ def test_many_float64_steps_are_torchs(case: Case, variant: str, backend: str) -
 
 
 @each_implementation
-@each_case
+@each_adam
 def test_many_float32_steps_stay_near_torchs(case: Case, backend: str) -> None:
     mine, theirs = (new_params(device=device_of(backend)) for _ in range(2))
     one = case.make(mine, "large eps", backend=backend)
@@ -330,7 +319,7 @@ def test_many_float32_steps_stay_near_torchs(case: Case, backend: str) -> None:
 
 
 @each_implementation
-@each_case
+@each_adam
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_narrow_step_is_nearer_to_float64_than_torchs(case: Case, dtype: torch.dtype, backend: str) -> None:
     """torch's for-loop rounds after every operation, a rule once at the store."""
@@ -349,7 +338,7 @@ def test_narrow_step_is_nearer_to_float64_than_torchs(case: Case, dtype: torch.d
 
 
 @each_implementation
-@each_case
+@each_adam
 @pytest.mark.parametrize("amsgrad", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_nan_and_inf_in_gradients_end_as_torchs(case: Case, dtype: torch.dtype, amsgrad: bool, backend: str) -> None:
@@ -372,7 +361,7 @@ def test_nan_and_inf_in_gradients_end_as_torchs(case: Case, dtype: torch.dtype, 
 
 
 @each_backend
-@each_case
+@each_adam
 @each_dtype
 def test_nan_and_inf_are_the_witnesss(case: Case, dtype: torch.dtype, backend: str) -> None:
     """In states too, and from states that hold them already."""
@@ -393,17 +382,25 @@ def test_nan_and_inf_are_the_witnesss(case: Case, dtype: torch.dtype, backend: s
 # Golden data ----------------------------------------------------------------------------------------------------
 
 
-@each_implementation_daily
-@pytest.mark.parametrize(
-    ("case", "golden", "dtype"),
-    [
-        pytest.param(case, golden, dtype, id=f"{case.name}-{golden}-in-{str(dtype).removeprefix('torch.')}")
-        for case in CASES
-        for golden in case.golden
-        for dtype in (torch.float64, torch.float32)
-        if golden.endswith("float64") or dtype == torch.float32
-    ],
-)
+def golden_trajectories() -> list[Any]:
+    """Of every row each trajectory; an interpreter runs the first every day."""
+    parameters = []
+    for case in CASES:
+        for golden, dtype in itertools.product(case.golden, (torch.float64, torch.float32)):
+            # A float32 trajectory of Adam's is followed in float32 alone.
+            if golden.endswith("float32") and dtype == torch.float64 and case.exact is not None:
+                continue
+            for backend in ("cpu", "triton", "eager"):
+                marks = [pytest.mark.interpreted] if backend == "triton" else []
+                if backend == "triton" and (golden != next(iter(case.golden)) or dtype == torch.float64):
+                    marks.append(pytest.mark.slow)
+                name = f"{backend}-{case.name}-{golden}-in-{str(dtype).removeprefix('torch.')}"
+                parameters.append(pytest.param(case, golden, dtype, backend, id=name, marks=marks))
+    return parameters
+
+
+@pytest.mark.every("case")
+@pytest.mark.parametrize(("case", "golden", "dtype", "backend"), golden_trajectories())
 def test_golden_trajectory(case: Case, golden: str, dtype: torch.dtype, backend: str) -> None:
     data = np.load(GOLDEN / f"{golden}.npz")
     meta = json.loads(str(data["meta"]))
@@ -417,9 +414,8 @@ def test_golden_trajectory(case: Case, golden: str, dtype: torch.dtype, backend:
     named = [
         (str(name), torch.nn.Parameter(value)) for name, value in zip(data["names"], split(data["p0"]), strict=True)
     ]
-    options = {key: value for key, value in meta["hyper"].items() if key not in ("lr", "learning_rate")}
-    options |= case.golden[golden]
-    optimizer = case.optimizer(named, float(data["lr"][0]), backend=backend, **options)
+    hyper = {key: value for key, value in meta["hyper"].items() if key not in ("lr", "learning_rate", "foreach")}
+    optimizer = case.golden[golden].make(named, float(data["lr"][0]), backend=backend, **hyper)
     for lr, grads, expected in zip(data["lr"], data["g"], data["p"], strict=True):
         optimizer.param_groups[0]["lr"] = float(lr)
         for (_, param), grad in zip(named, split(grads), strict=True):
@@ -427,14 +423,21 @@ def test_golden_trajectory(case: Case, golden: str, dtype: torch.dtype, backend:
         optimizer.step()
         result = torch.cat([param.detach().flatten() for _, param in named]).cpu().to(torch.float64).numpy()
         error = np.abs(result - expected) / np.maximum(1, np.abs(expected))
-        assert error.max() <= (1e-9 if dtype == torch.float64 else 2e-6)
+        # Float32 has its own error beside that of an oracle whose hyperparameters are float32.
+        tolerance = case.golden[golden].tolerance
+        assert error.max() <= tolerance + (2e-6 if dtype == torch.float32 and tolerance != 2e-6 else 0)
+
+
+def test_every_golden_file_is_held() -> None:
+    files = {path.stem for path in sources("tests/golden", ".npz", at_least=35)} - {"timm_layer_decay"}
+    assert files == {golden for case in CASES for golden in case.golden}
 
 
 # What a step depends on -----------------------------------------------------------------------------------------
 
 
 @each_implementation
-@each_case
+@each_kind
 @pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_tensor_lr_of_any_one_element_shape(
@@ -455,7 +458,7 @@ def test_tensor_lr_of_any_one_element_shape(
 
 
 @each_implementation
-@each_case
+@each_kind
 def test_late_parameter_gets_its_own_bias_correction(case: Case, backend: str) -> None:
     first, late = new_params(device=device_of(backend), shapes=[(5, 7), (5, 7)])
     optimizer = case.make([first, late], backend=backend)
@@ -474,12 +477,12 @@ def test_late_parameter_gets_its_own_bias_correction(case: Case, backend: str) -
         optimizer.step()
         fresh.step()
     assert_same_bits(late, alone)
-    assert optimizer.state[late]["step"] == 2
-    assert optimizer.state[first]["step"] == 5
+    assert optimizer.state[late].get("step", 2) == 2
+    assert optimizer.state[first].get("step", 5) == 5
 
 
 @each_implementation
-@each_case
+@each_kind
 def test_parameter_without_gradient_is_untouched(case: Case, backend: str) -> None:
     """No decay, no step, and the states stay as they were."""
     params = new_params(device=device_of(backend))
@@ -495,12 +498,12 @@ def test_parameter_without_gradient_is_untouched(case: Case, backend: str) -> No
             for name, value in old.items():
                 assert_same_bits(value, new[name], name)
         else:
-            assert new["step"] == 3
+            assert new.get("step", 3) == 3
 
 
 @each_implementation
 @each_dtype
-@each_case
+@each_kind
 def test_zero_gradient_with_zero_lr_changes_no_parameter(case: Case, dtype: torch.dtype, backend: str) -> None:
     """How torch.distributed.checkpoint makes an optimizer create its state."""
     for lr in (0.0, torch.tensor(0.0)):
@@ -513,11 +516,11 @@ def test_zero_gradient_with_zero_lr_changes_no_parameter(case: Case, dtype: torc
         optimizer.step()
         for param, old in zip(params, before, strict=True):
             assert_same_bits(param, old, "param")
-            assert optimizer.state[param]["step"] == 1
+            assert optimizer.state[param].get("step", 1) == 1
 
 
 @each_implementation
-@each_case
+@each_kind
 def test_split_into_groups_does_not_matter(case: Case, backend: str) -> None:
     results = []
     for size in (1, 3, len(SHAPES)):
@@ -531,7 +534,7 @@ def test_split_into_groups_does_not_matter(case: Case, backend: str) -> None:
 
 
 @each_implementation
-@each_case
+@each_adam
 def test_groups_have_their_own_hyperparameters(case: Case, backend: str) -> None:
     settings = [
         {"lr": 1e-2, "weight_decay": 0.1},
@@ -557,7 +560,7 @@ def test_groups_have_their_own_hyperparameters(case: Case, backend: str) -> None
 
 
 @each_implementation
-@each_case
+@each_kind
 def test_dtypes_and_devices_mix_in_one_group(case: Case, backend: str) -> None:
     mixed = [param for dtype in DTYPES for param in new_params(dtype, device=device_of(backend))]
     optimizer = case.make(mixed, backend=backend)
@@ -575,7 +578,7 @@ def test_dtypes_and_devices_mix_in_one_group(case: Case, backend: str) -> None:
 
 
 @each_implementation
-@each_case
+@each_kind
 def test_runs_are_repeatable(case: Case, backend: str) -> None:
     results = []
     for _ in range(2):

@@ -195,8 +195,24 @@ def train_interpreted(name: str, compiled_plan: bool) -> None:
 
 
 @pytest.mark.interpreted
-@pytest.mark.parametrize("compiled_plan", [True, False])
-@pytest.mark.parametrize("name", ["AdamW, global norm", "NovoGrad, maximum", "LARC(SGD), apex", "LAMB"])
+@pytest.mark.parametrize(
+    ("name", "compiled_plan"),
+    [
+        ("AdamW, global norm", True),
+        ("NovoGrad, maximum", False),
+        ("LARC(SGD), apex", True),
+        ("LAMB", False),
+        *(
+            pytest.param(name, compiled_plan, marks=pytest.mark.slow)
+            for name, compiled_plan in (
+                ("AdamW, global norm", False),
+                ("NovoGrad, maximum", True),
+                ("LARC(SGD), apex", False),
+                ("LAMB", True),
+            )
+        ),
+    ],
+)
 def test_triton_steps_spread_parameters_as_whole_ones(name: str, compiled_plan: bool, ranks: Ranks) -> None:
     ranks.run(train_interpreted, name, compiled_plan)
 

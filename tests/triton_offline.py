@@ -94,7 +94,7 @@ SHAPES = (5, 1025, 33 * 1024 + 5)
 
 
 def step(optimizer: Any) -> None:
-    from norm_rules import inner
+    from cases import inner
 
     for group in inner(optimizer).param_groups:
         for param in group["params"]:
@@ -103,7 +103,7 @@ def step(optimizer: Any) -> None:
 
 
 def compile_rules() -> None:
-    from norm_rules import RULES, inner
+    from cases import RULES, inner
 
     for make in RULES.values():
         optimizer = make([Parameter(torch.ones(n)) for n in SHAPES], backend="triton")
