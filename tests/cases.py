@@ -439,7 +439,7 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def each(cases: Iterable[Case]) -> pytest.MarkDecorator:
-    return pytest.mark.parametrize("case", cases, ids=lambda case: case.name)
+    return pytest.mark.parametrize("case", list(cases), ids=lambda case: case.name)
 
 
 def each_variant_of(cases: Iterable[Case]) -> pytest.MarkDecorator:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from cases import (
     Case,
+    assert_near,
     assert_same_bits,
     assert_same_results,
     assert_same_snapshots,
@@ -29,7 +30,6 @@ from cases import (
     snapshot,
     train,
 )
-from norm_rules import assert_near
 from ranks import Ranks
 from torch import Tensor
 from torch.nn import Parameter

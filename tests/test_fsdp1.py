@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from cases import assert_same_snapshots, new_grad, new_params, set_grads, snapshot
-from norm_rules import inner
+from cases import assert_same_snapshots, inner, new_grad, new_params, set_grads, snapshot
 from ranks import WORLD, Ranks
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
