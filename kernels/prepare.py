@@ -195,12 +195,14 @@ def prepare_kernel(
             tl.store(address.to(tl.pointer_type(tl.float32)), found, mask=address != 0)
 
     place = tl.program_id(0) * PREPARED + tl.arange(0, PREPARED)
-    row = tl.load(listed + place, mask=place < listed_count, other=0)
+    is_listed = place < listed_count
+    row = tl.load(listed + place, mask=is_listed, other=0)
     field = row_at(table, group_count, row_count, row, 0)
-    active = tl.load(field + ROW_ACTIVE * row_count, mask=place < listed_count, other=0)
+    # What the table says of a row is read at once, whether the row is active or not; its states are read if it is.
+    active = tl.load(field + ROW_ACTIVE * row_count, mask=is_listed, other=0)
+    group = tl.load(field + ROW_GROUP * row_count, mask=is_listed, other=0)
+    clipped = tl.load(field + CLIPPED * row_count, mask=is_listed, other=0) != 0
     mask = where_holds(skip == 0, active != 0)
-    group = tl.load(field + ROW_GROUP * row_count, mask=mask, other=0)
-    clipped = tl.load(field + CLIPPED * row_count, mask=mask, other=0) != 0
     hyper = read_hypers(table, group_count, group, HYPER_COUNT, TENSORS)
 
     # Norms.
@@ -210,21 +212,21 @@ def prepare_kernel(
     if MEASURES:
         at = sums + row.to(tl.int64) * SUMS
         measured = mask & (needs != 0)
-        grad_sq = tl.load(at + SUM_GRAD_SQ, mask=measured, other=0.0)
-        grad_max = tl.load(at + SUM_GRAD_MAX, mask=measured, other=0.0)
-        param_sq = tl.load(at + SUM_PARAM_SQ, mask=measured, other=0.0)
-        decayed_sq = tl.load(at + SUM_DECAYED_SQ, mask=measured, other=0.0)
+        grad_sq = tl.where(measured, tl.load(at + SUM_GRAD_SQ), 0.0)
+        grad_max = tl.where(measured, tl.load(at + SUM_GRAD_MAX), 0.0)
+        param_sq = tl.where(measured, tl.load(at + SUM_PARAM_SQ), 0.0)
+        decayed_sq = tl.where(measured, tl.load(at + SUM_DECAYED_SQ), 0.0)
     coefficient = clip_coefficient(table, clipped, grad_sq, global_norm, CLIP)
     tensor = TensorContext(
-        lr_scale=tl.load(field + LR_SCALE * row_count, mask=mask, other=0).to(tl.float64, bitcast=True),
-        weight_decay_scale=tl.load(field + WEIGHT_DECAY_SCALE * row_count, mask=mask, other=0).to(
+        lr_scale=tl.load(field + LR_SCALE * row_count, mask=is_listed, other=0).to(tl.float64, bitcast=True),
+        weight_decay_scale=tl.load(field + WEIGHT_DECAY_SCALE * row_count, mask=is_listed, other=0).to(
             tl.float64, bitcast=True
         ),
         grad_norm=coefficient * tl.sqrt(grad_sq),
         grad_max=coefficient * grad_max,
         param_norm=tl.sqrt(param_sq),
         direction_norm=zeros,
-        has_trust_ratio=tl.load(field + HAS_TRUST_RATIO * row_count, mask=mask, other=0) != 0,
+        has_trust_ratio=tl.load(field + HAS_TRUST_RATIO * row_count, mask=is_listed, other=0) != 0,
         grad_scale=zeros + 1,
         coupled_weight_decay=zeros,
         trust_ratio=zeros + 1,
@@ -249,15 +251,17 @@ def prepare_kernel(
     store_measured(table, row, grad_norm, param_norm, tensor.trust_ratio, mask)
 
     # The rule, and the states that have one number a tensor.
-    storages = tl.load(field + STORAGES * row_count, mask=mask, other=0)
+    storages = tl.load(field + STORAGES * row_count, mask=is_listed, other=0)
+    addresses = ()
+    for i in tl.static_range(STATE_COUNT):
+        address = tl.load(field + (ROW_STATE + i) * row_count, mask=is_listed, other=0)
+        addresses = addresses + (tl.where(mask, address, 0),)
     values = ()
     for i in tl.static_range(STATE_COUNT):
-        address = tl.load(field + (ROW_STATE + i) * row_count, mask=mask, other=0)
-        values = values + (load_number(address, (storages >> (8 * (FIRST_STATE + i))) & 255),)
+        values = values + (load_number(addresses[i], (storages >> (8 * (FIRST_STATE + i))) & 255),)
     prepared = PREPARE(hyper, tensor, values)
     for i in tl.static_range(STATE_COUNT):
-        address = tl.load(field + (ROW_STATE + i) * row_count, mask=mask, other=0)
-        store_number(address, (storages >> (8 * (FIRST_STATE + i))) & 255, prepared.state[i], mask)
+        store_number(addresses[i], (storages >> (8 * (FIRST_STATE + i))) & 255, prepared.state[i], mask)
 
     # The record.
     at = records + row.to(tl.int64) * RECORD

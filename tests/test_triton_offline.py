@@ -13,19 +13,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sources import sources
+from sources import ROOT, sources
 
 PROGRAM = Path(__file__).parent / "triton_offline.py"
+MACHINE_CODE = ROOT / "scripts" / "triton_machine_code.py"
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 
 pytestmark = [pytest.mark.program, pytest.mark.requires(modules=("triton",)), pytest.mark.timeout(1200)]
 
 
-def offline(cache: Path, *arguments: str) -> Any:
+def offline(cache: Path, *arguments: str, program: Path = PROGRAM) -> Any:
     """What the program prints. Kernels are compiled anew."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(cache)
-    result = subprocess.run([sys.executable, str(PROGRAM), *arguments], text=True, capture_output=True, env=environment)
+    result = subprocess.run([sys.executable, str(program), *arguments], text=True, capture_output=True, env=environment)
     assert result.returncode == 0, result.stderr
     return json.loads(result.stdout)
 
@@ -53,6 +54,40 @@ def test_every_rule_compiles(target: str, tmp_path: Path) -> None:
 def test_every_rule_and_storage_compiles(target: str, tmp_path: Path) -> None:
     for kernel in [*offline(tmp_path, "rules", target), *offline(tmp_path, "storages", target)]:
         check_kernel(kernel)
+
+
+def check_machine_code(kernels: dict[str, dict[str, Any]]) -> None:
+    """A program waits for memory as often as it must, and has enough under way meanwhile."""
+    assert len(kernels) == 14
+    for name, kernel in kernels.items():
+        assert not kernel["spills"], (name, kernel)
+        # Its row and tile, what the table says of the row, and the elements; round a loop, elements alone.
+        assert kernel["rounds"] == (1 if "norm" in name else 3), (name, kernel)
+        assert kernel["column_rounds"] == 1, (name, kernel)
+        assert kernel["bytes_read"] == kernel["read"], (name, kernel)  # all of it in 16-byte accesses
+        assert kernel["bytes_written"] == kernel["written"], (name, kernel)
+        under_way = kernel["programs"] * kernel["threads"] * kernel["bytes_together"]
+        assert under_way >= (48 if name.startswith(("AdamW", "momentum")) else 40) * 1024, (name, kernel)
+
+
+def test_machine_code(tmp_path: Path) -> None:
+    """For sm_90; and docs/architecture.md shows what ptxas says, or another triton's."""
+    kernels = offline(tmp_path, "--json", program=MACHINE_CODE)
+    found = kernels.pop("table").splitlines()
+    check_machine_code(kernels)
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    shown = text.partition("<!-- triton's machine code:begin -->\n")[2].partition("\n<!--")[0].splitlines()
+    if shown[-1] == found[-1]:
+        assert shown == found, "run python scripts/triton_machine_code.py"
+    assert [line.split("|")[1:2] for line in shown] == [line.split("|")[1:2] for line in found]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["sm_80", "sm_100"])
+def test_machine_code_of_other_architectures(target: str, tmp_path: Path) -> None:
+    kernels = offline(tmp_path, "--json", "--target", target, program=MACHINE_CODE)
+    del kernels["table"]
+    check_machine_code(kernels)
 
 
 def test_nothing_is_compiled_again_over_a_schedule(tmp_path: Path) -> None:
