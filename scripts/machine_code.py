@@ -359,7 +359,8 @@ def main() -> int:
                 for kind in ("LDG", "STG")
             )
             print(
-                f"{kernel.name}\n  {loop.way[0].address:05x}: {len(loop.way)} instructions, loads {loads}, stores {stores}, "
+                f"{kernel.name}\n  {loop.way[0].address:05x}: {len(loop.way)} instructions, "
+                f"loads {loads}, stores {stores}, "
                 f"{loop.format or 'no conversion'}, {'WAITS' if loop.loads_wait else 'together'}, "
                 f"{loop.bytes_in_flight / 1024:.0f} KB"
             )
