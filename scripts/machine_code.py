@@ -376,7 +376,8 @@ def table(kernels: list[Kernel], arch: str) -> str:
     def row(name: str, loop: Loop, elements: int) -> str:
         loads = " + ".join(f"{n} × {w} B" for w, n in sorted(loop.widths("LDG").items(), reverse=True))
         return (
-            f"| {name} | {loop.kernel.registers} | {loop.kernel.blocks} | {loads} | {loop.bytes_in_flight / 1024:.0f} | "
+            f"| {name} | {loop.kernel.registers} | {loop.kernel.blocks} | {loads} | "
+            f"{loop.bytes_in_flight / 1024:.0f} | "
             f"{math.ceil(10 * len(loop.way) / elements) / 10:.1f} |"
         )
 

@@ -171,8 +171,8 @@ def table(facts_of: dict[str, dict[str, Any]], target: str) -> str:
     import triton
 
     lines = [
-        "| kernel | registers | programs of 128 threads a multiprocessor | rounds of reads | 16-byte reads of a thread under "
-        "way | KB under way a multiprocessor | instructions an element |",
+        "| kernel | registers | programs of 128 threads a multiprocessor | rounds of reads | 16-byte reads of a thread "
+        "under way | KB under way a multiprocessor | instructions an element |",
         "|---|---|---|---|---|---|---|",
     ]
     for name, found in facts_of.items():
