@@ -24,6 +24,8 @@ class Plan:
         current_stream: Callable[[int], int] | None = None,
         negative_bit: NegativeBit | None = None,
         trust_ratio: Callable[[dict[str, Any]], TrustRatio | None] | None = None,
+        limits: dict[str, tuple[float, float]] = ...,
+        check: Callable[[int, dict[str, Any]], None] | None = None,
     ) -> None: ...
     def refresh(
         self, param_groups: list[dict[str, Any]], state: dict[Tensor, Any]

@@ -2,12 +2,33 @@
 
 from __future__ import annotations
 
+import math
 import reprlib
 from collections.abc import Iterable, Mapping
 from numbers import Real
 from typing import Any
 
 from torch import Tensor
+
+from .tensors import is_plain
+
+# The least and the greatest number that a hyperparameter may be, in a constructor and in a group. A decay rate is
+# below 1.
+LIMITS: dict[str, tuple[float, float]] = {
+    "lr": (0.0, math.inf),
+    "momentum": (0.0, math.inf),
+    "eps": (0.0, math.inf),
+    "betas": (0.0, math.nextafter(1.0, 0.0)),
+    "weight_decay": (0.0, math.inf),
+}
+# How torch names it in its texts.
+NAMES = {
+    "lr": "learning rate",
+    "momentum": "momentum value",
+    "eps": "epsilon value",
+    "betas": "beta parameter at index {}",
+    "weight_decay": "weight_decay value",
+}
 
 
 def check_arguments(
@@ -23,17 +44,63 @@ def check_arguments(
     Raises:
         ValueError: torch.optim's text, which names the value.
     """
-    if not lr >= 0.0:
-        raise ValueError(f"Invalid learning rate: {lr}")
-    if not momentum >= 0.0:
-        raise ValueError(f"Invalid momentum value: {momentum}")
-    if eps is not None and not eps >= 0.0:
-        raise ValueError(f"Invalid epsilon value: {eps}")
-    for index, beta in enumerate(() if betas is None else betas):
-        if not 0.0 <= beta < 1.0:
-            raise ValueError(f"Invalid beta parameter at index {index}: {beta}")
-    if not weight_decay >= 0.0:
-        raise ValueError(f"Invalid weight_decay value: {weight_decay}")
+    check_limits("lr", [lr])
+    check_limits("momentum", [momentum])
+    check_limits("eps", [] if eps is None else [eps])
+    check_limits("betas", () if betas is None else betas)
+    check_limits("weight_decay", [weight_decay])
+
+
+def check_limits(key: str, items: Iterable[Any], place: str = "") -> None:
+    """Refuse numbers that a hyperparameter cannot be; an element that is on another device is not waited for.
+
+    ``place``: of the hyperparameter, as a message begins with it.
+
+    Raises:
+        ValueError: torch.optim's text, which names the value.
+    """
+    if key not in LIMITS:
+        return
+    least, most = LIMITS[key]
+    for index, item in enumerate(items):
+        if isinstance(item, Tensor) and not (is_plain(type(item)) and item.device.type == "cpu"):
+            continue
+        # As a Python number: torch would round the limit to the item's dtype.
+        if not least <= (item.item() if isinstance(item, Tensor) else item) <= most:
+            raise ValueError(f"{place}Invalid {NAMES[key].format(index)}: {item}")
+
+
+def check_group(
+    index: int,
+    group: dict[str, Any],
+    defaults: dict[str, Any],
+    choices: Iterable[tuple[str, tuple[str, ...]]],
+    of: str = "",
+) -> None:
+    """Refuse the hyperparameters of a group that no backend can compute with.
+
+    ``choices``: the words that a hyperparameter may be. ``of``: what the group is of, if not of the optimizer; as a
+    message says it.
+
+    Raises:
+        TypeError: what is no number; the text names the group and the key.
+        ValueError: a word that is none of the hyperparameter's choices, or a number out of its limits.
+    """
+    group = {**defaults, **group}
+    for key, words in choices:
+        if key in group and group[key] not in words:
+            listed = ", ".join(map(repr, words))
+            raise ValueError(f"param_groups[{index}][{key!r}]{of} must be one of {listed}, got {shown(group[key])}")
+    for key, default in defaults.items():
+        if isinstance(default, (bool, str)) or default is None:
+            continue
+        value, wanted = group[key], len(default) if is_sequence(default) else 0
+        items = list(value) if wanted and is_sequence(value) else [value]
+        if len(items) != max(wanted, 1) or not all(map(is_number, items)):
+            raise TypeError(
+                f"param_groups[{index}][{key!r}]{of} must hold numbers or one-element Tensors, got {shown(value)}"
+            )
+        check_limits(key, items, f"param_groups[{index}][{key!r}]{of}: ")
 
 
 def is_sequence(value: Any) -> bool:

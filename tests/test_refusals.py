@@ -4,10 +4,12 @@ witness, with one log line."""
 from __future__ import annotations
 
 import copy
+import math
 import re
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from cases import (
@@ -19,6 +21,7 @@ from cases import (
     each_adam,
     each_backend,
     each_implementation,
+    each_implementation_daily,
     each_kind,
     new_grad,
     new_params,
@@ -266,6 +269,93 @@ def test_hyperparameter_that_cannot_be_used_changes_nothing(case: Case, bad: str
     optimizer.param_groups[1][key] = good
     optimizer.step()
     assert [int(entry["step"]) for entry in snapshot(optimizer)] == [3, 3, 3]
+
+
+OUT_OF_RANGE: dict[str, tuple[str, Any, str]] = {
+    "lr": ("lr", -0.5, "Invalid learning rate: -0.5"),
+    "lr NaN": ("lr", math.nan, "Invalid learning rate: nan"),
+    "lr a Tensor": ("lr", torch.tensor(-0.5), r"Invalid learning rate: -0.5"),
+    "lr an array": ("lr", np.array(-0.5), "Invalid learning rate: -0.5"),
+    "beta1": ("betas", (1.5, 0.9), "Invalid beta parameter at index 0: 1.5"),
+    "beta2": ("betas", [0.9, 1.0], "Invalid beta parameter at index 1: 1.0"),
+    "beta1 negative": ("betas", (-0.5, 0.9), "Invalid beta parameter at index 0: -0.5"),
+    "beta2 NaN": ("betas", (0.9, math.nan), "Invalid beta parameter at index 1: nan"),
+    "beta2 a Tensor": ("betas", (0.9, torch.tensor(1.0)), "Invalid beta parameter at index 1: 1.0"),
+    "betas a Tensor": ("betas", torch.tensor([0.9, 1.0]), "Invalid beta parameter at index 1: 1.0"),
+    "eps": ("eps", -1e-8, "Invalid epsilon value: -1e-08"),
+    "weight_decay": ("weight_decay", -0.5, "Invalid weight_decay value: -0.5"),
+    "momentum": ("momentum", -0.5, "Invalid momentum value: -0.5"),
+    "trust_coefficient": ("trust_coefficient", -0.5, "Invalid trust_coefficient value: -0.5"),
+}
+OF_RULES: dict[str, Callable[..., Any]] = {
+    "AdamW": lambda params, **o: fused_optim.AdamW(params, weight_decay=0.1, **o),
+    "SGD": lambda params, **o: fused_optim.SGD(params, momentum=0.9, **o),
+    "LARS": lambda params, **o: fused_optim.LARS(params, weight_decay=0.1, **o),
+    "LAMB": fused_optim.LAMB,
+    "Lion": fused_optim.Lion,
+    "NovoGrad": fused_optim.NovoGrad,
+    "LARC": lambda params, **o: fused_optim.LARC(fused_optim.AdamW(params, **o)).optimizer,
+}
+
+
+@each_implementation_daily
+@pytest.mark.parametrize("steps", [0, 2])
+@pytest.mark.parametrize("bad", OUT_OF_RANGE)
+@pytest.mark.parametrize("rule", OF_RULES)
+def test_a_hyperparameter_out_of_range_in_a_group_is_refused_as_by_the_constructor(
+    rule: str, bad: str, steps: int, backend: str
+) -> None:
+    """In the second of two groups, before anything in the first has changed: the same words from every backend."""
+    key, value, text = OUT_OF_RANGE[bad]
+    params = new_params(shapes=FEW, device=device_of(backend))
+    optimizer = OF_RULES[rule]([{"params": params[:2]}, {"params": params[2:]}], backend=backend)
+    if key not in optimizer.defaults:
+        return
+    train(optimizer, params, steps)
+    set_grads(params, 9)
+    good = optimizer.param_groups[1][key]
+    optimizer.param_groups[1][key] = value
+    before, states = snapshot(optimizer), set(optimizer.state)
+    with pytest.raises(ValueError, match=f"{text}$") as caught:
+        optimizer.step()
+    if key != "trust_coefficient":
+        assert str(caught.value).startswith(f"param_groups[1]['{key}']: ")
+    assert_same_snapshots(snapshot(optimizer), before)
+    assert set(optimizer.state) == states
+    optimizer.param_groups[1][key] = good
+    optimizer.step()
+    assert all(param.isfinite().all() for param in params)
+
+
+@pytest.mark.parametrize("bad", OUT_OF_RANGE)
+@pytest.mark.parametrize("rule", OF_RULES)
+def test_a_group_out_of_range_in_a_checkpoint_changes_nothing(rule: str, bad: str) -> None:
+    key, value, text = OUT_OF_RANGE[bad]
+    params = new_params(shapes=FEW)
+    optimizer = OF_RULES[rule](params)
+    if key not in optimizer.defaults:
+        return
+    train(optimizer, params, 1)
+    saved = copy.deepcopy(optimizer.state_dict())
+    saved["param_groups"][0][key] = value
+    groups = [dict(group) for group in optimizer.param_groups]
+    with pytest.raises(ValueError, match=f"{text}$") as caught:
+        optimizer.load_state_dict(saved)
+    if key != "trust_coefficient":
+        assert str(caught.value).startswith(f"param_groups[0]['{key}'] of the state dict: ")
+    assert optimizer.param_groups == groups
+
+
+@each_implementation_daily
+@pytest.mark.parametrize("kind", [torch.zeros(3, 4), [torch.zeros(3, 4)], {"a": torch.zeros(3)}])
+def test_a_tensor_in_a_group_is_not_shown(kind: Any, backend: str) -> None:
+    param = Parameter(torch.ones(2, device=device_of(backend)))
+    optimizer = fused_optim.AdamW([param], backend=backend)
+    optimizer.param_groups[0]["lr"] = kind
+    param.grad = torch.ones_like(param)
+    with pytest.raises(TypeError, match=r"param_groups\[0\]\['lr'\] must hold numbers") as caught:
+        optimizer.step()
+    assert "tensor(" not in str(caught.value)
 
 
 # Tensors without memory of their own ----------------------------------------------------------------------------

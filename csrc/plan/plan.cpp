@@ -74,7 +74,7 @@ bool Plan::open(PyObject* exchange_api, PyObject* kind_of, PyObject* same_placem
 }
 
 bool Plan::build(PyObject* rules, PyObject* rows, PyObject* triton_rows, PyObject* defaults,
-                 PyObject* structural, PyObject* trust_ratio) {
+                 PyObject* structural, PyObject* trust_ratio, PyObject* limits, PyObject* check) {
   for (Py_ssize_t g = 0; g < PyList_GET_SIZE(rules); ++g) {
     const char* name = PyUnicode_AsUTF8(PyList_GET_ITEM(rules, g));
     if (name == nullptr) return false;
@@ -87,6 +87,7 @@ bool Plan::build(PyObject* rules, PyObject* rows, PyObject* triton_rows, PyObjec
     }
     groups_.emplace_back();
     groups_.back().rule = static_cast<int>(found - known.begin());
+    if (!read_limits(limits, groups_.back())) return false;
   }
   hypers_.resize(groups_.size());
   hyper_tensors_.resize(groups_.size());
@@ -94,6 +95,8 @@ bool Plan::build(PyObject* rules, PyObject* rows, PyObject* triton_rows, PyObjec
   defaults_ = defaults;
   Py_INCREF(trust_ratio);
   trust_ratio_ = trust_ratio;
+  Py_INCREF(check);
+  check_ = check;
   for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(structural); ++i) {
     PyObject* key = PyTuple_GET_ITEM(structural, i);
     Py_INCREF(key);
@@ -275,6 +278,35 @@ bool Plan::is_on_device_of_rows(const Group& group, const TensorView& view) cons
   return true;
 }
 
+bool Plan::read_limits(PyObject* limits, Group& group) {
+  for (const RuleNames::Hyper& hyper : rule_names()[static_cast<size_t>(group.rule)].hyper) {
+    Limits of_key{0, 0, true};
+    PyObject* found = PyDict_GetItemWithError(limits, hyper.key);
+    if (found == nullptr && PyErr_Occurred()) return false;
+    of_key.any = found == nullptr || hyper.field.choices != nullptr;
+    if (!of_key.any && !PyArg_ParseTuple(found, "dd", &of_key.least, &of_key.most)) return false;
+    group.limits.push_back(of_key);
+  }
+  return true;
+}
+
+// Always false, with an error set: what the check says of the group, as with every backend; otherwise what
+// this plan has said of a value that only it cannot read.
+bool Plan::refuse(PyObject* group, size_t index) {
+  if (check_ == Py_None) return false;
+  PyObject *type, *value, *trace;
+  PyErr_Fetch(&type, &value, &trace);
+  const Owned passed(PyObject_CallFunction(check_, "nO", static_cast<Py_ssize_t>(index), group));
+  if (passed) {
+    PyErr_Restore(type, value, trace);
+  } else {
+    Py_XDECREF(type);
+    Py_XDECREF(value);
+    Py_XDECREF(trace);
+  }
+  return false;
+}
+
 bool Plan::parse_group(PyObject* group, size_t index, bool* stale) {
   Group& known = groups_[index];
   const RuleNames& rule = rule_names()[static_cast<size_t>(known.rule)];
@@ -293,7 +325,7 @@ bool Plan::parse_group(PyObject* group, size_t index, bool* stale) {
   bool constant = true;
   double hyper[kMaxHyper], maximize = 0;
   TrustRatio trust{};
-  if (trust_ratio_ != Py_None && !read_trust_ratio(group, &trust)) return false;
+  if (trust_ratio_ != Py_None && !read_trust_ratio(group, &trust)) return refuse(group, index);
   HyperTensors tensors{};
   PyObject* maximizes = PyDict_GetItemWithError(group, maximize_name());
   if (maximizes == nullptr && PyErr_Occurred()) return false;
@@ -338,6 +370,9 @@ bool Plan::parse_group(PyObject* group, size_t index, bool* stale) {
       tensors.dtype[i] = view.dtype;
     } else {
       good = good && number(item, &hyper[i]);
+      const Limits& limits = known.limits[i];
+      good =
+          good && (limits.any || (hyper[i] >= limits.least && hyper[i] <= limits.most));  // a NaN is neither
     }
     Py_XDECREF(item);
     if (!good && field.choices != nullptr) {
@@ -349,13 +384,11 @@ bool Plan::parse_group(PyObject* group, size_t index, bool* stale) {
       }
       PyErr_Format(PyExc_ValueError, "param_groups[%zu][%R] must be one of %s, got %R", index, key,
                    words.c_str(), value);
-      return false;
+    } else if (!good) {
+      PyErr_Format(PyExc_TypeError, "param_groups[%zu][%R] must hold numbers or one-element Tensors, got %s",
+                   index, key, Py_TYPE(value)->tp_name);
     }
-    if (!good) {
-      PyErr_Format(PyExc_TypeError, "param_groups[%zu][%R] must hold numbers or one-element Tensors, got %R",
-                   index, key, value);
-      return false;
-    }
+    if (!good) return refuse(group, index);
   }
   GroupHyper& parsed = hypers_[index];
   parsed.maximize = maximize;
@@ -703,6 +736,7 @@ int Plan::traverse(visitproc visit, void* arg) const {
   for (PyObject* key : structural_keys_) Py_VISIT(key);
   Py_VISIT(defaults_);
   Py_VISIT(trust_ratio_);
+  Py_VISIT(check_);
   Py_VISIT(written_);
   return reader_.traverse(visit, arg);
 }
@@ -733,6 +767,7 @@ void Plan::clear() {
   for (PyObject* key : keys) Py_DECREF(key);
   Py_CLEAR(defaults_);
   Py_CLEAR(trust_ratio_);
+  Py_CLEAR(check_);
   Py_CLEAR(written_);
   reader_.clear();
 }

@@ -39,9 +39,11 @@ class Plan {
   // of the groups. triton_rows: for each device the indices of its rows that Triton steps; this plan only
   // reads them. defaults: hyperparameters that a group may lack. structural: group keys for which a change
   // between true and false calls for a new plan. trust_ratio: None, or called with a group whose items have
-  // changed: returns its TrustRatio (fused_optim/trust_ratio.py) or None.
+  // changed: returns its TrustRatio (fused_optim/trust_ratio.py) or None. limits: a dict from keys of groups
+  // to the least and the greatest number. check: None, or called with the index and the group where a
+  // hyperparameter cannot be used: raises what there is to say.
   bool build(PyObject* rules, PyObject* rows, PyObject* triton_rows, PyObject* defaults, PyObject* structural,
-             PyObject* trust_ratio);
+             PyObject* trust_ratio, PyObject* limits, PyObject* check);
 
   // Reads everything again and changes nothing. None: the groups no longer are those of the plan, build a new
   // one. Otherwise a sequence of (row index, reason): rows with a gradient that no native backend takes as
@@ -102,8 +104,13 @@ class Plan {
     PyObject* key;
     PyObject* value;
   };
+  struct Limits {
+    double least, most;
+    bool any;  // of any number; the other two do not count
+  };
   struct Group {
     int rule = 0;
+    std::vector<Limits> limits;  // of each hyperparameter of the rule
     size_t first_row = 0, last_row = 0;
     std::vector<Entry> entries;   // the group's items when it was last read
     std::vector<int> structural;  // truth of the structural keys' values then
@@ -115,6 +122,8 @@ class Plan {
   enum class Read { ok, stale, error };
   Read refresh_group(PyObject* group, size_t index, PyObject** params);
   bool parse_group(PyObject* group, size_t index, bool* stale);
+  bool read_limits(PyObject* limits, Group& group);
+  bool refuse(PyObject* group, size_t index);
   bool is_on_device_of_rows(const Group& group, const TensorView& view) const;
   bool read_triton_rows(PyObject* devices);
   void make_phases();
@@ -148,6 +157,7 @@ class Plan {
   bool has_direction_ = false;  // of some rule
   PyObject* defaults_ = nullptr;
   PyObject* trust_ratio_ = nullptr;
+  PyObject* check_ = nullptr;
   std::vector<PyObject*> structural_keys_;
   PyObject* written_ = nullptr;
   int64_t active_elements_ = 0;

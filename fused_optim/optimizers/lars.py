@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from ..hyperparameters import check_arguments
+from ..hyperparameters import check_arguments, check_limits
 from ..options.clip import ClipGradByGlobalNorm, ClipGradByNorm, GradClip
 from ..options.peers import refuse_peer_arguments
 from ..options.scales import Exclude, Scale
@@ -117,8 +117,7 @@ class LARS(MomentumOptimizer):
         refuse_clip("LARS", grad_clip, decay_in_norm=variant == "optax")
         eps = (1e-8 if variant == "timm" else 0.0) if eps is None else eps
         check_arguments(lr=lr, momentum=momentum, weight_decay=weight_decay, eps=eps)
-        if not (trust_coefficient > 0 and math.isfinite(trust_coefficient)):
-            raise ValueError(f"Invalid trust_coefficient value: {trust_coefficient}")
+        check_trust_coefficient(trust_coefficient)
         defaults = {
             "lr": lr,
             "momentum": momentum,
@@ -148,6 +147,8 @@ class LARS(MomentumOptimizer):
 
     def trust_ratio(self, group: dict[str, Any]) -> TrustRatio | None:
         optax = group["variant"] == "optax"
+        check_limits("eps", [group["eps"]])
+        check_trust_coefficient(group["trust_coefficient"])
         return TrustRatio(
             float(group["trust_coefficient"]),
             float(group["eps"]),
@@ -159,6 +160,16 @@ class LARS(MomentumOptimizer):
 
     def exempt(self, group: dict[str, Any], param: Tensor) -> bool:
         return bool(group["variant"] == "kozistr" and param.ndim <= 1)
+
+
+def check_trust_coefficient(trust_coefficient: float | Tensor) -> None:
+    """Refuse what the constructor and a group may not hold.
+
+    Raises:
+        ValueError: it is not finite and greater than 0.
+    """
+    if not (trust_coefficient > 0 and math.isfinite(trust_coefficient)):
+        raise ValueError(f"Invalid trust_coefficient value: {trust_coefficient}")
 
 
 def refuse_clip(what: str, grad_clip: GradClip | None, *, decay_in_norm: bool) -> None:

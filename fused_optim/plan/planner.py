@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 
 from .. import backends, extension
 from ..backends import FallbackLog
+from ..hyperparameters import LIMITS, check_group
 from ..options.clip import GLOBAL_NORM, NORM
 from ..options.options import Options
 from ..parameters import Place, parameters
@@ -79,6 +81,7 @@ def build_plan(
         defaults,
         rule.structural_keys,
         rule.trust_ratio if has_trust_ratio else None,
+        check=partial(check_group, defaults=defaults, choices=rule.choices),
         has_direction=rule.has_direction,
     )
     return BuiltPlan(rows, native, shards, measures=measures, reduces=reduces, same_rows=same_rows)
@@ -150,6 +153,7 @@ def make_plan(
     structural_keys: tuple[str, ...],
     trust_ratio: Callable[[dict[str, Any]], TrustRatio | None] | None,
     *,
+    check: Callable[[int, dict[str, Any]], None],
     has_direction: bool,
 ) -> Plan:
     """The compiled plan, or the one in Python; around it the launcher where rows are Triton's."""
@@ -173,6 +177,8 @@ def make_plan(
             current_stream=current_stream,
             negative_bit=negative_bit(),
             trust_ratio=trust_ratio,
+            limits=LIMITS,
+            check=check,
         )
     elif not triton_rows:
         reader = PythonPlan(rows, len(groups), has_direction=has_direction)
@@ -190,6 +196,7 @@ def make_plan(
             defaults=defaults,
             structural=structural_keys,
             trust_ratio=trust_ratio,
+            check=check,
         )
         reader = PythonPlan(rows, len(groups), read, has_direction=has_direction)
     if not triton_rows:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..hyperparameters import is_number, is_sequence
+from ..hyperparameters import is_number, is_sequence, shown
 from ..row import (
     BFLOAT16,
     COLUMNS,
@@ -173,6 +173,7 @@ class GroupReader:
         if self._structural not in (None, truths):
             return None
         self._structural = truths
+        self._read.check(self._index, group)
         defaults, trust_ratio = self._read.defaults, self._read.trust_ratio
         numbers: dict[str, float] = {}
         fields: dict[str, int] = {}
@@ -216,7 +217,7 @@ class GroupReader:
                 return 0.0, 0, 0
             if value not in field.choices:
                 words = ", ".join(map(repr, field.choices))
-                raise ValueError(f"{place} must be one of {words}, got {value!r}")
+                raise ValueError(f"{place} must be one of {words}, got {shown(value)}")
             return float(field.choices.index(value)), 0, 0
         if value is None and field.optional:
             return 0.0, 0, 0
@@ -227,7 +228,7 @@ class GroupReader:
         elif field.index >= 0:
             item = None
         if not is_number(item):
-            raise TypeError(f"{place} must hold numbers or one-element Tensors, got {value!r}")
+            raise TypeError(f"{place} must hold numbers or one-element Tensors, got {shown(value)}")
         memory = memory_of(item)
         if memory is not None and memory.device.type != "cpu" and memory.device == self._device:
             return 0.0, memory.address, memory.dtype
@@ -259,6 +260,7 @@ class ReadForTriton:
     defaults: dict[str, Any]  # as the compiled plan's, and
     structural: Sequence[str]  # those that follow
     trust_ratio: Callable[[dict[str, Any]], TrustRatio | None] | None
+    check: Callable[[int, dict[str, Any]], None]
 
 
 class PythonPlan:

@@ -10,13 +10,12 @@ from typing import Any
 from torch import Tensor
 
 from ..backends import logger
-from ..hyperparameters import is_number, plain_number, shown
+from ..hyperparameters import check_group, is_number, plain_number, shown
 from ..options.options import Options
 from ..parameters import Place, parameters
 from ..rule import Rule
 from . import masters
 from .states import (
-    check_hyperparameters,
     kept_dtype,
     like_param,
     new_number,
@@ -126,7 +125,8 @@ def admit(
                 "state[i]['exp_avg_sq'] = norm ** 2, where norm is its element of group['exp_avg_sq'][0] (float16) or "
                 "[1] (float32)"
             )
-        check_hyperparameters({**defaults, **saved}, index, rule, defaults, of=" of the state dict")
+        check_group(index, saved, defaults, rule.choices, of=" of the state dict")
+        rule.trust_ratio({**defaults, **saved})  # which has limits of its own
         names = rule.state_names({**defaults, **saved})
         for position, (param, key) in enumerate(zip(group["params"], saved["params"])):
             state = state_dict["state"].get(key)

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from ..backends import FallbackLog
+from ..hyperparameters import check_group
 from ..options.options import Options
 from ..row import Row
 from ..rule import Rule
@@ -34,7 +35,8 @@ def make_ready(
         RuntimeError, TypeError, ValueError: what cannot be used; the text names it, and nothing has changed.
     """
     for index, group in groups.items():
-        states.check_hyperparameters(group, index, rule, defaults)
+        check_group(index, group, defaults, rule.choices)
+        rule.trust_ratio(group)  # which has limits of its own
     for row in rows:
         states.check_grad(row, groups[row.group], rule, options)
         states.check_state(row, all_states.get(row.param), groups[row.group], rule)

@@ -9,38 +9,12 @@ import torch
 from torch import Tensor
 
 from ..eager import sparse
-from ..hyperparameters import is_number, is_sequence, shown
+from ..hyperparameters import is_number, shown
 from ..options.options import Options
 from ..row import Row
 from ..rule import Rule
 from ..tensors import is_plain, is_sharded, local, same_placement
 from . import masters
-
-
-def check_hyperparameters(
-    group: dict[str, Any], index: int, rule: Rule, defaults: dict[str, Any], *, of: str = ""
-) -> None:
-    """Refuse hyperparameters that the witness cannot compute with; the compiled plan refuses the same.
-
-    ``of``: what the group is of, if not of the optimizer; as a message says it.
-
-    Raises:
-        TypeError: what is no number; the text names the group and the key.
-        ValueError: another word than the hyperparameter may be.
-    """
-    for key, words in rule.choices:
-        if key in group and group[key] not in words:
-            choices = ", ".join(map(repr, words))
-            raise ValueError(f"param_groups[{index}][{key!r}]{of} must be one of {choices}, got {shown(group[key])}")
-    for key, default in defaults.items():
-        if isinstance(default, (bool, str)) or default is None:
-            continue
-        value, wanted = group[key], len(default) if is_sequence(default) else 0
-        items = list(value) if wanted and is_sequence(value) else [value]
-        if len(items) != max(wanted, 1) or not all(map(is_number, items)):
-            raise TypeError(
-                f"param_groups[{index}][{key!r}]{of} must hold numbers or one-element Tensors, got {shown(value)}"
-            )
 
 
 def check_memory(tensor: Tensor, what: str) -> None:
