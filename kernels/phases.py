@@ -23,7 +23,7 @@ from ..plan.step import DeviceStep, Step
 from .apply import RECORD, TILE, accumulate_kernel, apply_kernel, move_kernel
 from .prepare import PREPARED, direction_kernel, grad_sq_kernel, prepare_kernel
 from .reduce import CHUNK_TILES, MOST_CHUNKS, SUMS, copy_kernel, reduce_kernel, total_kernel
-from .rule import DIRECTION_SQ, FINITE, GRAD_SQ, MAX_HYPER, Rule
+from .rule import DECAYED_SQ, DIRECTION_SQ, FINITE, GRAD_SQ, MAX_HYPER, PARAM_SQ, Rule
 from .table import (
     ADDRESSES,
     COLUMNS,
@@ -53,7 +53,7 @@ THREADS = 128
 PREPARE_THREADS = 64
 # Of the programs that add the sums of a row, which no other program of the row helps.
 ADDING_THREADS = 512
-# Registers of a thread, at most: six programs of 128 threads a multiprocessor; five where sums stand beside elements.
+# Registers of a thread, at most: six programs of 128 threads a multiprocessor; five where several norms are summed.
 REGISTERS = 80
 SUM_REGISTERS = 96
 COPIED = 1024  # numbers that a program copies
@@ -483,7 +483,7 @@ class Phases:
                 CLIP=launched.clip,
                 FINDS_INF=launched.finds_inf,
                 TENSORS=tensors,
-                registers=SUM_REGISTERS,
+                registers=SUM_REGISTERS if norms & (PARAM_SQ.value | DECAYED_SQ.value) else REGISTERS,
             )
         self._launch(
             total_kernel,
