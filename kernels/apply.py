@@ -72,9 +72,7 @@ def read_columns(table, group_count, row_count, row, DTYPES: tl.constexpr, FIRST
 
 
 @triton.jit
-def read_tile(
-    table, group_count, row_count, row, index, control, DTYPES: tl.constexpr, FIRST: tl.constexpr
-):
+def read_tile(table, group_count, row_count, row, index, control, DTYPES: tl.constexpr, FIRST: tl.constexpr):
     """A row's tile; nothing of it is left where the step is skipped or the row has no gradient.
 
     That is no branch: the compiler would put the other reads behind it, where they begin when its condition has come.
