@@ -1,10 +1,9 @@
 """What the compiler made of the CUDA kernels' memory loops, read from their machine code.
 
-    python scripts/machine_code.py FILE [--arch sm_90] [--write]
+    python scripts/machine_code.py FILE ... [--arch sm_90] [--write]
 
-FILE is a cubin, an object file or the built module. One line for each loop that a kernel of the apply or the reduce
-phase takes where vectors are whole; with --write the table of AdamW, momentum and reduce goes into
-docs/architecture.md, and with --check it says whether it stands there.
+A FILE is a cubin, an object file or the built module. One line for each loop that a kernel takes where vectors are
+whole; with --write the table of AdamW, momentum and reduce goes into docs/architecture.md.
 
 A thread has loads under way together as long as nothing waits for one of them before the last has been issued. The
 compiler writes into each instruction which scoreboards it sets and which it waits for, and cuobjdump prints that
@@ -42,10 +41,8 @@ class Instruction:
     guarded: bool = False
     sets: int | None = None  # the scoreboard that is busy until its result is there
     waits: tuple[int, ...] = ()
-    stall: int = 0  # cycles until the next instruction may be issued
 
     def decode(self, control: int) -> None:
-        self.stall = control >> 41 & 15
         board = control >> 46 & 7
         self.sets = None if board == 7 else board
         self.waits = tuple(b for b in range(6) if control >> 52 & 1 << b)
@@ -59,8 +56,8 @@ class Instruction:
         """Bytes that it loads (LDG) or stores (STG); 0 for any other instruction."""
         if not self.name.startswith(kind):
             return 0
-        width = re.search(r"\.(256|128|64|U16|S16|U8|S8)\b", self.name)
-        return {"256": 32, "128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}[width[1]] if width else 4
+        width = re.search(r"\.(128|64|U16|S16|U8|S8)\b", self.name)
+        return {"128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}[width[1]] if width else 4
 
 
 @dataclass
@@ -335,22 +332,23 @@ def reduce_loops(kernels: list[Kernel]) -> Iterator[tuple[str, Loop, int]]:
         names = Counter(instruction.name.split(".")[0] for instruction in loop.way)
         vectors, elements = loop.widths("LDG")[16], names["FADD"]
         if set(loop.widths("LDG")) == {16} and not names["DADD"] and elements in (4 * vectors, 8 * vectors):
+            split = elements == 4 * vectors and vectors in (2, 8)  # two vectors for the elements of one
             narrow = "float16" if names["HADD2"] else "bfloat16"
-            yield "float32" if elements == 4 * vectors else narrow, loop, elements
+            yield "split" if split else "float32" if elements == 4 * vectors else narrow, loop, elements
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("file", type=Path)
+    parser.add_argument("files", type=Path, nargs="+")
     parser.add_argument("--arch", default="sm_90")
     parser.add_argument("--write", action="store_true", help="put the table into docs/architecture.md")
     arguments = parser.parse_args()
-    kernels = read_kernels(arguments.file, arguments.arch)
+    kernels = [kernel for file in arguments.files for kernel in read_kernels(file, arguments.arch)]
     if arguments.write:
         text = DOCUMENT.read_text()
         before, rest = text.split(BEGIN)
         _, after = rest.split(END)
-        DOCUMENT.write_text(f"{before}{BEGIN}\n{table(kernels, arguments.arch)}\n{END}{after}")
+        DOCUMENT.write_text(f"{before}{BEGIN}\n{table(kernels)}\n{END}{after}")
         return 0
     for kernel in kernels:
         for loop in loops_of(kernel):
@@ -359,15 +357,14 @@ def main() -> int:
                 for kind in ("LDG", "STG")
             )
             print(
-                f"{kernel.name}\n  {loop.way[0].address:05x}: {len(loop.way)} instructions, "
-                f"loads {loads}, stores {stores}, "
-                f"{loop.format or 'no conversion'}, {'WAITS' if loop.loads_wait else 'together'}, "
+                f"{kernel.name}\n  {loop.way[0].address:05x}: {len(loop.way)} instructions, loads {loads}, "
+                f"stores {stores}, {loop.format or 'no conversion'}, {'WAITS' if loop.loads_wait else 'together'}, "
                 f"{loop.bytes_in_flight / 1024:.0f} KB"
             )
     return 0
 
 
-def table(kernels: list[Kernel], arch: str) -> str:
+def table(kernels: list[Kernel]) -> str:
     lines = [
         "| loop | registers | blocks | loads of a thread under way | KB under way | instructions an element |",
         "|---|---|---|---|---|---|",
@@ -377,8 +374,7 @@ def table(kernels: list[Kernel], arch: str) -> str:
         loads = " + ".join(f"{n} × {w} B" for w, n in sorted(loop.widths("LDG").items(), reverse=True))
         return (
             f"| {name} | {loop.kernel.registers} | {loop.kernel.blocks} | {loads} | "
-            f"{loop.bytes_in_flight / 1024:.0f} | "
-            f"{math.ceil(10 * len(loop.way) / elements) / 10:.1f} |"
+            f"{loop.bytes_in_flight / 1024:.0f} | {math.ceil(10 * len(loop.way) / elements) / 10:.1f} |"
         )
 
     for rule, (pattern, states) in RULES.items():

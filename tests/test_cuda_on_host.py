@@ -39,6 +39,7 @@ from torch.nn import Parameter
 from fused_optim import (
     LARC,
     SGD,
+    Adam,
     AdamW,
     AdamWDL,
     ClipGradByGlobalNorm,
@@ -102,6 +103,68 @@ def test_mixed_dtypes_take_one_launch_a_compute_type(on_host: OnHost, all_native
     set_grads(params_of(optimizers[0]), 9)
     optimizers[0].step()
     assert len(on_host.launches()) <= 4  # patch, prepare, apply in float and in double
+
+
+HARD = (
+    *(0.0, -0.0, 1e-45, -1e-45, 1e-40, 1.2e-38, -1.2e-38, 1e-31, 7e-31, -9e-31, 1e-20, 1e-10, 1.0, -1.0, 2.0, 1e7),
+    *(1.7e7, -1e10, 5e18, 2e19, 1e30, 3e38, float("inf"), -float("inf"), float("nan")),
+)
+
+
+def hard_numbers(like: torch.Tensor, seed: int, share: float) -> torch.Tensor:
+    """Ordinary numbers, and for a share of them what an operation on them ends at the edge of its range with."""
+    generator = torch.Generator().manual_seed(seed)
+    ordinary = torch.randn(like.shape, generator=generator, dtype=torch.float64)
+    hard = torch.tensor(HARD, dtype=torch.float64)[torch.randint(len(HARD), like.shape, generator=generator)]
+    return torch.where(torch.rand(like.shape, generator=generator) < share, hard, ordinary).to(like.dtype)
+
+
+@pytest.mark.parametrize("share", [0.001, 0.2])
+@pytest.mark.parametrize("options", [{}, {"state_dtype": torch.float32}, {"master_weights": "split"}], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "rule", ["AdamW", "amsgrad", "Adam", "SGD no momentum", "SGD all", "SGD nesterov", "Lion decay"]
+)
+def test_numbers_that_are_out_of_the_ordinary(
+    rule: str, dtype: torch.dtype, options: Any, share: float, on_host: OnHost, all_native: None
+) -> None:
+    """Whole tiles, in which NaNs, infinities, zeros and subnormal numbers stand among others."""
+    if options and dtype != torch.bfloat16:
+        options = {"master_weights": "float32"} if dtype == torch.float16 else {}
+    rules = {
+        **RULES,
+        "AdamW": AdamW,
+        "amsgrad": lambda params, **o: AdamW(params, amsgrad=True, **o),
+        "Adam": lambda params, **o: Adam(params, weight_decay=0.1, **o),
+    }
+    optimizers = []
+    for backend in ("cuda", "cpu"):
+        param = Parameter(hard_numbers(torch.empty(3 * TILE + 77, dtype=dtype), 1, share))
+        optimizer: Any = rules[rule]([param], backend=backend, **options)
+        for step in range(3):
+            param.grad = hard_numbers(param, 10 + step, share)
+            optimizer.step()
+            for position, (key, state) in enumerate(sorted(optimizer.state[param].items())):
+                if step == 0 and key.startswith(("exp_avg", "max_exp", "momentum")):
+                    state.copy_(hard_numbers(state, 20 + position, share).abs() if "sq" in key else state)
+        optimizers.append(optimizer)
+    assert_same_results(*optimizers)
+
+
+@pytest.mark.parametrize("numbers", ["ordinary", "zero", "one NaN"])
+def test_only_what_is_out_of_the_ordinary_is_computed_again(numbers: str, on_host: OnHost) -> None:
+    """A tile's strips of 128 elements are read once more where one has a result that is NaN, and nowhere else."""
+    param = Parameter(torch.ones(8 * TILE))
+    optimizer = AdamW([param], backend="cuda")
+    param.grad = torch.zeros_like(param) if numbers == "zero" else torch.full_like(param, 0.5)
+    optimizer.step()
+    if numbers == "one NaN":
+        param.grad[5 * TILE + 200] = float("nan")
+    on_host.launches()
+    optimizer.step()
+    _, loaded, stored = map(sum, list(zip(*on_host.launches(), strict=True))[1:])
+    again = 128 if numbers == "one NaN" else 0
+    assert (loaded, stored) == (16 * (param.numel() + again), 12 * param.numel())
 
 
 def test_thousands_of_tensors_and_groups(on_host: OnHost, all_native: None) -> None:

@@ -108,16 +108,17 @@ struct Layout {
   static constexpr int kStateBytes = size_of(kStateType);
   using ParamStorage = typename StorageOf<kParamType>::type;
   template <class T, Reuse kReuse>
-  using Param = typename std::conditional<kMasterType == DType::none, ParamColumn<ParamStorage, kReuse>,
-                                          MasterColumns<ParamStorage, typename StorageOf<kMasterType>::type,
-                                                        kReuse>>::type;
+  using Param = typename std::conditional<
+      kMasterType == DType::none, ParamColumn<ParamStorage, kReuse>,
+      MasterColumns<ParamStorage, typename StorageOf<kMasterType>::type, kReuse>>::type;
   template <class T>
   using Grad = FixedColumn<typename StorageOf<kGradType>::type, Reuse::none>;
   template <class T, Reuse kReuse>
   using State = FixedColumn<typename StorageOf<kStateType>::type, kReuse>;
 
   static constexpr uint64_t storages(int states) {
-    uint64_t own = number_of(kParamType, kParam) | number_of(kGradType, kGrad) | number_of(kMasterType, kMaster);
+    uint64_t own =
+        number_of(kParamType, kParam) | number_of(kGradType, kGrad) | number_of(kMasterType, kMaster);
     for (int k = 0; k < states; ++k) own |= number_of(kStateType, kFirstState + k);
     return own;
   }
@@ -186,9 +187,11 @@ constexpr int blocks_at_once(Pass pass, int states) {
 template <class T, class L>
 constexpr int vectors_in_flight(Pass pass, int states) {
   constexpr int kBytesInFlight = 48 * 1024;
-  const int threads = blocks_at_once<T>(pass, states) * kThreads;
   const int bytes = L::kParamBytes + (pass == Pass::move ? 0 : L::kGradBytes) + states * L::kStateBytes;
-  return (kBytesInFlight - 1) / (threads * bytes * L::kVector) + 1;
+  const int of_one = blocks_at_once<T>(pass, states) * kThreads * bytes * L::kVector;
+  int count = 1;  // a power of 2, as what a tile has is
+  while (count * of_one < kBytesInFlight) count *= 2;
+  return count;
 }
 
 // The first of the rules that have this one's update: those whose Scalars are the same type.
@@ -318,8 +321,8 @@ class Columns {
   using State = typename L::template State<T, kReuse>;
 
   // Where a lane's first vector lies, or its first element, and how far apart they are. Elements lie side by
-  // side over the lanes, but where a sum is taken: there each lane takes those of its vectors, so that a sum has
-  // one order whatever the addresses are.
+  // side over the lanes, but where a sum is taken: there each lane takes those of its vectors, so that a sum
+  // has one order whatever the addresses are.
   template <int N>
   static constexpr int kApart = N == 1 && kVector > 1 && kPass == Pass::accumulate ? 1 : kWarp * N;
   template <int N>
@@ -335,8 +338,7 @@ class Columns {
     bool nan = false;
     if constexpr (N == 1) return nan;
 #pragma unroll
-    for (int e = 0; e < N; e += 2)
-      nan = nan | ((values[e] != values[e]) | (values[e + 1] != values[e + 1]));
+    for (int e = 0; e < N; e += 2) nan = nan | ((values[e] != values[e]) | (values[e + 1] != values[e + 1]));
     return nan;
   }
 
@@ -356,8 +358,8 @@ struct NumberOf<float> {
 };
 
 template <Pass kPass, class Rule, class T, class L>
-FO_DEVICE TileSums walk_tile(const Row& row, int first_state, const Record<Rule, T>& record, int64_t begin, int n,
-                             int lane) {
+FO_DEVICE TileSums walk_tile(const Row& row, int first_state, const Record<Rule, T>& record, int64_t begin,
+                             int n, int lane) {
   using Number = typename NumberOf<T>::type;
   constexpr int N = L::kVector;
   const Columns<kPass, Rule, T, L> columns(row, first_state, begin);
@@ -369,6 +371,7 @@ FO_DEVICE TileSums walk_tile(const Row& row, int first_state, const Record<Rule,
       columns.template walk<T, 1, kElements>(record, first, n, lane, sums);
   } else {
     constexpr int kStrip = vectors_in_flight<T, L>(kPass, element_states<Rule>()) * kWarp * N;
+    static_assert(kTile % kStrip == 0, "a tile is a number of strips");
     Record<Rule, Number> numbers;
     static_assert(sizeof numbers == sizeof record, "a record holds numbers only");
     __builtin_memcpy(&numbers, &record, sizeof record);
@@ -379,7 +382,8 @@ FO_DEVICE TileSums walk_tile(const Row& row, int first_state, const Record<Rule,
 #pragma unroll 1
     for (int own = lane * N; own < n + lane * N; own += kStrip) {
       int first = own;
-      if (whole && columns.template walk<Number, N, kStrip / kWarp / N>(numbers, first, n, lane, sums)) continue;
+      if (whole && columns.template walk<Number, N, kStrip / kWarp / N>(numbers, first, n, lane, sums))
+        continue;
       first -= lane * N;
 #pragma unroll 1
       do {
@@ -397,16 +401,16 @@ FO_DEVICE TileSums walk_tile_as(LayoutList<L, Others...>, uint64_t storages, con
   if constexpr (sizeof...(Others) != 0) {
     constexpr uint64_t kStorages = L::storages(element_states<Rule>());
     if (storages != kStorages) {
-      return walk_tile_as<kPass, Rule, T>(LayoutList<Others...>{}, storages, row, first_state, record, begin, n,
-                                          lane);
+      return walk_tile_as<kPass, Rule, T>(LayoutList<Others...>{}, storages, row, first_state, record, begin,
+                                          n, lane);
     }
   }
   return walk_tile<kPass, Rule, T, L>(row, first_state, record, begin, n, lane);
 }
 
 template <Pass kPass, class Rule, class T>
-__global__ void 
-    __launch_bounds__(kThreads, blocks_at_once<T>(kPass, element_states<Rule>())) apply_kernel(Bucket bucket) {
+__global__ void __launch_bounds__(kThreads, blocks_at_once<T>(kPass, element_states<Rule>()))
+    apply_kernel(Bucket bucket) {
   const bool skip = bucket.control->skip != 0;  // asked below: the loads until there do not wait for it
   const int warp = static_cast<int>(threadIdx.x) / kWarp;
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
@@ -428,8 +432,8 @@ __global__ void
   // Said to be aligned, which an array of bytes is not: it would be loaded byte by byte.
   const void* bytes = __builtin_assume_aligned(bucket.records[extent.row].bytes, alignof(ScalarsRecord));
   __builtin_memcpy(&record, bytes, sizeof record);
-  const TileSums sums = walk_tile_as<kPass, Rule, T>(Layouts<T, element_states<Rule>()>{}, storages,
-                                                     row, bucket.first_state, record, begin, n, lane);
+  const TileSums sums = walk_tile_as<kPass, Rule, T>(Layouts<T, element_states<Rule>()>{}, storages, row,
+                                                     bucket.first_state, record, begin, n, lane);
   if constexpr (kPass == Pass::accumulate) {
     const TileSums total = sum_warp(sums);
     if (lane == 0) bucket.tile_sums[tile] = total;

@@ -7,9 +7,10 @@
 // reaches whatever is computed from it, so a rule needs no word about this: where none of its results is NaN
 // they are the bits that float gives, and where one is, the caller computes again with float.
 //
-// Sure are: every root of a number below 2^64, zero and subnormal numbers included, and every quotient of a
-// divisor of at most 2^24 whose dividend is zero or at least 2^-100. tests/csrc/quick_float_test.cpp proves
-// it for every first approximation that is off by up to 2 units in the last place.
+// Sure are: the root of every number below 2^64, zero and subnormal numbers included; and the quotient, as
+// far as it does not overflow, of a dividend that is zero or at least 2^-100 and a positive divisor of at
+// most 2^24, unless that is just below a power of 2. tests/csrc/quick_float_test.cpp proves it for every
+// first approximation that is off by up to 2 units in the last place.
 #pragma once
 
 #include <cmath>

@@ -114,8 +114,8 @@ FO_DEVICE float clamp_for_square(float value, const GradTransform<float>& grad) 
 FO_DEVICE double clamp_for_square(double value, const GradTransform<double>& grad) {
   return clamp(value, grad.min, grad.max);
 }
-FO_DEVICE float largest_of(float a, float b) { return quick_maximum(a, b); }
-FO_DEVICE double largest_of(double a, double b) { return maximum(a, b); }
+FO_DEVICE float largest_of(float largest, float value) { return quick_maximum(largest, fabsf(value)); }
+FO_DEVICE double largest_of(double largest, double value) { return maximum(largest, fabs(value)); }
 
 // A thread's sum of squares: in float, and where a square overflowed or was lost to underflow once more in
 // double.
@@ -126,7 +126,7 @@ FO_DEVICE Square sum_squares(const Numbers& numbers, const GradTransform<T>& gra
   for_each<kVectorsInFlight>(numbers, n, team, [&](T element) {
     const T value = clamp_for_square(grad.scale * element, grad);
     non_finite = non_finite | !is_finite(element);
-    largest = largest_of(largest, value < 0 ? -value : value);
+    largest = largest_of(largest, value);
     sum += value * value;
   });
   Square result{static_cast<double>(sum), static_cast<double>(largest), non_finite};
@@ -155,7 +155,11 @@ struct Numbers {
   FO_DEVICE void fetch_element(int i, int e, Loaded& loaded) const {
     loaded.put(e, load_global<Reuse::soon, S>(address + i + e));
   }
-  FO_DEVICE static T element(const Loaded& loaded, int e) { return static_cast<T>(load(loaded.at(e))); }
+  FO_DEVICE static T element(const Loaded& loaded, int e) {
+    // Of a NaN no bit but that it is one comes into a sum.
+    if constexpr (sizeof(T) == 4) return widen<QuickFloat>(loaded.at(e)).value;
+    return static_cast<T>(load(loaded.at(e)));
+  }
 };
 
 // A parameter beside its master weight, or beside the lower half of it.

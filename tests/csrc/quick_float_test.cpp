@@ -17,6 +17,7 @@
 
 #include <cmath>
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <random>
 
@@ -27,6 +28,12 @@ namespace {
 
 constexpr int kMostOff = 2;
 long failures = 0, tried = 0;
+
+// Ends the program at the tenth.
+void report(const char* what, float one, float other, int off, float got) {
+  std::printf("%s of %a and %a, approximation %d off: %a\n", what, one, other, off, got);
+  if (++failures == 10) std::exit(1);
+}
 
 // By less than 2^-19 of itself: there the quotient may be a NaN.
 bool is_below_a_power(float value) { return (bits_of(value) & 0x7ffff0u) == 0x7ffff0u; }
@@ -43,7 +50,7 @@ void check_root(float value) {
   for (int off = -kMostOff; off <= kMostOff; ++off) {
     const float got = fused_optim::quick_root(value, moved(first, off));
     ++tried;
-    if (!same(got, expected) && ++failures < 10) std::printf("root of %a, %d off: %a\n", value, off, got);
+    if (!same(got, expected)) report("root", value, value, off, got);
   }
 }
 
@@ -54,8 +61,8 @@ void check_quotient(float dividend, float divisor) {
     const float got = fused_optim::quick_quotient(dividend, divisor, moved(first, off));
     ++tried;
     const bool promised = !is_below_a_power(divisor);
-    if ((promised || !std::isnan(got)) && !same(got, expected) && ++failures < 10)
-      std::printf("%a / %a, %d off: %a, expected %a\n", dividend, divisor, off, got, expected);
+    if ((promised || !std::isnan(got)) && !same(got, expected))
+      report("quotient", dividend, divisor, off, got);
   }
 }
 
@@ -67,7 +74,7 @@ void check_reciprocal(float divisor) {
     const float reciprocal = fmaf(approximation, fmaf(-divisor, approximation, 1.0f), approximation);
     const double wrong = 1 - static_cast<double>(divisor) * static_cast<double>(reciprocal);
     ++tried;
-    if (std::fabs(wrong) >= 0x1p-23 && ++failures < 10) std::printf("reciprocal of %a: %a\n", divisor, wrong);
+    if (std::fabs(wrong) >= 0x1p-23) report("reciprocal", divisor, divisor, off, reciprocal);
   }
 }
 
@@ -104,19 +111,34 @@ void check_any(float dividend, float divisor) {
   const bool promised = (size >= 0x1p-100f || size == 0) && size <= 0x1p60f && divisor >= 0x1p-60f &&
                         divisor <= 0x1p24f && !is_below_a_power(divisor);
   ++tried;
-  if ((promised || !std::isnan(quotient)) && !same(quotient, dividend / divisor) && ++failures < 10)
-    std::printf("%a / %a: %a\n", dividend, divisor, quotient);
+  if ((promised || !std::isnan(quotient)) && !same(quotient, dividend / divisor))
+    report("quotient", dividend, divisor, 0, quotient);
   const float root = fused_optim::quick_root(
       dividend, fused_optim::approximate_reciprocal_root(fused_optim::shifted(dividend)));
   const bool has_root = dividend >= 0 && dividend < 0x1p64f;
-  if ((has_root || !std::isnan(root)) && !same(root, std::sqrt(dividend)) && ++failures < 10)
-    std::printf("root of %a: %a\n", dividend, root);
+  if ((has_root || !std::isnan(root)) && !same(root, std::sqrt(dividend)))
+    report("root", dividend, dividend, 0, root);
 }
 
 }  // namespace
 
 int main(int argc, char** argv) {
   const bool some = argc > 1 && std::strcmp(argv[1], "some") == 0;
+  std::mt19937 random(1);
+  const auto next = [&] { return static_cast<uint32_t>(random()); };
+  for (uint32_t exponent = 0; exponent < 0x1fe; ++exponent) {  // both ends of every range, and both signs
+    for (int i = 0; i < (some ? 200 : 20000); ++i) {
+      const uint32_t high = (exponent << 23) | (exponent & 0x100) << 23;
+      check_any(float_of(high ^ (next() & 0x7fffffu)), float_of(next()));
+      check_any(float_of(next()), float_of(high ^ (next() & 0x7fffffu)));
+    }
+  }
+  constexpr float kCorners[] = {0.0f,      -0.0f,    0x1p-149f, 0x1p-126f, -0x1p-126f, 0x1p-101f,
+                                0x1p-100f, 1.0f,     -1.0f,     0x1p24f,   0x1p25f,    0x1p63f,
+                                0x1p64f,   0x1p126f, 0x1p127f,  INFINITY,  -INFINITY,  NAN};
+  for (const float one : kCorners) {
+    for (const float other : kCorners) check_any(one, other);
+  }
   const uint32_t stride = some ? 61 : 1;
   for (uint32_t mantissa = 0; mantissa < 0x800000; mantissa += stride) {
     check_root(float_of(0x3f800000u + mantissa));
@@ -125,23 +147,9 @@ int main(int argc, char** argv) {
     check_reciprocal(float_of(0x3f800000u + mantissa));
     check_hard_quotients(0x800000 + mantissa);
   }
-  std::mt19937 random(1);
-  const auto next = [&] { return static_cast<uint32_t>(random()); };
   for (long i = 0; i < (some ? 1000000 : 100000000); ++i)
-    check_quotient(float_of(0x3f800000u + (next() & 0x7fffffu)), float_of(0x3f800000u + (next() & 0x7fffffu)));
-  for (uint32_t exponent = 0; exponent < 0x1fe; ++exponent) {  // both ends of every range, and both signs
-    for (int i = 0; i < (some ? 200 : 20000); ++i) {
-      const uint32_t high = (exponent << 23) | (exponent & 0x100) << 23;
-      check_any(float_of(high ^ (next() & 0x7fffffu)), float_of(next()));
-      check_any(float_of(next()), float_of(high ^ (next() & 0x7fffffu)));
-    }
-  }
-  constexpr float kCorners[] = {0.0f,      -0.0f,     0x1p-149f, 0x1p-126f, -0x1p-126f, 0x1p-101f, 0x1p-100f, 1.0f,
-                                -1.0f,     0x1p24f,   0x1p25f,   0x1p63f,   0x1p64f,    0x1p126f,  0x1p127f,
-                                INFINITY, -INFINITY, NAN};
-  for (const float one : kCorners) {
-    for (const float other : kCorners) check_any(one, other);
-  }
+    check_quotient(float_of(0x3f800000u + (next() & 0x7fffffu)),
+                   float_of(0x3f800000u + (next() & 0x7fffffu)));
   std::printf("%ld tried, %ld failures\n", tried, failures);
   return failures != 0;
 }
