@@ -454,6 +454,7 @@ each_case = each(case for case in CASES if case.optimizer is not LARC)  # which 
 each_kind = each(KINDS)
 each_twin = each(case for case in CASES if case.reference is not None)
 each_adam = each(ADAMS)
+each_adamw = each([ROWS["AdamW"]])  # for what takes variants that it alone has
 each_adam_variant = each_variant_of(ADAMS)
 each_rule = pytest.mark.parametrize("rule", RULES)
 each_backend = pytest.mark.parametrize("backend", [pytest.param(b, marks=BACKEND_MARKS.get(b, ())) for b in BACKENDS])

@@ -20,6 +20,7 @@ from cases import (
     bits,
     device_of,
     each_adam,
+    each_adamw,
     each_backend,
     each_dtype,
     each_implementation,
@@ -134,7 +135,7 @@ def test_hyperparameter_changed_in_one_group(case: Case, change: str, by: str, b
 
 
 @each_implementation
-@each_kind
+@each_adam
 @pytest.mark.parametrize("change", HYPERPARAMETERS)
 def test_hyperparameter_changes_the_step(case: Case, change: str, backend: str) -> None:
     """What the tests of changes rely on: each of the values makes a difference."""
@@ -206,7 +207,7 @@ def test_group_key_removed_falls_back_to_the_default(case: Case, backend: str) -
 
 
 @each_implementation
-@each_kind
+@each_adamw
 def test_hyperparameter_replaced_by_an_equal_address(case: Case, backend: str) -> None:
     """Floats come back at the address of a freed one; a cached identity must not take them for the same."""
     optimizer, params = start(case, backend, "no decay")
@@ -327,7 +328,7 @@ def test_state_changed(case: Case, name: str, change: str, backend: str) -> None
 
 
 @each_backend
-@each_kind
+@each_adam
 @each_dtype
 @pytest.mark.parametrize("found", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
 def test_found_state_dtype_is_adopted_alike(case: Case, found: torch.dtype, dtype: torch.dtype, backend: str) -> None:
@@ -786,7 +787,7 @@ def test_groups_added_removed_reordered(case: Case, backend: str) -> None:
 
 
 @each_implementation
-@each_kind
+@each_adam
 def test_parameters_come_and_go_between_steps(case: Case, backend: str) -> None:
     """Alternating sets of gradients, as mixtures of experts have them."""
     params = new_params(shapes=[(5,), (3, 4), (), (7,)], device=device_of(backend))
@@ -874,7 +875,7 @@ def test_overlapping_parameters(case: Case, cut: str, size: int, backend: str) -
 
 
 @each_implementation
-@each_kind
+@each_adam
 def test_parameters_that_begin_to_overlap(case: Case, backend: str) -> None:
     results = []
     for make in (case.make, case.make_reference):
@@ -905,7 +906,7 @@ def test_state_that_overlaps_a_parameter(case: Case, backend: str) -> None:
 
 
 @each_implementation
-@each_kind
+@each_adam
 def test_two_optimizers_share_parameters(case: Case, backend: str) -> None:
     params = new_params(shapes=FEW, device=device_of(backend))
     first = case.make(params, "decay", backend=backend)

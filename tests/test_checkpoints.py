@@ -26,7 +26,6 @@ from cases import (
     each_implementation,
     each_implementation_daily,
     each_kind,
-    each_twin,
     new_params,
     set_grads,
     snapshot,
@@ -380,7 +379,7 @@ def test_step_count_as_a_number(case: Case, backend: str) -> None:
 
 
 @each_implementation
-@each_kind
+@each_adam
 def test_checkpoint_without_bias_correction_is_refused(case: Case, backend: str) -> None:
     optimizer, _ = trained(case, backend)
     saved = copy.deepcopy(optimizer.state_dict())
@@ -697,7 +696,7 @@ def train_model(model: nn.Module, optimizer: Any, steps: int) -> None:
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @each_implementation
-@each_kind
+@each_adam
 @pytest.mark.parametrize("source", ["ours", "torch's"])
 @pytest.mark.parametrize("target", ["ours", "torch's"])
 def test_distributed_checkpoint_state_dicts(case: Case, source: str, target: str, backend: str) -> None:
@@ -727,7 +726,7 @@ def test_distributed_checkpoint_state_dicts(case: Case, source: str, target: str
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 @each_implementation
-@each_twin
+@each_adam
 def test_distributed_checkpoint_of_torchs_through_files(case: Case, backend: str, tmp_path: Any) -> None:
     """dcp.load raises for any key that torch did not write: the default optimizer adds none."""
     import torch.distributed.checkpoint as dcp
@@ -839,7 +838,7 @@ def test_long_warnings_are_cut(fallbacks: list[str]) -> None:
     assert fallbacks[0].endswith("; and 5 more")
 
 
-@each_kind
+@each_adam
 def test_checkpoint_with_factors_goes_to_torchs_and_back(case: Case) -> None:
     model, optimizer = with_factors(case, lr_scale=HALF)
     saved = copy.deepcopy(optimizer.state_dict())

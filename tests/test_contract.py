@@ -23,6 +23,7 @@ from cases import (
     assert_same_snapshots,
     device_of,
     each_adam,
+    each_adamw,
     each_backend,
     each_case,
     each_implementation,
@@ -126,7 +127,7 @@ def test_bad_parameters_raise_torchs_exceptions(case: Case, params: Any) -> None
     assert errors[0] == errors[1]
 
 
-@each_kind
+@each_adam
 @pytest.mark.parametrize("foreach", [None, True, False])
 @pytest.mark.parametrize("fused", [None, True, False])
 def test_foreach_and_fused_choose_nothing(case: Case, foreach: bool | None, fused: bool | None) -> None:
@@ -191,7 +192,7 @@ def test_generator_and_groups(case: Case) -> None:
 
 
 @each_implementation
-@each_kind
+@each_adam
 def test_representation_names_the_backend(case: Case, backend: str) -> None:
     optimizer, _ = start(case, backend)
     text = repr(optimizer)
@@ -200,7 +201,7 @@ def test_representation_names_the_backend(case: Case, backend: str) -> None:
     assert "weight_decay: 0.3" in text
 
 
-@each_kind
+@each_adam
 def test_differentiable_with_fused_raises_torchs_error(case: Case) -> None:
     with pytest.raises(RuntimeError, match="`fused` does not support `differentiable`"):
         case.make(new_params(), fused=True, differentiable=True)
@@ -259,7 +260,7 @@ def test_hooks_run_once_around_the_step_of_a_subclass(case: Case, backend: str) 
 
 
 @each_implementation
-@each_kind
+@each_adam
 def test_hooks_run_in_torchs_order(case: Case, backend: str) -> None:
     orders = []
     for make, options in ((case.make, {"backend": backend}), (case.make_reference, {})):
@@ -707,7 +708,7 @@ def default_dtype() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("default_dtype")
-@each_adam
+@each_adamw
 @pytest.mark.parametrize("variant", ["decay", "maximize", "large eps"])
 def test_differentiable_gives_torchs_meta_gradient(case: Case, variant: str) -> None:
     """The gradient of a loss after three steps, back through them. (Of AMSGrad torch itself cannot do three.)
@@ -894,7 +895,7 @@ def test_compiled_step_alone(case: Case, backend: str) -> None:
 
 
 @each_implementation
-@each_kind
+@each_adam
 def test_optimizer_in_backward_hooks(case: Case, backend: str) -> None:
     """One optimizer a parameter, stepped as soon as its gradient is there."""
     params, twins = (new_params(shapes=FEW, device=device_of(backend)) for _ in range(2))

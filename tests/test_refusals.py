@@ -185,7 +185,7 @@ def assert_unchanged(optimizer: Any, before: list[Any]) -> None:
 
 @pytest.mark.filterwarnings("ignore:Sparse")
 @each_implementation
-@each_kind
+@each_adam
 @pytest.mark.parametrize("wrong", WRONG)
 @pytest.mark.parametrize("steps", [0, 2])
 def test_wrong_input_is_refused_before_anything_changes(case: Case, wrong: str, steps: int, backend: str) -> None:
@@ -421,7 +421,7 @@ def test_wrapped_gradient_of_a_plain_parameter(case: Case, backend: str) -> None
 
 
 @each_implementation
-@each_kind
+@each_adam
 def test_meta_parameters_step_without_memory(case: Case, backend: str) -> None:
     """As torch's: shapes and states come out, no number."""
     real = new_params(shapes=FEW, device=device_of(backend))
@@ -443,7 +443,7 @@ def test_meta_parameters_step_without_memory(case: Case, backend: str) -> None:
         assert optimizer.state[param][name].device.type == "meta"
 
 
-@each_kind
+@each_adam
 def test_fake_tensors_step_without_memory(case: Case) -> None:
     """As torch's do."""
     with FakeTensorMode():

@@ -442,7 +442,7 @@ def test_overlapping_parameters_go_to_the_witness(monkeypatch: pytest.MonkeyPatc
     [
         ("lr", "fast", TypeError, r"param_groups\[0\]\['lr'\] must hold numbers"),
         ("betas", (0.9,), TypeError, r"param_groups\[0\]\['betas'\] must hold numbers"),
-        ("decay_scaling", "none", ValueError, r"param_groups\[0\]\['decay_scaling'\] is 'none'"),
+        ("decay_scaling", "none", ValueError, r"param_groups\[0\]\['decay_scaling'\] must be one of .*, got 'none'"),
         ("eps", None, TypeError, r"param_groups\[0\]\['eps'\] must hold numbers"),
     ],
 )
