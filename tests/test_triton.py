@@ -158,6 +158,24 @@ def test_launches(rule: str, options: dict[str, Any], launches: int) -> None:
     assert launches_of(inner(ours)) == launches
 
 
+def test_the_chunks_of_long_rows_are_longer(monkeypatch: pytest.MonkeyPatch, all_native: None) -> None:
+    import triton.language as tl
+
+    from fused_optim.kernels import phases, reduce
+
+    most = tl.constexpr(3)
+    for module in (phases, reduce):
+        monkeypatch.setattr(module, "MOST_CHUNKS", most)
+    results = []
+    for backend in ("triton", "cpu"):
+        sizes = (5, CHUNK, 2 * CHUNK + 1, 4 * CHUNK + 77)
+        params = [Parameter(eighths((n,), torch.float32, n)) for n in sizes]
+        results.append(RULES["LARC default"](params, backend=backend))
+        step_exactly(results[-1])
+    assert phases_of(results[0])._layout.totals[:, 2].tolist() == [3, 3]
+    assert_same_results(*map(inner, results))
+
+
 def test_a_capture_for_which_nothing_is_laid_out_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     from fused_optim.kernels import phases
 
