@@ -1,9 +1,9 @@
 """The reduce phase: sums over a tensor's gradient and parameter.
 
 A program sums one chunk of a row: every lane adds up its own elements in float64, tile after tile, and the lanes are
-added along a tree. A second launch adds the chunks of rows that have several. How long a chunk is depends on nothing
-but its row's number of elements, and there are no atomics, so the bits are the same from run to run, on every device,
-and whatever other rows there are.
+added along a tree. A second launch adds the chunks of rows that have several. A chunk's length follows from its row's
+number of elements alone and there are no atomics, so the bits are the same from run to run, on every device, and
+whatever other rows there are.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def read_hyper(table, group_count, group, index, TENSORS: tl.constexpr):
 
 @triton.jit
 def chunk_tiles(numel):
-    """Tiles of a chunk of a row; `tiles_of_chunk` in layout.py says the same."""
+    """Tiles of a chunk of a row; `tiles_of_chunk` in phases.py says the same."""
     return tl.maximum(tl.cdiv(numel, MOST_CHUNKS * TILE), CHUNK_TILES)
 
 

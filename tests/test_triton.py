@@ -160,7 +160,6 @@ def test_launches(rule: str, options: dict[str, Any], launches: int) -> None:
 
 def test_the_chunks_of_long_rows_are_longer(monkeypatch: pytest.MonkeyPatch, all_native: None) -> None:
     import triton.language as tl
-
     from fused_optim.kernels import phases, reduce
 
     most = tl.constexpr(3)
