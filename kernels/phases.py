@@ -56,6 +56,7 @@ ADDING_THREADS = 512
 # Registers of a thread, at most: six programs of 128 threads a multiprocessor; five where several norms are summed.
 REGISTERS = 80
 SUM_REGISTERS = 96
+PREPARE_REGISTERS = 168  # few programs, of double numbers
 COPIED = 1024  # numbers that a program copies
 # Tables that are kept ready for captures into CUDA graphs, during which none can be allocated.
 SPARES = 2
@@ -515,6 +516,7 @@ class Phases:
                 STATE_COUNT=rule.tensor_state_count,
                 SCALAR_COUNT=rule.scalar_count,
                 threads=PREPARE_THREADS,
+                registers=PREPARE_REGISTERS,
                 **constants,
             )
 

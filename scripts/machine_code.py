@@ -41,8 +41,10 @@ class Instruction:
     guarded: bool = False
     sets: int | None = None  # the scoreboard that is busy until its result is there
     waits: tuple[int, ...] = ()
+    stall: int = 0  # cycles until the next instruction may be issued
 
     def decode(self, control: int) -> None:
+        self.stall = control >> 41 & 15
         board = control >> 46 & 7
         self.sets = None if board == 7 else board
         self.waits = tuple(b for b in range(6) if control >> 52 & 1 << b)
@@ -56,8 +58,8 @@ class Instruction:
         """Bytes that it loads (LDG) or stores (STG); 0 for any other instruction."""
         if not self.name.startswith(kind):
             return 0
-        width = re.search(r"\.(128|64|U16|S16|U8|S8)\b", self.name)
-        return {"128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}[width[1]] if width else 4
+        width = re.search(r"\.(256|128|64|U16|S16|U8|S8)\b", self.name)
+        return {"256": 32, "128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}[width[1]] if width else 4
 
 
 @dataclass
