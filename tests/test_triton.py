@@ -116,26 +116,6 @@ def test_hundreds_of_tensors_and_groups(either_plan: Callable[[], None], all_nat
     assert launches_of(optimizers[1]) == 2
 
 
-def test_the_chunks_of_long_rows_are_longer(monkeypatch: pytest.MonkeyPatch, all_native: None) -> None:
-    import triton.language as tl
-    from fused_optim.kernels import phases, reduce
-
-    most = tl.constexpr(3)
-    for module in (phases, reduce):
-        monkeypatch.setattr(module, "MOST_CHUNKS", most)
-    shapes = [(n,) for n in (5, CHUNK, 2 * CHUNK + 1, 4 * CHUNK + 77)]
-    ours, twin = (
-        RULES["LARC NovoGrad"](
-            [Parameter(eighths(shape, torch.float32, i)) for i, shape in enumerate(shapes)], backend=b
-        )
-        for b in ("triton", "cpu")
-    )
-    for optimizer in (ours, twin):
-        step_exactly(optimizer)
-    assert phases_of(ours)._layout.totals[:, 2].tolist() == [3, 3]
-    assert_same_results(inner(ours), inner(twin))
-
-
 @pytest.mark.parametrize(
     ("rule", "options", "launches"),
     [
