@@ -71,7 +71,7 @@ def apply_loops(kernels: list) -> list:
     return [loop for kernel in kernels if "apply_kernel" in kernel.name for loop in machine_code.loops_of(kernel)]
 
 
-def faults(kernels: list, most_instructions: dict[str, dict[str, float]] | None) -> list[str]:
+def faults(kernels: list, blocks: int, most_instructions: dict[str, dict[str, float]] | None = None) -> list[str]:
     """What is wrong with the loops of the layouts that have code of their own."""
     found = []
     for kernel in kernels:
@@ -97,7 +97,7 @@ def faults(kernels: list, most_instructions: dict[str, dict[str, float]] | None)
             continue
         loop = one[0]
         most = (most_instructions or {}).get(rule, {}).get(name)
-        if loop.kernel.blocks < 3:
+        if loop.kernel.blocks < blocks:
             found.append(f"{rule}, {name}: {loop.kernel.registers} registers")
         if loop.loads_wait:
             found.append(f"{rule}, {name}: a load waits for another")
@@ -117,7 +117,7 @@ def effort(one: tuple) -> float:
 
 @pytest.mark.requires("nvcc")
 def test_loops_ask_for_all_before_they_wait(kernels: list) -> None:
-    assert not faults(kernels, MOST_INSTRUCTIONS)
+    assert not faults(kernels, 3, MOST_INSTRUCTIONS)
 
 
 @pytest.mark.slow
@@ -126,7 +126,7 @@ def test_loops_ask_for_all_before_they_wait(kernels: list) -> None:
 @pytest.mark.parametrize("arch", ["sm_80", "sm_100"])
 def test_loops_ask_for_all_before_they_wait_on_other_architectures(arch: str, tmp_path: Path) -> None:
     kernels = [kernel for file in compile_kernels(tmp_path, arch) for kernel in machine_code.read_kernels(file, arch)]
-    assert not faults(kernels, None)
+    assert not faults(kernels, 3 if arch == "sm_100" else 2)
 
 
 @pytest.mark.requires("nvcc")

@@ -3,8 +3,9 @@
 //
 // A warp updates one tile of a row. It picks the code for the row's storages once a tile, so that rows of all
 // storages share a launch; the combinations that matter have code of their own (FloatLayouts), all others go
-// through AnyLayout, which asks for each vector. Loads of all columns are under way before the first result
-// is needed.
+// through AnyLayout. A tile that is whole and aligned is walked in vectors and computed with QuickFloats, any
+// other one by elements. Loads of all columns are under way before the first result is needed;
+// tests/test_machine_code.py reads from the machine code that they are.
 #include <initializer_list>
 #include <type_traits>
 
@@ -67,6 +68,7 @@ using ParamColumn = FixedColumn<S, kReuse, Reuse::soon>;
 
 template <class S, class M, Reuse kReuse>
 struct MasterColumns {
+  static constexpr int kColumns = 2;
   template <int N>
   struct Loaded {
     Vector<S, N> param;
@@ -179,6 +181,9 @@ constexpr int element_states() {
 // Blocks that a multiprocessor runs at once: as many as registers allow without a spill.
 template <class T>
 constexpr int blocks_at_once(Pass pass, int states) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+  return 2;  // what is the same for a warp takes every thread's registers there
+#endif
   return sizeof(T) == 8 || pass == Pass::accumulate || states > 2 ? 2 : 3;
 }
 
@@ -190,7 +195,7 @@ constexpr int vectors_in_flight(Pass pass, int states) {
   const int bytes = L::kParamBytes + (pass == Pass::move ? 0 : L::kGradBytes) + states * L::kStateBytes;
   const int of_one = blocks_at_once<T>(pass, states) * kThreads * bytes * L::kVector;
   int count = 1;  // a power of 2, as what a tile has is
-  while (count * of_one < kBytesInFlight) count *= 2;
+  while (sizeof(T) == 4 && count * of_one < kBytesInFlight) count *= 2;
   return count;
 }
 
@@ -234,7 +239,7 @@ class Columns {
     typename Param::template Loaded<N> params[kCount];
     typename Grad::template Loaded<N> grads[kCount];
     typename State::template Loaded<N> states[kCount][kRoom];
-    const int i = place<N>(first, lane);
+    int i = place<N>(first, lane);
 #pragma unroll
     for (int u = 0; u < kCount; ++u) {
       const int plus = u * kApart<N>;
@@ -293,6 +298,10 @@ class Columns {
         first += plus;
         return false;
       }
+#if defined(__CUDA_ARCH__)
+      // Five addresses are computed anew, not kept since the loads: there are no registers for them.
+      if (N > 1 && kCount > 1 && Param::kColumns + kStates > 3) asm("" : "+r"(i));
+#endif
       if constexpr (kPass == Pass::accumulate) {
 #pragma unroll
         for (int e = 0; e < N; ++e) {
@@ -380,7 +389,7 @@ FO_DEVICE TileSums walk_tile(const Row& row, int first_state, const Record<Rule,
     for (int k = 0; k < element_states<Rule>(); ++k) addresses |= row.address[first_state + k];
     const bool whole = n == kTile && addresses % 16 == 0 && has_quick_bounds(numbers.grad);
 #pragma unroll 1
-    for (int own = lane * N; own < n + lane * N; own += kStrip) {
+    for (int own = lane * N; own - lane * N < n; own += kStrip) {
       int first = own;
       if (whole && columns.template walk<Number, N, kStrip / kWarp / N>(numbers, first, n, lane, sums))
         continue;
@@ -389,7 +398,7 @@ FO_DEVICE TileSums walk_tile(const Row& row, int first_state, const Record<Rule,
       do {
         columns.template walk<T, 1, kElements>(record, first, n, lane, sums);
         first += kWarp * kElements;
-      } while (first < own - lane * N + kStrip);
+      } while (first % kStrip != 0);
     }
   }
   return sums;

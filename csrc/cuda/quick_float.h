@@ -64,7 +64,7 @@ FO_HOST_DEVICE inline float quick_quotient(float dividend, float divisor, float 
   const float result = fmaf(residual, -reciprocal, quotient);
   const uint32_t bits = bits_of(divisor);
   const bool sure =
-      (fabsf(dividend) >= 0x1p-100f || dividend == 0) && bits <= bits_of(0x1p24f) && (~bits & 0x7ffff0u) != 0;
+      (fabsf(dividend) >= 0x1p-100f || dividend == 0) && bits <= bits_of(0x1p24f) && (~bits & 0x7ffff8u) != 0;
   return sure ? result : float_of(0x7fffffffu);
 }
 

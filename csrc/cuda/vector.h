@@ -259,6 +259,7 @@ FO_DEVICE void transform(const GradTransform<T>& grad, T (&values)[N], const T (
   for (int e = 0; e < N; ++e) values[e] = transform(grad, values[e]);
   if (grad.weight_decay != 0) {
 #if defined(__CUDA_ARCH__)
+    // A barrier makes a branch of it. Else every vector would pay for a sum that is seldom taken.
     if (N > 1) asm volatile("bar.warp.sync 0xffffffff;");
 #endif
 #pragma unroll
@@ -280,6 +281,7 @@ FO_DEVICE bool has_quick_bounds(const GradTransform<T>& grad) {
 // A column whose storage is known when the kernel is compiled.
 template <class S, Reuse kLoaded, Reuse kStored = kLoaded>
 struct FixedColumn {
+  static constexpr int kColumns = 1;
   template <int N>
   using Loaded = Vector<S, N>;
   uint64_t address;
@@ -385,6 +387,7 @@ struct AnyColumn {
 // The parameter as a rule sees it, for every combination: itself, or with what is beside it.
 template <class T>
 struct AnyParamColumns {
+  static constexpr int kColumns = 2;
   using Bits = typename AnyColumn<T>::Bits;
   template <int N>
   struct Loaded {

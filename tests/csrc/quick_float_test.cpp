@@ -35,8 +35,8 @@ void report(const char* what, float one, float other, int off, float got) {
   if (++failures == 10) std::exit(1);
 }
 
-// By less than 2^-19 of itself: there the quotient may be a NaN.
-bool is_below_a_power(float value) { return (bits_of(value) & 0x7ffff0u) == 0x7ffff0u; }
+// By less than 2^-20 of itself: there the quotient may be a NaN.
+bool is_below_a_power(float value) { return (bits_of(value) & 0x7ffff8u) == 0x7ffff8u; }
 
 float moved(float value, int units) {
   return float_of(bits_of(value) + static_cast<uint32_t>(units));  // of a positive number
