@@ -11,6 +11,7 @@ One step, `_step` below:
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -37,7 +38,7 @@ from .rule import Rule
 from .shards import Exchange
 from .state import checkpoint, masters
 from .state.readiness import make_ready
-from .tensors import is_flattened
+from .tensors import is_flattened, lasting
 from .trust_ratio import TrustRatio
 
 
@@ -54,6 +55,7 @@ class Kept:
         self.captures: list[Any] = []  # what the replays of captured steps read and write: never freed before us
         self.supports_scaling: bool | None = None  # what a user has set `_step_supports_amp_scaling` to
         self.loading: dict[str, Any] | None = None  # the checkpoint that is being loaded
+        self.stepping = threading.Lock()
 
 
 class FusedOptimizer(Rule, torch.optim.Optimizer):
@@ -271,6 +273,14 @@ class FusedOptimizer(Rule, torch.optim.Optimizer):
         self._step()
 
     def _step(self) -> None:
+        if not self._kept.stepping.acquire(blocking=False):
+            raise RuntimeError("step() of one optimizer was called from two threads at once")
+        try:
+            self._step_alone()
+        finally:
+            self._kept.stepping.release()
+
+    def _step_alone(self) -> None:
         """One step of every row that has a gradient. Until `apply`, nothing is written but new states."""
         kept, scale = self._kept, LossScale.of(self)
         plan = kept.plan or self._new_plan()
@@ -328,7 +338,8 @@ class FusedOptimizer(Rule, torch.optim.Optimizer):
 
     def _new_plan(self) -> BuiltPlan:
         kept = self._kept
-        kept.plan = build_plan(self.param_groups, self.defaults, self, kept.options, kept.log, kept.same_rows)
+        with lasting():
+            kept.plan = build_plan(self.param_groups, self.defaults, self, kept.options, kept.log, kept.same_rows)
         kept.same_rows = kept.plan.same_rows
         return kept.plan
 
@@ -377,7 +388,8 @@ class FusedOptimizer(Rule, torch.optim.Optimizer):
         for place in parameters(self.param_groups):
             key = masters.key_for(place.param, self.options.master_weights, place.name)
             if key is not None and key in self.state.get(place.param, {}):
-                self.state[place.param][key] = masters.build(place.param, key)
+                with lasting():
+                    self.state[place.param][key] = masters.build(place.param, key)
 
     # Checkpoints ------------------------------------------------------------------------------------------------
 
@@ -444,4 +456,5 @@ class FusedOptimizer(Rule, torch.optim.Optimizer):
             for key, value in self.defaults.items():
                 group.setdefault(key, value)
         if self._kept.loading is not None:
-            checkpoint.restore(self.param_groups, self.state, self, self.options, self._kept.loading)
+            with lasting():
+                checkpoint.restore(self.param_groups, self.state, self, self.options, self._kept.loading)

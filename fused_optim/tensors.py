@@ -5,7 +5,8 @@ from __future__ import annotations
 import ctypes
 import functools
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -23,6 +24,18 @@ _DLPACK_CODES = {
     torch.int16: (0, 16),  # the remainder of a split master weight
 }
 _DLPACK_DEVICES = {"cpu": 1, "cuda": 2}
+
+
+def lasting() -> AbstractContextManager[Any]:
+    """Where tensors are made that outlive the step: one that was made under ``torch.inference_mode()`` cannot be
+    written outside of it."""
+    return _outside_of_inference_mode() if torch.is_inference_mode_enabled() else nullcontext()
+
+
+@contextmanager
+def _outside_of_inference_mode() -> Iterator[None]:
+    with torch.inference_mode(False), torch.no_grad():  # the first alone would let autograd record
+        yield
 
 
 def is_plain(kind: type) -> bool:

@@ -10,6 +10,7 @@ import threading
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -774,15 +775,106 @@ def test_default_device(case: Case, device: str, backend: str) -> None:
     assert_same_results(one, other)
 
 
+def steps_partly_within(mode: Any, when: str, optimizer: Any, twin: Any) -> None:
+    """Four steps of both, the first one's with something done in a mode."""
+    for step in range(4):
+        for one in (optimizer, twin):
+            set_grads((param for group in one.param_groups for param in group["params"]), step)
+        within = (when, step) in (("the first step", 0), ("a later step", 2))
+        with mode() if within else nullcontext():
+            optimizer.step()
+        twin.step()
+        with mode():
+            if (when, step) == ("a checkpoint", 1):
+                optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+            elif (when, step) == ("copied states", 1):
+                optimizer.state.update({param: copy.deepcopy(state) for param, state in optimizer.state.items()})
+    assert_same_results(optimizer, twin)
+
+
+WHEN = ("the first step", "a later step", "a checkpoint", "copied states")
+
+
 @each_implementation
 @each_kind
-def test_inference_and_no_grad_modes(case: Case, backend: str) -> None:
-    optimizer, params = start(case, backend)
-    twin, twins = start(case, backend)
-    set_grads(params, 5)
-    set_grads(twins, 5)
-    with torch.no_grad():
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("when", WHEN)
+def test_inference_and_no_grad_modes(case: Case, mode: Any, when: str, backend: str, fallbacks: list[str]) -> None:
+    """What is made there serves outside of it."""
+    optimizer, twin = (case.make(new_params(shapes=FEW, device=device_of(backend)), backend=backend) for _ in range(2))
+    steps_partly_within(mode, when, optimizer, twin)
+    assert when == "copied states" or not any("inference" in line for line in fallbacks)
+
+
+@each_implementation_daily
+@pytest.mark.parametrize("kind", ["float32", "split"])
+@pytest.mark.parametrize("when", WHEN)
+def test_masters_norms_and_tables_made_in_inference_mode(
+    kind: str, when: str, backend: str, fallbacks: list[str]
+) -> None:
+    optimizer, twin = (
+        fused_optim.NovoGrad(
+            new_params(torch.bfloat16, FEW, device_of(backend)),
+            backend=backend,
+            master_weights=kind,
+            grad_clip=fused_optim.ClipGradByGlobalNorm(0.5),
+        )
+        for _ in range(2)
+    )
+    steps_partly_within(torch.inference_mode, when, optimizer, twin)
+    with torch.inference_mode():
+        optimizer.refresh_masters()
+    twin.refresh_masters()
+    steps_partly_within(torch.inference_mode, when, optimizer, twin)
+    assert when == "copied states" or not any("inference" in line for line in fallbacks)
+
+
+@pytest.mark.parametrize("name", ["step", "exp_avg", "master_param"])
+def test_an_inference_tensor_among_states_is_replaced_with_a_word(name: str, fallbacks: list[str]) -> None:
+    param = Parameter(torch.ones(3, dtype=torch.bfloat16))
+    optimizer = fused_optim.AdamW([param], backend="eager", master_weights="float32")
+    param.grad = torch.ones_like(param)
+    optimizer.step()
+    with torch.inference_mode():
+        optimizer.state[param][name] = optimizer.state[param][name].clone()
+    optimizer.step()
+    assert not optimizer.state[param][name].is_inference()
+    assert len(fallbacks) == 1
+    assert f"a copy of state {name!r}" in fallbacks[0]
+    assert "which is an inference tensor" in fallbacks[0]
+
+
+@each_implementation_daily
+def test_one_optimizer_in_two_threads_is_refused(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second thread's step; the first one's goes on as if there had been no other."""
+    optimizer, twin = (
+        fused_optim.AdamW(new_params(shapes=FEW, device=device_of(backend)), backend=backend) for _ in range(2)
+    )
+    began, go_on = threading.Event(), threading.Event()
+    make = optimizer._ready
+
+    def wait_once() -> Any:
+        found = make()  # the gradients are held from here on
+        if not began.is_set():
+            began.set()
+            assert go_on.wait(60)
+        return found
+
+    monkeypatch.setattr(optimizer, "_ready", wait_once)
+    for one in (optimizer, twin):
+        set_grads(one.param_groups[0]["params"], 0)
+    twin.step()
+    thread = threading.Thread(target=optimizer.step)
+    thread.start()
+    assert began.wait(60)
+    before = snapshot(optimizer)
+    with pytest.raises(RuntimeError, match="two threads at once"):
         optimizer.step()
+    assert_same_snapshots(snapshot(optimizer), before)
+    go_on.set()
+    thread.join(60)
+    assert_same_results(optimizer, twin)
+    optimizer.step()
     twin.step()
     assert_same_results(optimizer, twin)
 

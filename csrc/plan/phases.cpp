@@ -12,22 +12,19 @@ namespace {
 // Below this a step is over sooner than another thread could take the interpreter lock.
 constexpr int64_t kElementsUnderLock = 32 * 1024;
 
-// Lets other Python threads run while it lives, and marks the plan as busy for them.
+// Lets other Python threads run while it lives.
 class Unlocked {
  public:
-  Unlocked(bool worth_it, bool& busy) : busy_(busy) {
-    busy_ = true;
+  explicit Unlocked(bool worth_it) {
     if (worth_it) state_ = PyEval_SaveThread();
   }
   ~Unlocked() {
     if (state_ != nullptr) PyEval_RestoreThread(state_);
-    busy_ = false;
   }
   Unlocked(const Unlocked&) = delete;
   Unlocked& operator=(const Unlocked&) = delete;
 
  private:
-  bool& busy_;
   PyThreadState* state_ = nullptr;
 };
 
@@ -162,7 +159,7 @@ void Plan::collect() {
 bool Plan::reduce(PyObject* object, double* sum) {
   Step step{};
   if (!read_step(object, step)) return false;
-  const Unlocked unlocked(active_elements_ > kElementsUnderLock || !devices_.empty(), busy_);
+  const Unlocked unlocked(active_elements_ > kElementsUnderLock || !devices_.empty());
   collect();
   *sum = 0;
   const auto reduces = [&](const auto& phases) { return phases->reduce(step, sum); };
@@ -173,7 +170,7 @@ bool Plan::apply(PyObject* object) {
   Step step{};
   if (!read_step(object, step)) return false;
   if (!has_direction_) step.exchange = nullptr;
-  const Unlocked unlocked(active_elements_ > kElementsUnderLock, busy_);
+  const Unlocked unlocked(active_elements_ > kElementsUnderLock);
   collect();
   // The devices first: they work while the host does.
   const auto applies = [&](const auto& phases) { return phases->apply(step); };

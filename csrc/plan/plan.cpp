@@ -449,10 +449,6 @@ Plan::Read Plan::refresh_group(PyObject* group, size_t index, PyObject** params)
 }
 
 PyObject* Plan::refresh(PyObject* param_groups, PyObject* state) {
-  if (busy_) {
-    PyErr_SetString(PyExc_RuntimeError, "step() of one optimizer was called from two threads at once");
-    return nullptr;
-  }
   release();
   collected_ = false;
   if (!PyList_Check(param_groups) || static_cast<size_t>(PyList_GET_SIZE(param_groups)) != groups_.size() ||

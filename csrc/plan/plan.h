@@ -165,7 +165,6 @@ class Plan {
   bool active_changed_ = true;
   bool written_moved_ = false;  // an address that the step writes has changed
   bool states_located_ = false;
-  bool busy_ = false;
 };
 
 // Interned names that never die: group and state keys are compared by identity first.

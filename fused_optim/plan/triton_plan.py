@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from ..tensors import lasting
 from .plan import Plan
 from .step import Step
 
@@ -60,16 +61,18 @@ class TritonPlan:
 
     def reduce(self, step: Step) -> float:
         total = self._reader.reduce(step)
-        for _, _, phases in self._devices:
-            total += phases.reduce(step)
+        with lasting():  # tables and sums, which the phases make when their layout has changed
+            for _, _, phases in self._devices:
+                total += phases.reduce(step)
         return total
 
     def non_finite(self) -> bool:
         return self._reader.non_finite()
 
     def apply(self, step: Step) -> None:
-        for _, _, phases in self._devices:
-            phases.apply(step)
+        with lasting():
+            for _, _, phases in self._devices:
+                phases.apply(step)
         self._reader.apply(step)
 
     def release(self) -> None:

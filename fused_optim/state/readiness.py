@@ -13,6 +13,7 @@ from ..options.options import Options
 from ..row import Row
 from ..rule import Rule
 from ..shards import redistribute_grad
+from ..tensors import lasting
 from . import states
 
 
@@ -50,5 +51,7 @@ def make_ready(
                 row.name,
                 lay,
             )
-        for key, reason in states.repair_state(row, all_states, groups[row.group], rule, options, taken):
+        with lasting():
+            replaced = states.repair_state(row, all_states, groups[row.group], rule, options, taken)
+        for key, reason in replaced:
             log.once(reason, "%s: the step goes on with a copy of state %r of %s, which %s", key, row.name, reason)

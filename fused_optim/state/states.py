@@ -16,6 +16,9 @@ from ..rule import Rule
 from ..tensors import is_plain, is_sharded, local, same_placement
 from . import masters
 
+# Why a state is replaced that somebody has made or copied in inference mode.
+INFERENCE = "is an inference tensor, which cannot be written outside of torch.inference_mode()"
+
 
 def check_memory(tensor: Tensor, what: str) -> None:
     """Refuse a tensor whose memory was taken away: torch's own operations would read address 0.
@@ -198,7 +201,7 @@ def why_not_usable(state: Tensor, param: Tensor, dtype: torch.dtype) -> str | No
         return f"lies as {state.placements}, the parameter as {param.placements}"  # type: ignore[attr-defined]
     if is_expanded(state):
         return "is expanded: several of its elements are one number in memory"
-    return None
+    return INFERENCE if local(state).is_inference() else None
 
 
 def is_expanded(tensor: Tensor) -> bool:
@@ -230,8 +233,11 @@ def repair_state(
         value = number_of(state, name, group, 0.0 if not_begun(state, rule) else rule.missing_step)
         if not isinstance(state.get(name), Tensor):
             state[name] = new_number(name, 0.0 if value is None else value, param)
-        elif value.device != param.device:
-            replaced.append((name, f"is on {value.device}, the parameter on {param.device}"))
+            continue
+        reason = f"is on {value.device}, the parameter on {param.device}" if value.device != param.device else None
+        reason = INFERENCE if reason is None and local(value).is_inference() else reason
+        if reason is not None:
+            replaced.append((name, reason))
             state[name] = new_number(name, value, param)
     for name in rule.state_names(group):
         value = state.get(name)
