@@ -51,7 +51,7 @@ class LastStep:
         """The norms of all rows that the step measured, in their order; None if there are none."""
         rows, found = self._plan.rows, dict(self._plan.measured())
         for index, norms in self._eager.items():
-            device = rows[index].param.device
+            device = rows[index].device
             found[index] = torch.stack([torch.as_tensor(norm, dtype=torch.float32, device=device) for norm in norms])
         if not found:
             return None

@@ -282,7 +282,7 @@ class FusedOptimizer(Rule, torch.optim.Optimizer):
 
     def _step_alone(self) -> None:
         """One step of every row that has a gradient. Until `apply`, nothing is written but new states."""
-        kept, scale = self._kept, LossScale.of(self)
+        kept, scale, eager = self._kept, LossScale.of(self), NO_STEPS
         plan = kept.plan or self._new_plan()
         if plan.waits and scale.stops():  # what only one device steps reads found_inf there
             return
@@ -294,7 +294,6 @@ class FusedOptimizer(Rule, torch.optim.Optimizer):
                 if waits and scale.stops():
                     return
                 step = plan.new_step(scale, kept.options.clip, waits=waits)
-                eager = NO_STEPS
                 if rows:
                     eager = EagerSteps(self, rows, groups, self.state, step.clip, step.grad_scale)
                 by_global_norm = step.clip.kind == GLOBAL_NORM
@@ -309,16 +308,18 @@ class FusedOptimizer(Rule, torch.optim.Optimizer):
                         scale.found()
                         return
                 self._update(plan, step, eager, scale)
-            finally:
+            finally:  # nothing of the parameters and gradients that the refresh has found is held any longer
                 if kept.plan is not None:
-                    kept.plan.native.release()  # the gradients that it holds since the refresh
+                    kept.plan.native.release()
+                if eager is not NO_STEPS:
+                    eager.close()
 
     def _update(self, plan: BuiltPlan, step: Step, eager: EagerSteps, scale: LossScale) -> None:
         """The part of a step that writes."""
         if eager is not NO_STEPS:
             eager.step(step.global_norm or 0.0, plan.shards.values())
         if plan.buffers and plan.native.captured():
-            self._kept.captures.append((plan, [buffers.alive for buffers in plan.buffers]))
+            self._kept.captures.append((plan, plan.native.written(), [buffers.alive for buffers in plan.buffers]))
         plan.native.apply(step)
         if eager is not NO_STEPS:
             eager.finish()

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from torch import Tensor
+
+Value = TypeVar("Value")
 
 
 class Place(NamedTuple):
@@ -32,6 +35,31 @@ class Place(NamedTuple):
         """How messages name the parameter: by its name if the group has names, and by its place."""
         place = f"param_groups[{self.group_index}]['params'][{self.position}]"
         return place if self.own_name is None else f"{self.own_name!r} ({place})"
+
+
+class ByParameter(Generic[Value]):
+    """A value for each of some parameters, which it does not keep alive. Copied and pickled with those that live."""
+
+    def __init__(self) -> None:
+        self._entries: dict[int, tuple[weakref.ref[Tensor], Value]] = {}  # by id: the hash of a Tensor is Python code
+
+    def __setitem__(self, param: Tensor, value: Value) -> None:
+        self._entries[id(param)] = weakref.ref(param), value
+
+    def get(self, param: Tensor) -> Value | None:
+        ref, value = self._entries.get(id(param), (None, None))
+        return value if ref is not None and ref() is param else None
+
+    def forget_all_but(self, params: set[Tensor]) -> None:
+        """Let go of the values of all others, those that live too."""
+        self._entries = {id(param): self._entries[id(param)] for param in params if self.get(param) is not None}
+
+    def __getstate__(self) -> dict[str, list[tuple[Tensor, Value]]]:
+        living = ((ref(), value) for ref, value in self._entries.values())
+        return {"living": [(param, value) for param, value in living if param is not None]}
+
+    def __setstate__(self, state: dict[str, list[tuple[Tensor, Value]]]) -> None:
+        self._entries = {id(param): (weakref.ref(param), value) for param, value in state["living"]}
 
 
 def parameters(groups: Sequence[dict[str, Any]], first: int = 0) -> Iterator[Place]:

@@ -5,6 +5,7 @@ The compiled plan reads a `Row` by the names of its attributes; those that it do
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass
 
 import torch
@@ -28,10 +29,10 @@ GRAD_SQ, GRAD_MAX = 0, 1
 
 @dataclass(slots=True, eq=False)
 class Row:
-    """One parameter of a plan."""
+    """One parameter of a plan, which the plan does not keep alive: the groups do."""
 
     group: int
-    param: Tensor
+    param_ref: weakref.ref[Tensor]
     lr_scale: float
     weight_decay_scale: float
     native: bool
@@ -44,3 +45,10 @@ class Row:
     backend: str
     refused: str | None  # why no native backend takes it
     own_name: str | None  # where the group has names
+
+    @property
+    def param(self) -> Tensor:
+        """The parameter, while a group has it."""
+        param = self.param_ref()
+        assert param is not None
+        return param

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -36,7 +37,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 import fused_optim
-from fused_optim import LAMB, SGD, Adam, AdamW, NovoGrad
+from fused_optim import LAMB, LARC, SGD, Adam, AdamW, AdamWDL, ClipGradByGlobalNorm, GradScaler, NovoGrad
 
 FEW = [(5,), (3, 4), ()]
 
@@ -930,8 +931,6 @@ def test_two_optimizers_share_parameters(case: Case, backend: str) -> None:
 @each_implementation
 @each_kind
 def test_no_gradient_is_held_after_a_step(case: Case, backend: str) -> None:
-    import weakref
-
     optimizer, params = start(case, backend)
     set_grads(params, 9)
     grads = [weakref.ref(param.grad) for param in params]
@@ -941,11 +940,128 @@ def test_no_gradient_is_held_after_a_step(case: Case, backend: str) -> None:
     assert [grad() for grad in grads] == [None] * len(grads)
 
 
+# Let go of at once, without the garbage collector. Each kind of optimizer, with all that knows its parameters.
+KEEPERS: dict[str, Any] = {
+    "AdamW": lambda params, **o: AdamW(params, **o),
+    "factors and clip": lambda params, **o: AdamW(
+        params,
+        lr_scale=lambda name, param: 0.5,
+        weight_decay_scale={"0": 0.0},
+        grad_clip=ClipGradByGlobalNorm(1.0, need_clip=lambda name, param: name != "1"),
+        **o,
+    ),
+    "sequence": lambda params, **o: SGD(params, 0.1, 0.9, lr_scale=[0.5, 1.0, 2.0], **o),
+    "layers": lambda params, **o: AdamWDL(params, layerwise_decay=0.5, **o),
+    "LARC": lambda params, **o: LARC(NovoGrad(params, **o), exclude=["0"]),
+    "LARC around torch's": lambda params, **o: LARC(torch.optim.SGD(params, 0.1), exclude=["0"]),
+    "LAMB": lambda params, **o: LAMB(params, **o),
+}
+REFUSALS: dict[str, Callable[[Any], None]] = {
+    "lr": lambda optimizer: optimizer.param_groups[0].update(lr="fast"),
+    "state": lambda optimizer: optimizer.state[optimizer.param_groups[0]["params"][1]].update(step="late"),
+    "grad": lambda optimizer: setattr(optimizer.param_groups[0]["params"][2], "grad", torch.eye(6).to_sparse()),
+    "groups": lambda optimizer: optimizer.param_groups.append(None),
+}
+
+
+def keeper(kind: str, backend: str) -> tuple[Any, list[Parameter]]:
+    params = new_params(shapes=[(7, 5), (3,), (6, 6)])
+    optimizer = KEEPERS[kind]([(str(i), param) for i, param in enumerate(params)], backend=backend)
+    train(optimizer, params, 2)
+    return optimizer, params
+
+
+@pytest.fixture
+def no_collection() -> Iterator[None]:
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+def alive(references: list[Any]) -> int:
+    return sum(reference() is not None for reference in references)
+
+
+@pytest.mark.parametrize("refusal", REFUSALS)
+@pytest.mark.parametrize("kind", ["AdamW", "LAMB"])
+def test_a_refused_step_holds_no_gradient(kind: str, refusal: str, any_backend: str, no_collection: None) -> None:
+    optimizer, params = keeper(kind, any_backend)
+    set_grads(params, 9)
+    REFUSALS[refusal](optimizer)
+    grads = [weakref.ref(param.grad) for param in params]
+    raised = False
+    try:
+        optimizer.step()
+    except Exception:  # whatever it is; no traceback of it may live
+        raised = True
+    assert raised
+    for param in params:
+        param.grad = None
+    assert alive(grads) == 0
+
+
+@pytest.mark.parametrize("kind", ["AdamW", "factors and clip", "LAMB"])
+def test_a_skipped_step_holds_no_gradient_and_keeps_its_plan(kind: str, any_backend: str, no_collection: None) -> None:
+    optimizer, params = keeper(kind, any_backend)
+    scaler = GradScaler("cpu", 4.0)
+    scaler.scale(torch.zeros(()))
+    set_grads(params, 9)
+    params[1].grad[1] = torch.inf
+    grads, plan = [weakref.ref(param.grad) for param in params], optimizer.plan
+    scaler.step(optimizer)
+    scaler.update()
+    assert scaler.get_scale() == 2.0
+    optimizer.zero_grad()
+    assert alive(grads) == 0
+    train(optimizer, params, 1)
+    assert optimizer.plan is plan
+
+
+@pytest.mark.parametrize("kind", KEEPERS)
+def test_cleared_groups_leave_nothing_behind(kind: str, any_backend: str, no_collection: None) -> None:
+    optimizer, params = keeper(kind, any_backend)
+    norms = optimizer.last_norms
+    gone = [weakref.ref(param) for param in params]
+    gone += [weakref.ref(value) for state in optimizer.state.values() for value in state.values()]
+    gone += [weakref.ref(param.grad) for param in params]
+    optimizer.param_groups.clear()
+    optimizer.state.clear()
+    del params
+    assert alive(gone) == 0
+    if norms is not None:
+        assert all(map(torch.equal, optimizer.last_norms[1:], norms[1:]))
+    others = new_params(shapes=[(4,)])
+    if "LARC" not in kind and kind not in ("sequence", "layers"):  # of which new parameters have no factor
+        optimizer.add_param_group({"params": [("0", others[0])]})
+        train(optimizer, others, 1)
+        assert optimizer.state[others[0]]["step"] == 1
+
+
+def test_a_parameter_at_the_place_of_one_that_died(any_backend: str) -> None:
+    """It has the address of the other, and not its factor."""
+    params = [Parameter(torch.full((4,), 2.0))]
+    optimizer = SGD([("a", params[0])], 1.0, lr_scale=lambda name, param: param[0].item(), backend=any_backend)
+    params[0].grad = torch.zeros(4)
+    optimizer.step()
+    place = id(params[0])
+    tensors = [torch.full((4,), 3.0) for _ in range(1000)]
+    held = optimizer.param_groups[0]["params"]
+    held.clear()
+    optimizer.state.clear()
+    params.clear()
+    gc.collect()
+    params += map(Parameter, tensors)
+    param = next(param for param in params if id(param) == place)
+    held.append(param)
+    param.grad = torch.ones(4)
+    optimizer.step()
+    assert param.tolist() == [0.0] * 4
+
+
 @each_implementation
 @each_kind
 def test_replaced_state_is_freed(case: Case, backend: str) -> None:
-    import weakref
-
     optimizer, params = start(case, backend)
     old = [weakref.ref(value) for state in optimizer.state.values() for value in state.values()]
     for state in optimizer.state.values():

@@ -186,11 +186,24 @@ bool Plan::add_row(PyObject* object) {
     row.numel = 1;
     for (int i = 0; i < view.ndim; ++i) row.numel *= view.shape[i];
   }
-  Py_INCREF(param);
   host.param = param;
+  host.param_ref = PyWeakref_NewRef(param, nullptr);
+  if (host.param_ref == nullptr) return false;
   hosts_.push_back(host);
   rows_.push_back(row);
   return true;
+}
+
+// Whether the row's parameter lives: another one may have its address.
+bool Plan::is_alive(const HostRow& host) {
+#if PY_VERSION_HEX >= 0x030D0000
+  PyObject* param = nullptr;
+  const bool alive = PyWeakref_GetRef(host.param_ref, &param) == 1;
+  Py_XDECREF(param);
+  return alive;
+#else
+  return PyWeakref_GET_OBJECT(host.param_ref) == host.param;
+#endif
 }
 
 // torch's getter called directly: 15 ns less than through the attribute lookup.
@@ -310,9 +323,11 @@ bool Plan::refuse(PyObject* group, size_t index) {
 bool Plan::parse_group(PyObject* group, size_t index, bool* stale) {
   Group& known = groups_[index];
   const RuleNames& rule = rule_names()[static_cast<size_t>(known.rule)];
+  bool constant = true;
   for (size_t i = 0; i < structural_keys_.size(); ++i) {
     PyObject* value = PyDict_GetItemWithError(group, structural_keys_[i]);
     if (PyErr_Occurred()) return false;
+    constant = constant && (value == nullptr || is_constant(value));
     const int truth = value == nullptr ? 0 : PyObject_IsTrue(value);
     if (truth < 0) return false;
     if (known.structural.size() <= i) {
@@ -322,7 +337,6 @@ bool Plan::parse_group(PyObject* group, size_t index, bool* stale) {
       return true;
     }
   }
-  bool constant = true;
   double hyper[kMaxHyper], maximize = 0;
   TrustRatio trust{};
   if (trust_ratio_ != Py_None && !read_trust_ratio(group, &trust)) return refuse(group, index);
@@ -330,7 +344,7 @@ bool Plan::parse_group(PyObject* group, size_t index, bool* stale) {
   PyObject* maximizes = PyDict_GetItemWithError(group, maximize_name());
   if (maximizes == nullptr && PyErr_Occurred()) return false;
   if (maximizes != nullptr) {
-    constant = is_constant(maximizes);
+    constant = constant && is_constant(maximizes);
     const int truth = PyObject_IsTrue(maximizes);
     if (truth < 0) return false;
     maximize = truth;
@@ -403,14 +417,15 @@ bool Plan::parse_group(PyObject* group, size_t index, bool* stale) {
     // What a trust ratio reads of the group, only it knows.
     if (trust.present != 0 && !PyList_Check(value)) constant = constant && is_constant(value);
     Py_INCREF(key);
-    Py_INCREF(value);
-    entries.push_back({key, value});
+    PyObject* const kept = is_constant(value) ? value : nullptr;  // what can change could hold parameters
+    Py_XINCREF(kept);
+    entries.push_back({key, kept});
   }
   entries.swap(known.entries);
   known.constant = constant;
   for (const Entry& entry : entries) {
     Py_DECREF(entry.key);
-    Py_DECREF(entry.value);
+    Py_XDECREF(entry.value);
   }
   return true;
 }
@@ -430,7 +445,7 @@ Plan::Read Plan::refresh_group(PyObject* group, size_t index, PyObject** params)
       }
       if (key == params_name()) {
         *params = value;
-      } else if (known.entries[i].value != value) {
+      } else if (known.entries[i].value != value && (known.entries[i].value != nullptr || is_constant(value))) {
         unchanged = false;
         break;
       }
@@ -481,7 +496,7 @@ PyObject* Plan::refresh(PyObject* param_groups, PyObject* state) {
     PyObject** items = PySequence_Fast_ITEMS(params);
     for (size_t r = groups_[g].first_row; r < groups_[g].last_row; ++r) {
       HostRow& host = hosts_[r];
-      if (*items++ != host.param || Py_TYPE(host.param) != host.type) {
+      if (*items++ != host.param || !is_alive(host) || Py_TYPE(host.param) != host.type) {
         leave(nullptr);
         Py_RETURN_NONE;
       }
@@ -490,6 +505,8 @@ PyObject* Plan::refresh(PyObject* param_groups, PyObject* state) {
       host.grad = grad_of(host);
       if (host.grad == nullptr) return leave(nullptr);
       if (host.grad != Py_None) {
+        Py_INCREF(host.param);
+        host.held = true;
         const char* reason = refresh_row(host, rows_[r], state);
         if (reason == nullptr) {
           rows_[r].active = true;
@@ -692,34 +709,36 @@ void Plan::find_overlaps() {
     }
     if (ranges[i].end > ranges[widest].end) widest = i;
   }
-  written_moved_ = false;
+  written_moved_ = active_changed_ = false;
 }
 
-PyObject* Plan::written() {
-  if (active_changed_ || written_ == nullptr) {
-    PyObject* list = PyList_New(0);
-    if (list == nullptr) return nullptr;
-    for (size_t r = 0; r < rows_.size(); ++r) {
-      if (rows_[r].active && PyList_Append(list, hosts_[r].param) != 0) {
-        Py_DECREF(list);
-        return nullptr;
-      }
-    }
-    Py_XDECREF(written_);
-    written_ = list;
-    active_changed_ = false;
+PyObject* Plan::written() const {
+  const auto is_written = [&](size_t r) { return rows_[r].active && hosts_[r].held; };
+  Py_ssize_t count = 0;
+  for (size_t r = 0; r < rows_.size(); ++r) count += is_written(r);
+  PyObject* list = PyList_New(count);
+  count = 0;
+  for (size_t r = 0; list != nullptr && r < rows_.size(); ++r) {
+    if (!is_written(r)) continue;
+    Py_INCREF(hosts_[r].param);
+    PyList_SET_ITEM(list, count++, hosts_[r].param);
   }
-  Py_INCREF(written_);
-  return written_;
+  return list;
 }
 
 void Plan::release() {
-  for (HostRow& host : hosts_) Py_CLEAR(host.grad);
+  for (HostRow& host : hosts_) {
+    Py_CLEAR(host.grad);
+    if (!host.held) continue;
+    host.held = false;
+    Py_DECREF(host.param);
+  }
 }
 
 int Plan::traverse(visitproc visit, void* arg) const {
   for (const HostRow& host : hosts_) {
-    Py_VISIT(host.param);
+    if (host.held) Py_VISIT(host.param);
+    Py_VISIT(host.param_ref);
     Py_VISIT(host.grad);
   }
   for (const Group& group : groups_) {
@@ -733,7 +752,6 @@ int Plan::traverse(visitproc visit, void* arg) const {
   Py_VISIT(defaults_);
   Py_VISIT(trust_ratio_);
   Py_VISIT(check_);
-  Py_VISIT(written_);
   return reader_.traverse(visit, arg);
 }
 
@@ -751,12 +769,13 @@ void Plan::clear() {
   phases_.clear();
   for (HostRow& host : hosts) {
     Py_CLEAR(host.grad);
-    Py_CLEAR(host.param);
+    if (host.held) Py_DECREF(host.param);
+    Py_CLEAR(host.param_ref);
   }
   for (Group& group : groups) {
     for (Entry& entry : group.entries) {
       Py_DECREF(entry.key);
-      Py_DECREF(entry.value);
+      Py_XDECREF(entry.value);
     }
   }
   for (PyObject* spec : specs) Py_XDECREF(spec);
@@ -764,7 +783,6 @@ void Plan::clear() {
   Py_CLEAR(defaults_);
   Py_CLEAR(trust_ratio_);
   Py_CLEAR(check_);
-  Py_CLEAR(written_);
   reader_.clear();
 }
 

@@ -66,7 +66,7 @@ class Plan {
   // others step included. Throws std::runtime_error; false with a Python error set.
   bool apply(PyObject* step);
 
-  // Lets go of the gradients that refresh() holds.
+  // Lets go of the parameters and gradients that refresh() holds: between steps a plan keeps none alive.
   void release();
 
   // Whether torch's stream on a device of a row is being captured into a graph; valid after refresh.
@@ -77,16 +77,18 @@ class Plan {
   // order of its rows; here they are 0, and without such an address the row is not listed.
   PyObject* norms() const;
 
-  // The parameters that the last apply() wrote, in a list that stays the plan's.
-  PyObject* written();
+  // The parameters that the last apply() wrote; before release().
+  PyObject* written() const;
 
   int traverse(visitproc visit, void* arg) const;
   void clear();
 
  private:
   struct HostRow {
-    PyObject* param = nullptr;
-    PyObject* grad = nullptr;                    // held from refresh() to release()
+    PyObject* param = nullptr;                   // borrowed, and compared only, unless it is held
+    PyObject* param_ref = nullptr;               // weak: says whether that still is the parameter
+    PyObject* grad = nullptr;                    // held from refresh() to release(), and
+    bool held = false;                           // so is the parameter, if it has one
     PyTypeObject* type = nullptr;                // of the parameter; borrowed, compared only
     PyGetSetDescrObject* grad_getter = nullptr;  // torch's own, where the type has not replaced it; borrowed
     PyObject* master_key = nullptr;  // state key of the master weight, if the row has one; immortal
@@ -102,7 +104,7 @@ class Plan {
   };
   struct Entry {
     PyObject* key;
-    PyObject* value;
+    PyObject* value;  // null: whatever it is, the rule does not read it
   };
   struct Limits {
     double least, most;
@@ -119,6 +121,7 @@ class Plan {
 
   bool add_row(PyObject* object);
   PyObject* grad_of(const HostRow& host) const;
+  static bool is_alive(const HostRow& host);
   enum class Read { ok, stale, error };
   Read refresh_group(PyObject* group, size_t index, PyObject** params);
   bool parse_group(PyObject* group, size_t index, bool* stale);
@@ -159,7 +162,6 @@ class Plan {
   PyObject* trust_ratio_ = nullptr;
   PyObject* check_ = nullptr;
   std::vector<PyObject*> structural_keys_;
-  PyObject* written_ = nullptr;
   int64_t active_elements_ = 0;
   int64_t active_rows_ = 0;
   bool active_changed_ = true;

@@ -46,12 +46,16 @@ class EagerSteps:
         self._coalesced: dict[Tensor, Tensor] = {}  # sparse gradients, by parameter
         self._steps: dict[int, EagerStep] = {}
         self._norms: dict[int, TensorNorms] = {}
-        for index, row in rows.items():
-            grad = row.param.grad
-            if grad is not None and grad.is_sparse:
-                self._coalesced[row.param] = grad.detach().coalesce()
-            self._steps[index] = self._begin(row, grad_scale)
-            self._advance(index, None)
+        try:
+            for index, row in rows.items():
+                grad = row.param.grad
+                if grad is not None and grad.is_sparse:
+                    self._coalesced[row.param] = grad.detach().coalesce()
+                self._steps[index] = self._begin(row, grad_scale)
+                self._advance(index, None)
+        except BaseException:
+            self.close()
+            raise
 
     def squares(self, shards: Collection[Shards]) -> list[float]:
         """Of the gradients that take part in clipping, scaled; those among ``shards`` stand in the exchanged norms."""
@@ -90,6 +94,12 @@ class EagerSteps:
         """Take to their ends those that have waited for the norm of their direction."""
         for index in list(self._steps):
             self._advance(index, (self._norms[index], 1.0))
+
+    def close(self) -> None:
+        """Let go of the gradients of rows that were begun and will not be stepped."""
+        for step in self._steps.values():
+            step.close()
+        self._steps, self._norms, self._coalesced = {}, {}, {}
 
     def _advance(self, index: int, sent: tuple[TensorNorms, float] | None) -> None:
         try:

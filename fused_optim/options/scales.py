@@ -14,6 +14,8 @@ from typing import Any, cast
 from torch import Tensor
 from torch.nn import Parameter
 
+from ..parameters import ByParameter
+
 Scale = Callable[[str, Tensor], float] | Mapping[Parameter | str, float] | Sequence[float]
 Exclude = Callable[[str, Tensor], bool] | Sequence[str]
 
@@ -99,7 +101,7 @@ class ScaleColumn:
         self.argument = argument
         self.source: Scale | None = scale
         self.has_patterns = isinstance(scale, Mapping) and any(isinstance(key, str) for key in scale)
-        self.values: dict[Tensor, float] = {}
+        self.values: ByParameter[float] = ByParameter()
         self.lost_source = False
 
     def __getstate__(self) -> dict[str, Any]:
@@ -137,21 +139,22 @@ class ScaleColumn:
         """The factor of a parameter, which is asked for if it came after the constructor."""
         if self.source is None and not self.lost_source:
             return 1.0
-        if param not in self.values:
+        value = self.values.get(param)
+        if value is None:
             if self.lost_source or isinstance(self.source, Sequence):
                 kind = "function" if self.lost_source else "sequence"
                 raise ValueError(
                     f"{place} was added after {self.argument} was resolved, and its {kind} cannot say the factor of a "
                     "new parameter; build a new optimizer, or give a callable or a mapping"
                 )
-            self.values[param] = self._ask(name, place, param)
-        return self.values[param]
+            value = self.values[param] = self._ask(name, place, param)
+        return value
 
     def forget_all_but(self, params: set[Tensor]) -> None:
         """Let go of the parameters that have left the optimizer, unless nobody could say their factors again."""
         if self.lost_source or isinstance(self.source, Sequence):
             return
-        self.values = {param: value for param, value in self.values.items() if param in params}
+        self.values.forget_all_but(params)
 
     def _ask(self, name: str | None, place: str, param: Tensor) -> float:
         source = self.source

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -116,7 +117,7 @@ def row_of(place: Place, rule: Rule, options: Options) -> tuple[Row, str | None]
     refused = why_not_native(param, place.group, backend)
     row = Row(
         group=place.group_index,
-        param=param,
+        param_ref=weakref.ref(param),
         lr_scale=lr_scale,
         weight_decay_scale=weight_decay_scale,
         native=refused is None,

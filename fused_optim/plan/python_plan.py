@@ -7,6 +7,7 @@ row itself. Where nothing has changed but addresses, torch compares the layouts 
 from __future__ import annotations
 
 import struct
+import weakref
 from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -75,7 +76,6 @@ class RowReader:
 
     def __init__(self, row: Row, rule: Any) -> None:
         self.row = row
-        self.param = row.param
         self.type = type(row.param)
         self.names = [*(name for name, _ in rule.states), *([row.master] if row.master is not None else ())]
         self.per_tensor = [*(per_tensor for _, per_tensor in rule.states), False]
@@ -86,6 +86,10 @@ class RowReader:
         self.sharded = is_sharded(row.param)
         self.tensor_columns = {FIRST_STATE + i for i, per_tensor in enumerate(self.per_tensor) if per_tensor}
         self.columns = [*(FIRST_STATE + i for i in range(len(rule.states))), *([MASTER] if row.master else ())]
+
+    @property
+    def param(self) -> Tensor:
+        return self.row.param
 
     def is_same(self) -> bool:
         """Whether the parameter still is what the plan was built for; its address may be another."""
@@ -206,7 +210,7 @@ class GroupReader:
         words = [fields.get(name, 0) for name in self._read.group_fields]
         changed = words != self.words
         self.words = words
-        self.known = dict(group) if constant else None
+        self.known = without_params(group) if constant else None
         return changed
 
     def _number(self, field: Any, value: Any) -> tuple[float, int, int]:
@@ -233,6 +237,11 @@ class GroupReader:
         if memory is not None and memory.device.type != "cpu" and memory.device == self._device:
             return 0.0, memory.address, memory.dtype
         return float(item.detach() if isinstance(item, Tensor) else item), 0, 0
+
+
+def without_params(group: dict[str, Any]) -> dict[str, Any]:
+    """The items of a group but its parameters, which a plan does not keep alive."""
+    return {key: value for key, value in group.items() if key != "params"}
 
 
 def is_constant(value: Any) -> bool:
@@ -277,9 +286,10 @@ class PythonPlan:
         self, rows: Sequence[Row], group_count: int, read: ReadForTriton | None = None, *, has_direction: bool
     ) -> None:
         self._rows = rows
-        self._params: list[list[Tensor]] = [[] for _ in range(group_count)]
+        self._refs: list[list[weakref.ref[Tensor]]] = [[] for _ in range(group_count)]
         for row in rows:
-            self._params[row.group].append(row.param)
+            self._refs[row.group].append(row.param_ref)
+        self._params: list[Tensor] = []  # of all rows, held from refresh() to release(), and
         self._has_direction = has_direction
         self._devices = [] if read is None else [list(indices) for indices in read.devices]
         self._row_fields = () if read is None else read.row_fields
@@ -293,32 +303,35 @@ class PythonPlan:
             if row.group not in self._groups:
                 self._groups[row.group] = GroupReader(row.group, local(row.param).device, read)
         self._others = [index for index in range(len(rows)) if index not in self._readers]
-        self._grads: list[Any] = []  # held from refresh() to release()
+        self._grads: list[Any] = []  # those of the active ones
         # Of each column, by row: address and dtype; 0 where there is none.
         self._addresses = [[0] * len(rows) for _ in range(COLUMNS)]
         self._dtypes = [[0] * len(rows) for _ in range(COLUMNS)]
         self._active = [False] * len(rows)
-        self._written: list[Tensor] = []
+        self._written: list[int] = []  # the active rows
         self._unwritten = set(range(len(self._devices)))  # devices whose table lacks more than gradients
         self._fast: FastPath | None = None
 
     def refresh(self, param_groups: list[dict[str, Any]], state: dict[Tensor, Any]) -> list[tuple[int, str]] | None:
-        self._grads = []
-        if len(param_groups) != len(self._params):
+        self.release()
+        if len(param_groups) != len(self._refs):
             return None
-        for group, known in zip(param_groups, self._params):
+        for group, refs in zip(param_groups, self._refs):
             params = group.get("params") if isinstance(group, dict) else None
-            if not isinstance(params, (list, tuple)) or len(params) != len(known) or not all(map(is_, params, known)):
+            if not isinstance(params, (list, tuple)) or len(params) != len(refs):
                 return None
+            if not all(map(is_, params, [ref() for ref in refs])):
+                return None
+            self._params += params
         for index, reader in self._groups.items():
-            if reader.known == param_groups[index]:  # numbers and words; the params are known to be identical
+            if reader.known is not None and reader.known == without_params(param_groups[index]):  # numbers and words
                 continue
             changed = reader.read(param_groups[index])
             if changed is None:
                 return None
             if changed:
                 self._unwritten.update(range(len(self._devices)))
-        attention = [(index, "param") for index in self._others if self._rows[index].param.grad is not None]
+        attention = [(index, "param") for index in self._others if self._params[index].grad is not None]
         if self._fast is not None and self._fast.read(state, self):
             return attention
         self._fast = None
@@ -357,14 +370,14 @@ class PythonPlan:
         for index in overlapping(written):
             self._active[index] = False
             attention[index] = "overlap"
-        self._written = [reader.param for index, reader in self._readers.items() if self._active[index]]
+        self._written = [index for index in self._readers if self._active[index]]
         self._unwritten.update(range(len(self._devices)))
         return list(attention.items())
 
     def write_table(self, device: int, words: memoryview) -> None:
         """The words of groups and rows that a device's kernels read: the fields of kernels/table.py."""
         indices = self._devices[device]
-        group_count, count = len(self._params), len(indices)
+        group_count, count = len(self._refs), len(indices)
         rows = words[len(self._group_fields) * group_count :]
 
         def put(field: str, values: Iterable[int]) -> None:
@@ -414,13 +427,13 @@ class PythonPlan:
             self._exchange(step.exchange)
 
     def release(self) -> None:
-        self._grads = []
+        self._params, self._grads = [], []
 
     def captured(self) -> bool:
         return False
 
     def written(self) -> list[Tensor]:
-        return self._written
+        return [self._params[index] for index in self._written] if self._params else []
 
     def norms(self) -> list[tuple[int, float, float, float]]:
         return []
@@ -442,19 +455,20 @@ class FastPath:
 
     def __init__(self, plan: PythonPlan, state: dict[Tensor, Any]) -> None:
         readers = plan._readers
-        self._params = [reader.param for reader in readers.values()]
+        self._readers = list(readers)
         self._pattern = [plan._active[index] for index in readers]
         self._rows = [index for index in readers if plan._active[index]]
-        self._keys = list(state)
-        places = {id(key): place for place, key in enumerate(self._keys)}
-        self._places = {index: places.get(id(readers[index].param), -1) for index in self._rows}
+        # By identity, which is that of a row's parameter while this one lives.
+        self._keys = list(map(id, state))
+        places = {key: place for place, key in enumerate(self._keys)}
+        self._places = {index: places.get(id(plan._params[index]), -1) for index in self._rows}
         by_names: dict[tuple[str, ...], list[int]] = {}
         for index in self._rows:
             by_names.setdefault(tuple(readers[index].names), []).append(index)
         self._kinds = [Kind(names, rows) for names, rows in by_names.items() if names]
-        self._active_params = [readers[index].param for index in self._rows]
-        self._whole = len(self._rows) == len(plan._rows)
-        tensors = self._tensors(state, [param.grad for param in self._active_params])
+        self._whole = self._rows == list(range(len(plan._rows)))
+        params = [plan._params[index] for index in self._rows]
+        tensors = self._tensors(state, params, [param.grad for param in params])
         assert tensors is not None
         self._guards = TensorGuards(
             *tensors,
@@ -478,12 +492,12 @@ class FastPath:
             return None
         return cls(plan, state)
 
-    def _tensors(self, state: dict[Tensor, Any], grads: list[Any]) -> list[Any] | None:
+    def _tensors(self, state: dict[Tensor, Any], params: list[Any], grads: list[Any]) -> list[Any] | None:
         """Params, gradients, and the states kind by kind; None if a state is somewhere else."""
-        if len(state) != len(self._keys) or not all(map(is_, state, self._keys)):
+        if len(state) != len(self._keys) or list(map(id, state)) != self._keys:
             return None
         values = list(state.values())
-        tensors = [*self._active_params, *grads]
+        tensors = [*params, *grads]
         places = self._places
         for kind in self._kinds:
             states = [values[places[index]] for index in kind.rows]
@@ -500,11 +514,16 @@ class FastPath:
 
     def read(self, state: dict[Tensor, Any], plan: PythonPlan) -> bool:
         """False: read the rows one by one."""
-        grads = [param.grad for param in self._params]
+        held = plan._params
+        params = held if self._whole else [held[index] for index in self._readers]
+        grads = [param.grad for param in params]
         if [grad is not None for grad in grads] != self._pattern:
             return False
-        active = grads if all(self._pattern) else [grad for grad in grads if grad is not None]
-        tensors = self._tensors(state, active)
+        active = grads
+        if not all(self._pattern):
+            params = [param for param, grad in zip(params, grads) if grad is not None]
+            active = [grad for grad in grads if grad is not None]
+        tensors = self._tensors(state, params, active)
         if tensors is None or not self._guards.check(*tensors):
             return False
         addresses = [tensor.data_ptr() for tensor in tensors]
