@@ -21,9 +21,9 @@ class Place(NamedTuple):
 
     @property
     def own_name(self) -> str | None:
-        """The parameter's name, where the group has names."""
+        """The parameter's name, where the group has one for each."""
         names = self.group.get("param_names")
-        return names[self.position] if names and self.position < len(names) else None
+        return names[self.position] if names and len(names) == len(self.group["params"]) else None
 
     @property
     def named(self) -> tuple[str | None, str, Tensor]:
@@ -50,9 +50,9 @@ class ByParameter(Generic[Value]):
         ref, value = self._entries.get(id(param), (None, None))
         return value if ref is not None and ref() is param else None
 
-    def forget_all_but(self, params: set[Tensor]) -> None:
-        """Let go of the values of all others, those that live too."""
-        self._entries = {id(param): self._entries[id(param)] for param in params if self.get(param) is not None}
+    def forget_the_dead(self) -> None:
+        """Let go of the values of parameters that are no more."""
+        self._entries = {key: entry for key, entry in self._entries.items() if entry[0]() is not None}
 
     def __getstate__(self) -> dict[str, list[tuple[Tensor, Value]]]:
         living = ((ref(), value) for ref, value in self._entries.values())

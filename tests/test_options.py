@@ -289,3 +289,59 @@ def test_wrappers_are_stripped_from_names(name: str) -> None:
     param.grad = torch.ones(2)
     optimizer.step()
     assert torch.equal(param, torch.ones(2))
+
+
+FITTING: dict[str, dict[str, Any]] = {
+    "lr_scale": {"lr_scale": {"*.weight": 0.5}},
+    "matrices_only": {"weight_decay_scale": fused_optim.matrices_only},
+    "need_clip": {"grad_clip": ClipGradByNorm(1.0, need_clip=lambda name, param: "bias" not in name)},
+}
+
+
+def flat_tensor(params: list[Parameter]) -> None:
+    params[:] = [Parameter(torch.cat([param.detach().flatten() for param in params]))]
+
+
+def first_taken_out(params: list[Parameter]) -> None:
+    del params[0]
+
+
+@pytest.mark.parametrize("backend", ["cpu", "eager"])
+@pytest.mark.parametrize("change", [flat_tensor, first_taken_out])
+@pytest.mark.parametrize("option", FITTING)
+def test_names_that_fit_no_more_are_refused(option: str, change: Any, backend: str) -> None:
+    optimizer = fused_optim.AdamW(named(), backend=backend, **FITTING[option])
+    group = optimizer.param_groups[0]
+    change(group["params"])
+    before = [param.detach().clone() for param in group["params"]]
+    for param in group["params"]:
+        param.grad = torch.ones_like(param)
+    with pytest.raises(RuntimeError, match=r"param_groups\[0\] has \d parameters and 6 names"):
+        optimizer.step()
+    assert all(torch.equal(one, two) for one, two in zip(group["params"], before, strict=True))
+    if change is first_taken_out:
+        del group["param_names"][0]
+        optimizer.step()
+
+
+@pytest.mark.parametrize("option", ["matrices_only", "mapping"])
+def test_parameters_that_nobody_was_asked_for_are_refused(option: str) -> None:
+    params = [param for _, param in named()]
+    options = {"lr_scale": {params[1]: 0.5}} if option == "mapping" else FITTING[option]
+    optimizer = fused_optim.AdamW(params, **options)
+    flat_tensor(optimizer.param_groups[0]["params"])
+    (flat,) = optimizer.param_groups[0]["params"]
+    flat.grad = torch.ones_like(flat)
+    with pytest.raises(RuntimeError, match=r"param_groups\[0\]\['params'\]\[0\] is not a parameter that"):
+        optimizer.step()
+    optimizer.param_groups[0]["params"] = params[2:]  # those that are left are known
+    optimizer.step()
+
+
+def test_messages_name_nobody_by_anothers_name() -> None:
+    optimizer = fused_optim.AdamW(named())
+    del optimizer.param_groups[0]["params"][0]
+    param = optimizer.param_groups[0]["params"][0]
+    param.grad = torch.ones_like(param).to_sparse()
+    with pytest.raises(RuntimeError, match=r"SparseAdam instead: param_groups\[0\]\['params'\]\[0\] has"):
+        optimizer.step()

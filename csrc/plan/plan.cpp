@@ -445,7 +445,8 @@ Plan::Read Plan::refresh_group(PyObject* group, size_t index, PyObject** params)
       }
       if (key == params_name()) {
         *params = value;
-      } else if (known.entries[i].value != value && (known.entries[i].value != nullptr || is_constant(value))) {
+      } else if (known.entries[i].value != value &&
+                 (known.entries[i].value != nullptr || is_constant(value))) {
         unchanged = false;
         break;
       }

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import product
+from typing import Any
 
 import torch
-from torch import Tensor
 
-from ..parameters import Place
+from ..parameters import Place, parameters
 from ..trust_ratio import TrustRatio
 from .clip import NO_CLIP, ClipOptions, GradClip
 from .scales import Exclude, Scale, ScaleColumn, column_of, excluded
@@ -54,9 +55,31 @@ class Factors:
         lr, weight_decay, clips, has_trust_ratio = (column.of(*named) for column in self.columns)
         return lr, weight_decay, clips, has_trust_ratio
 
-    def forget_all_but(self, params: set[Tensor]) -> None:
-        for column in self.columns:
-            column.forget_all_but(params)
+    def check(self, groups: Sequence[dict[str, Any]]) -> None:
+        """Refuse groups whose parameters are no longer those that the factors were asked for.
+
+        Raises:
+            RuntimeError: a wrapper has put other parameters into a group, as DeepSpeed's and FSDP1 do, or some were
+                taken out without their names; the text names the group.
+        """
+        asking = [column for column in self.columns if column.asks]
+        for column in asking:
+            column.forget_the_dead()
+        for index, group in enumerate(groups) if asking else ():
+            names, params = group.get("param_names"), group["params"]
+            if names and len(names) != len(params):
+                raise RuntimeError(
+                    f"param_groups[{index}] has {len(params)} parameters and {len(names)} names, by which "
+                    f"{asking[0].argument} goes: take a parameter out together with its entry of 'param_names', or, if "
+                    "a wrapper has put other parameters there, make the optimizer from those"
+                )
+            for place, column in product(parameters([group]) if not names else (), asking):
+                if not column.knows(place.param):
+                    name = f"param_groups[{index}]['params'][{place.position}]"
+                    raise RuntimeError(
+                        f"{name} is not a parameter that {column.argument} was asked for: add parameters by "
+                        "add_param_group(), or, if a wrapper has put others there, make the optimizer from those"
+                    )
 
 
 def no_factors() -> Factors:

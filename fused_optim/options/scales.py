@@ -150,11 +150,17 @@ class ScaleColumn:
             value = self.values[param] = self._ask(name, place, param)
         return value
 
-    def forget_all_but(self, params: set[Tensor]) -> None:
-        """Let go of the parameters that have left the optimizer, unless nobody could say their factors again."""
-        if self.lost_source or isinstance(self.source, Sequence):
-            return
-        self.values.forget_all_but(params)
+    @property
+    def asks(self) -> bool:
+        """Whether a factor depends on the parameter or its name."""
+        return self.source is not None or self.lost_source
+
+    def knows(self, param: Tensor) -> bool:
+        """Whether a parameter's factor has been asked for."""
+        return not self.asks or self.values.get(param) is not None
+
+    def forget_the_dead(self) -> None:
+        self.values.forget_the_dead()
 
     def _ask(self, name: str | None, place: str, param: Tensor) -> float:
         source = self.source
@@ -222,9 +228,16 @@ class ScaleProduct(ScaleColumn):
     def of(self, name: str | None, place: str, param: Tensor) -> float:
         return self._checked(math.prod(column.of(name, place, param) for column in self.columns), place)
 
-    def forget_all_but(self, params: set[Tensor]) -> None:
+    @property
+    def asks(self) -> bool:
+        return any(column.asks for column in self.columns)
+
+    def knows(self, param: Tensor) -> bool:
+        return all(column.knows(param) for column in self.columns)
+
+    def forget_the_dead(self) -> None:
         for column in self.columns:
-            column.forget_all_but(params)
+            column.forget_the_dead()
 
 
 def column_of(argument: str, scale: Scale | ScaleColumn | None) -> ScaleColumn:

@@ -54,7 +54,7 @@ def build_plan(
         same_rows: what the processes had found to be the same everywhere when the last plan was built.
     """
     groups = [{**defaults, **group} for group in param_groups]
-    options.factors.forget_all_but({place.param for place in parameters(groups)})
+    options.factors.check(groups)
     rows = []
     for place in parameters(groups):
         row, passed_over = row_of(place, rule, options)
