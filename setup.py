@@ -1,6 +1,7 @@
 """Builds the extension with CMake and Ninja; everything that is static stands in pyproject.toml.
 
-Without a C++ compiler the package is installed as pure Python. Any other failure fails the build.
+FUSED_OPTIM_EXTENSION says whether: AUTO, the default, installs pure Python where there is no C++ compiler; ON fails
+there; OFF installs pure Python anyway. Any other failure fails the build.
 """
 
 from __future__ import annotations
@@ -34,8 +35,27 @@ CMAKE_ENVIRONMENT = (
 def find_cxx_compiler() -> str | None:
     """The C++ compiler that CMake will use: CXX where it is set, else the first usual name on PATH."""
     if named := shlex.split(os.environ.get("CXX", "")):
-        return shutil.which(named[0])
+        found = shutil.which(named[0])
+        if found is None:
+            raise SystemExit(f"CXX={os.environ['CXX']!r} names no program; name a C++ compiler, or unset CXX")
+        return found
     return next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
+
+
+def why_no_extension() -> str | None:
+    """Why the package is built as pure Python; None where the extension is built."""
+    wanted = os.environ.get("FUSED_OPTIM_EXTENSION") or "AUTO"
+    if wanted not in ("AUTO", "ON", "OFF"):
+        raise SystemExit(f"FUSED_OPTIM_EXTENSION is AUTO, ON or OFF; got {wanted!r}")
+    if wanted == "OFF":
+        return "FUSED_OPTIM_EXTENSION=OFF was set"
+    if find_cxx_compiler() is not None:
+        return None
+    if wanted == "ON":
+        raise SystemExit(
+            "FUSED_OPTIM_EXTENSION=ON, but no C++ compiler was found (c++, g++, clang++, or what CXX names)"
+        )
+    return "no C++ compiler was found (c++, g++, clang++, or what CXX names)"
 
 
 def find_build_tool(name: str) -> str:
@@ -61,6 +81,11 @@ class FreshBuild(build_py):
         if not self.editable_mode:
             shutil.rmtree(self.build_lib, ignore_errors=True)
         super().run()
+        # Read by fused_optim/extension.py.
+        note = (ROOT if self.editable_mode else Path(self.build_lib)) / "fused_optim" / "_no_extension.txt"
+        note.unlink(missing_ok=True)
+        if WHY_NO_EXTENSION is not None:
+            note.write_text(f"{WHY_NO_EXTENSION}\n", encoding="utf-8")
 
 
 class CMakeBuild(build_ext):
@@ -106,9 +131,11 @@ class CMakeBuild(build_ext):
             raise SystemExit(f"fused_optim's extension was not built: {command[0]} failed") from error
 
 
-extensions = [Extension("fused_optim._C", sources=[])]
-if find_cxx_compiler() is None:
-    print("warning: no C++ compiler was found (CXX, c++, g++, clang++): installing pure Python", file=sys.stderr)
-    extensions = []
+WHY_NO_EXTENSION = why_no_extension()
+if WHY_NO_EXTENSION is not None:
+    print(f"warning: {WHY_NO_EXTENSION}: installing pure Python", file=sys.stderr)
 
-setup(ext_modules=extensions, cmdclass={"build_py": FreshBuild, "build_ext": CMakeBuild})
+setup(
+    ext_modules=[] if WHY_NO_EXTENSION is not None else [Extension("fused_optim._C", sources=[])],
+    cmdclass={"build_py": FreshBuild, "build_ext": CMakeBuild},
+)

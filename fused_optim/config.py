@@ -12,7 +12,7 @@ import torch
 from . import extension
 from .backends import AUTOMATIC, choose, why_missing
 
-__version__ = importlib.metadata.version("fused_optim")
+__version__ = extension.version
 
 
 def _installed(distribution: str) -> str:
@@ -58,7 +58,7 @@ def show_config(*, file: TextIO | None = None) -> None:
     for backend in ("cuda", "triton", "cpu"):
         reason = why_missing(backend)
         if reason is not None:
-            lines.append((f"no {backend} backend", reason))
+            lines.append((f"no {backend} backend", "no extension" if reason == extension.missing else reason))
     width = max(len(name) for name, _ in lines)
     for name, value in lines:
         print(f"{name:<{width}}  {value}", file=out)

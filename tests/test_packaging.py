@@ -37,7 +37,9 @@ ROOT_FILES = (
 )
 # Folders of the repository and the packages that they are installed as.
 PACKAGES = {"fused_optim": "fused_optim", "kernels": "fused_optim/kernels", "bench": "fused_optim/bench"}
-BUILT = shutil.ignore_patterns("*.so", "*.pyc", "__pycache__", "_build", ".*_cache", ".hypothesis", "*.egg-info")
+BUILT = shutil.ignore_patterns(
+    "*.so", "_no_extension.txt", "*.pyc", "__pycache__", "_build", ".*_cache", ".hypothesis", "*.egg-info"
+)
 
 
 def files_below(folder: Path) -> set[str]:
@@ -116,20 +118,130 @@ def test_sdist_holds_the_whole_tree_and_nothing_that_was_built(tree: Path, tmp_p
     assert without_metadata(sdist_files(sdist)) == expected
 
 
-@pytest.mark.parametrize("missing", [{"CXX": "no-such-compiler"}, {"PATH": "", "CXX": ""}], ids=["CXX", "PATH"])
-def test_wheel_without_a_compiler_is_pure_python(tree: Path, tmp_path: Path, missing: dict[str, str]) -> None:
+NO_COMPILER = {"PATH": "", "CXX": ""}
+
+
+@pytest.mark.parametrize(
+    ("variables", "reason"),
+    [
+        (NO_COMPILER, "no C++ compiler was found (c++, g++, clang++, or what CXX names)"),
+        ({"FUSED_OPTIM_EXTENSION": "OFF"}, "FUSED_OPTIM_EXTENSION=OFF was set"),
+    ],
+    ids=["no compiler", "OFF"],
+)
+def test_pure_python_wheel_says_why_it_is_one_and_takes_a_step(
+    tree: Path, tmp_path: Path, variables: dict[str, str], reason: str
+) -> None:
     version = metadata.version("fused_optim")
     left_over = tree / "build" / "lib" / "fused_optim" / "removed_since.py"
     left_over.parent.mkdir(parents=True)
     left_over.touch()
-    wheel = build_one(tree, "wheel", tmp_path / "dist", **missing)
+    wheel = build_one(tree, "wheel", tmp_path / "dist", **variables)
     assert wheel.name == f"fused_optim-{version}-py3-none-any.whl"
-    assert wheel_files(wheel) == expected_wheel_files(version)
+    assert wheel_files(wheel) == expected_wheel_files(version) | {"fused_optim/_no_extension.txt"}
+    check = [sys.executable, ROOT / "scripts/check_wheel.py", wheel]
+    said = subprocess.run(check, check=True, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT).stdout
+    reason = f"installed without the compiled extension: {reason}"
+    slower = "AdamW: the eager path serves parameters on cpu, slower than torch.optim's own steps: no cpu backend: "
+    assert slower + reason in said.splitlines()
+    assert re.search(f"^extension +missing: {re.escape(reason)}$", said, re.MULTILINE)
+    assert re.search("^no cpu backend +no extension$", said, re.MULTILINE)
 
 
-def test_wheel_without_a_compiler_takes_a_step(tree: Path, tmp_path: Path) -> None:
-    wheel = build_one(tree, "wheel", tmp_path / "dist", CXX="no-such-compiler")
-    subprocess.run([sys.executable, ROOT / "scripts/check_wheel.py", wheel], check=True)
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        (
+            {"CXX": "no-such-compiler -O2"},
+            "CXX='no-such-compiler -O2' names no program; name a C++ compiler, or unset CXX",
+        ),
+        ({"FUSED_OPTIM_EXTENSION": "ON", **NO_COMPILER}, "FUSED_OPTIM_EXTENSION=ON, but no C++ compiler was found"),
+        ({"FUSED_OPTIM_EXTENSION": "yes"}, "FUSED_OPTIM_EXTENSION is AUTO, ON or OFF; got 'yes'"),
+    ],
+    ids=["CXX", "ON without a compiler", "unknown word"],
+)
+def test_extension_that_was_asked_for_and_cannot_be_built_fails_the_build(
+    tree: Path, tmp_path: Path, variables: dict[str, str], message: str
+) -> None:
+    result = build(tree, "wheel", tmp_path / "dist", **variables)
+    assert result.returncode != 0
+    assert message in result.stdout
+    assert not list((tmp_path / "dist").glob("*.whl"))
+
+
+LOOK = """
+import fused_optim, fused_optim.kernels.rules.adamw, torch
+print(fused_optim.__file__)
+param = torch.nn.Parameter(torch.ones(3))
+param.grad = torch.ones(3)
+optimizer = fused_optim.AdamW([param])
+optimizer.step()
+print(optimizer.backend)
+"""
+
+
+def import_in(tree: Path, site: Path) -> tuple[list[str], list[str]]:
+    """What Python prints and logs when it is started in a source tree, with another folder to import from."""
+    environment = {**os.environ, "PYTHONPATH": str(site)}
+    result = subprocess.run([sys.executable, "-c", LOOK], cwd=tree, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return result.stdout.splitlines(), result.stderr.splitlines()
+
+
+def install_copy(site: Path, version: str) -> Path:
+    """The package with its extension as pip would lay it into a folder."""
+    package = site / "fused_optim"
+    for folder, name in PACKAGES.items():
+        shutil.copytree(ROOT / folder, site / name, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
+    info = site / f"fused_optim-{version}.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: fused_optim\nVersion: {version}\n")
+    return package
+
+
+def test_tree_that_is_not_built_takes_the_installed_extension(tree: Path, tmp_path: Path) -> None:
+    installed = install_copy(tmp_path / "site", metadata.version("fused_optim"))
+    printed, logged = import_in(tree, tmp_path / "site")
+    assert printed == [str(tree / "fused_optim" / "__init__.py"), "cpu"]
+    assert logged == [
+        f"fused_optim is imported from its source tree {tree}, in which no extension is built for this Python; the one "
+        f"installed in {installed} serves; run `pip install --editable {tree}`, or leave that folder"
+    ]
+
+
+@pytest.mark.parametrize("installed", ["0.0.7", None])
+def test_tree_that_is_not_built_says_so(tree: Path, tmp_path: Path, installed: str | None) -> None:
+    here = f"fused_optim is imported from its source tree {tree}, in which no extension is built for this Python"
+    remedy = f"run `pip install --editable {tree}`"
+    if installed is None:
+        said = f"{here}; {remedy}"
+    else:
+        folder = install_copy(tmp_path / "site", installed)
+        said = f"{here}; the one installed in {folder} is of version {installed}; {remedy}, or leave that folder"
+    printed, logged = import_in(tree, tmp_path / "site")
+    assert printed == [str(tree / "fused_optim" / "__init__.py"), "eager"]
+    slower = "AdamW: the eager path serves parameters on cpu, slower than torch.optim's own steps: no cpu backend: "
+    assert logged == [said, slower + said]
+
+
+def test_extension_for_another_python_or_none_is_named(tmp_path: Path) -> None:
+    installed = install_copy(tmp_path / "site", metadata.version("fused_optim"))
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (module,) = installed.glob("_C.*.so")
+    other = module.rename(installed / "_C.cpython-30-x86_64-linux-gnu.so")
+    printed, (logged,) = import_in(elsewhere, tmp_path / "site")
+    assert printed == [str(installed / "__init__.py"), "eager"]
+    version = sys.version.split()[0]
+    assert logged.endswith(f"the compiled extension {other} is for another Python than this one, {version}")
+
+    other.unlink()
+    _, (logged,) = import_in(elsewhere, tmp_path / "site")
+    assert logged.endswith(f"the compiled extension is missing from {installed}; install fused_optim again")
+
+    module.write_text("no library")
+    _, (logged,) = import_in(elsewhere, tmp_path / "site")
+    assert f"the compiled extension cannot be loaded: {module}: " in logged
 
 
 def test_compile_error_fails_the_build(tree: Path, tmp_path: Path) -> None:

@@ -59,7 +59,8 @@ def build_plan(
     for place in parameters(groups):
         row, passed_over = row_of(place, rule, options)
         if passed_over is not None:
-            log.serves(f"parameters on {place.param.device}", passed_over, served_by=row.backend)
+            slower = ", slower than torch.optim's own steps" if row.backend == "eager" else ""
+            log.serves(f"parameters on {place.param.device}{slower}", passed_over, served_by=row.backend)
         if is_sharded(place.param):
             check_placement(place.param, place.name)
         check_flattened(place, rule, options)
