@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 DOCUMENT = ROOT / "docs" / "architecture.md"
 BEGIN, END = "<!-- machine code:begin -->", "<!-- machine code:end -->"
 
-THREADS = 256  # of a block: kThreads in csrc/cuda/device.h
+THREADS = 256  # of a block: kThreads in csrc/cuda/layout.h
 REGISTERS = 65536  # of a multiprocessor, given out 8 a thread at a time
 MOST_BLOCKS = 8  # 2,048 threads, on every architecture with as many registers but sm_75 and sm_120
 

@@ -15,7 +15,7 @@ from sources import ROOT, sources
 from fused_optim import extension
 
 CSRC = ROOT / "csrc"
-CUDA_SOURCES = sources("csrc", ".cu", at_least=4)
+CUDA_SOURCES = sources("csrc", ".cu", at_least=7)
 SUPPORTED = (75, 80, 90, 100, 120)
 # The sources as CMakeLists.txt compiles them.
 FLAGS = ("-std=c++17", "-O3", "-fmad=false", "--expt-relaxed-constexpr", f"-I{CSRC}")

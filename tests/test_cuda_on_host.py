@@ -49,7 +49,7 @@ from fused_optim import (
 )
 
 SANITIZED = bool(os.environ.get("CUDA_ON_HOST_SANITIZED"))
-TILE, CHUNK, BY_WARP = 1024, 32 * 1024, 4 * 1024  # csrc/cuda/device.h
+TILE, CHUNK, BY_WARP = 1024, 32 * 1024, 4 * 1024  # csrc/cuda/layout.h
 
 pytestmark = pytest.mark.requires("g++")
 

@@ -101,7 +101,7 @@ def messages() -> list[tuple[str, str]]:
     python = [*sources("fused_optim", ".py", at_least=35), *sources("kernels", ".py", at_least=16), ROOT / "setup.py"]
     for file in sorted(python):
         found += [(file.name, text) for text in sorted(messages_of_python(file))]
-    for file in sources("csrc", ".cpp", ".cu", at_least=9):
+    for file in sources("csrc", ".cpp", ".cu", at_least=14):
         found += [(file.name, text) for text in sorted(messages_of_cpp(file))]
     return found + [("CMakeLists.txt", text) for text in sorted(messages_of_cmake(ROOT / "CMakeLists.txt"))]
 

@@ -50,7 +50,7 @@ machine_code = load_script()
 
 
 def compile_kernels(folder: Path, arch: str, csrc: Path = CSRC) -> list[Path]:
-    files = [folder / f"{name}_{arch}.cubin" for name in ("apply", "reduce")]
+    files = [folder / f"{name}_{arch}.cubin" for name in ("apply", "prepare", "reduce")]
     for file in files:
         source = csrc / "cuda" / f"{file.stem.partition('_')[0]}.cu"
         command = ["nvcc", *FLAGS, f"-I{csrc}", "-cubin", f"-arch={arch}", str(source), "-o", str(file)]

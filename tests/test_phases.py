@@ -51,7 +51,7 @@ from fused_optim import (
     extension,
 )
 
-TILE, CHUNK, BY_WARP = 1024, 32 * 1024, 4 * 1024  # csrc/cuda/device.h, kernels/apply.py, kernels/reduce.py
+TILE, CHUNK, BY_WARP = 1024, 32 * 1024, 4 * 1024  # csrc/cuda/layout.h, kernels/apply.py, kernels/reduce.py
 
 Shapes = tuple[tuple[int, ...], ...]
 

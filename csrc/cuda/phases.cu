@@ -1,153 +1,15 @@
-// The host side of the CUDA backend: tables, their refresh, and the launches of a step.
+// The host side of the CUDA backend: the launches of a step.
 #include <algorithm>
-#include <atomic>
-#include <cstring>
-#include <limits>
 #include <stdexcept>
 #include <utility>
 
 #include "cuda/device.h"
+#include "cuda/driver.h"
 #include "cuda/phases.h"
+#include "cuda/table.h"
 
 namespace fused_optim {
 namespace {
-
-std::atomic<uint64_t> launches{0};
-
-// What changes at a step is sent by up to so many launches, more by a copy.
-constexpr size_t kMostPatches = 8;
-
-// An error is thrown once: what is left of it is cleared, as far as CUDA lets it be.
-void check(cudaError_t error, const char* what) {
-  if (error == cudaSuccess) return;
-  cudaGetLastError();
-  throw std::runtime_error(
-      std::string("fused_optim: CUDA error in ") + what + ": " + cudaGetErrorName(error) + " (" +
-      cudaGetErrorString(error) +
-      "). It may come from earlier work on the device; the parameters and states of this step "
-      "are undefined");
-}
-
-template <class... P, class... A>
-void launch(const char* phase, void (*kernel)(P...), int64_t blocks, int threads, cudaStream_t stream,
-            const A&... arguments) {
-  if (blocks == 0) return;
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(blocks));
-  config.blockDim = dim3(static_cast<unsigned>(threads));
-  config.stream = stream;
-  launches.fetch_add(1, std::memory_order_relaxed);
-  check(cudaLaunchKernelEx(&config, kernel, arguments...), phase);
-}
-
-// The driver's functions, through the runtime: the module links to no driver.
-using GetContext = int (*)(void** context);
-using SetContext = int (*)(void* context);
-
-template <class Function>
-Function find_in_driver(const char* name) {
-  void* found = nullptr;
-  cudaDriverEntryPointQueryResult result{};
-#if CUDART_VERSION >= 12050
-  const cudaError_t error = cudaGetDriverEntryPointByVersion(name, &found, 11080, cudaEnableDefault, &result);
-#else
-  const cudaError_t error = cudaGetDriverEntryPoint(name, &found, cudaEnableDefault, &result);
-#endif
-  if (error != cudaSuccess) cudaGetLastError();
-  return error == cudaSuccess && result == cudaDriverEntryPointSuccess ? reinterpret_cast<Function>(found)
-                                                                       : nullptr;
-}
-
-// Makes a device current in this thread. Afterwards the context that was current before is so again, or none
-// where there was none: cudaSetDevice to the device before would create a context on it, which takes hundreds
-// of megabytes of a GPU that this process may have nothing to do with.
-class DeviceGuard {
- public:
-  explicit DeviceGuard(int device) : error_(enter(device)) {}
-  ~DeviceGuard() {
-    if (entered_) set()(before_);
-  }
-  DeviceGuard(const DeviceGuard&) = delete;
-  DeviceGuard& operator=(const DeviceGuard&) = delete;
-
-  cudaError_t error() const { return error_; }
-
- private:
-  static GetContext get() {
-    static const auto function = find_in_driver<GetContext>("cuCtxGetCurrent");
-    return function;
-  }
-  static SetContext set() {
-    static const auto function = find_in_driver<SetContext>("cuCtxSetCurrent");
-    return function;
-  }
-
-  cudaError_t enter(int device) {
-    entered_ = get() != nullptr && set() != nullptr && get()(&before_) == 0;
-    if (!entered_) return cudaErrorInitializationError;  // no driver, or it has gone before this process
-    return cudaSetDevice(device);
-  }
-
-  void* before_ = nullptr;
-  bool entered_ = false;
-  cudaError_t error_;
-};
-
-// Allocating and freeing is no work on a stream: it must not spoil a capture that goes on in this thread.
-class RelaxedCapture {
- public:
-  RelaxedCapture() { cudaThreadExchangeStreamCaptureMode(&mode_); }
-  ~RelaxedCapture() { cudaThreadExchangeStreamCaptureMode(&mode_); }
-  RelaxedCapture(const RelaxedCapture&) = delete;
-  RelaxedCapture& operator=(const RelaxedCapture&) = delete;
-
- private:
-  cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
-};
-
-// Offsets of arrays in one allocation.
-class Arena {
- public:
-  template <class Value>
-  size_t place(size_t count) {
-    const size_t offset = size_;
-    size_ += (count * sizeof(Value) + 255) / 256 * 256;
-    return offset;
-  }
-  size_t size() const { return size_; }
-
- private:
-  size_t size_ = 0;
-};
-
-// One device allocation and what the host knows of its front part.
-struct Table {
-  unsigned char* base = nullptr;
-  std::vector<uint32_t> mirror;  // empty: nothing has been sent yet
-
-  Table(int device, size_t bytes) : device_(device) {
-    const DeviceGuard guard(device);
-    check(guard.error(), "choosing the device");
-    const RelaxedCapture relaxed;
-    check(cudaMalloc(reinterpret_cast<void**>(&base), bytes), "allocating the table");
-  }
-  ~Table() {
-    const DeviceGuard guard(device_);
-    if (guard.error() != cudaSuccess) return;  // the process ends: the driver has gone first
-    const RelaxedCapture relaxed;
-    cudaFree(base);  // waits for what still reads it
-  }
-  Table(const Table&) = delete;
-  Table& operator=(const Table&) = delete;
-
-  template <class Value>
-  Value* at(size_t offset) const {
-    return reinterpret_cast<Value*>(base + offset);
-  }
-
- private:
-  int device_;
-};
 
 template <class... R>
 int first_state_of(RuleList<R...>, int rule) {
@@ -155,33 +17,10 @@ int first_state_of(RuleList<R...>, int rule) {
   return table[rule];
 }
 
-bool has_large_patches() {
-  int version = 0;
-  return cudaDriverGetVersion(&version) == cudaSuccess && version >= 12010;
-}
-
-// A stream that has nothing to do with any other, and so with no capture.
-class SideStream {
- public:
-  SideStream() { check(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "creating a stream"); }
-  ~SideStream() { cudaStreamDestroy(stream_); }
-  SideStream(const SideStream&) = delete;
-  SideStream& operator=(const SideStream&) = delete;
-
-  operator cudaStream_t() const { return stream_; }
-
- private:
-  cudaStream_t stream_ = nullptr;
-};
-
-bool is_capturing(int device, cudaStream_t stream) {
-  const DeviceGuard guard(device);  // a thread without a context would get one on device 0
-  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
-  if (cudaStreamIsCapturing(stream, &status) != cudaSuccess) {
-    cudaGetLastError();
-    return false;
-  }
-  return status != cudaStreamCaptureStatusNone;
+std::vector<Row> rows_of(const std::vector<Row>& rows, const std::vector<size_t>& own) {
+  std::vector<Row> found;
+  for (const size_t r : own) found.push_back(rows[r]);
+  return found;
 }
 
 class CudaPhasesOfDevice final : public CudaPhases {
@@ -192,23 +31,19 @@ class CudaPhasesOfDevice final : public CudaPhases {
         own_(std::move(own)),
         hypers_(groups),
         tensors_(tensors),
-        row_count_(own_.size()),
-        group_count_(groups.size()),
-        has_large_patches_(has_large_patches()) {
-    for (const size_t r : own_) own_rows_.push_back(rows[r]);
+        own_rows_(rows_of(rows, own_)),
+        layout_(lay_out(own_rows_, groups.size())) {
     const DeviceGuard guard(device);
     check(guard.error(), "choosing the device");
-    lay_out(own_rows_);
-    live_ = std::make_unique<Table>(device_, arena_.size());
+    writer_ = std::make_unique<TableWriter>(device, layout_);
+    live_ = std::make_unique<Table>(device, layout_.bytes);
     check(cudaEventCreateWithFlags(&done_, cudaEventDisableTiming), "creating an event");
-    check(cudaEventCreateWithFlags(&uploaded_, cudaEventDisableTiming), "creating an event");
   }
 
   ~CudaPhasesOfDevice() override {
     const DeviceGuard guard(device_);
     const RelaxedCapture relaxed;
     if (done_ != nullptr) cudaEventDestroy(done_);
-    if (uploaded_ != nullptr) cudaEventDestroy(uploaded_);
   }
 
   int device() const override { return device_; }
@@ -239,7 +74,7 @@ class CudaPhasesOfDevice final : public CudaPhases {
       if (step.exchanged != 0) clear_totals(*live_);
       launch_reduce(*live_, step);
       if (step.exchanged != 0) {
-        copy_totals(reinterpret_cast<void*>(step.exchanged), live_->at<Sums>(sums_));
+        copy_totals(reinterpret_cast<void*>(step.exchanged), live_->at<Sums>(layout_.sums));
       } else {
         *sum += grad_sq(step);
       }
@@ -270,7 +105,7 @@ class CudaPhasesOfDevice final : public CudaPhases {
                          });
     if (reduces && !step.reduced) launch_reduce(*table, step);
     if (step.reduced && step.exchanged != 0) {
-      copy_totals(table->at<Sums>(sums_), reinterpret_cast<const void*>(step.exchanged));
+      copy_totals(table->at<Sums>(layout_.sums), reinterpret_cast<const void*>(step.exchanged));
     }
     measures_ = step.measured != 0;
     if (!launch_update(*table, step, reduces, plan_step.exchange)) return false;
@@ -291,14 +126,6 @@ class CudaPhasesOfDevice final : public CudaPhases {
   }
 
  private:
-  struct BucketPlan {
-    int rule;
-    bool in_double;
-    int64_t blocks;
-    size_t extents, first_extent;
-    int64_t first_tile_sums;  // of its tiles among those of all buckets; -1: it has none
-  };
-
   CudaStep step_of(const Step& step) const {
     CudaStep out{step.of_device(device_)};
     out.options = step.options;
@@ -316,185 +143,11 @@ class CudaPhasesOfDevice final : public CudaPhases {
   double grad_sq(const CudaStep& step) const {
     launch("the reduce phase", grad_sq_kernel, 1, kThreads, stream_, prepare_table(*live_), step.non_finite);
     double grad_sq = 0;
-    check(cudaMemcpyAsync(&grad_sq, &live_->at<Control>(control_)->grad_sq, sizeof grad_sq,
+    check(cudaMemcpyAsync(&grad_sq, &live_->at<Control>(layout_.control)->grad_sq, sizeof grad_sq,
                           cudaMemcpyDeviceToHost, stream_),
           "reading the global norm");
     check(cudaStreamSynchronize(stream_), "reading the global norm");
     return grad_sq;
-  }
-
-  // Decides where everything lies, and writes what never changes.
-  void lay_out(const std::vector<Row>& rows) {
-    rows_ = arena_.place<Row>(row_count_);
-    groups_ = arena_.place<CudaGroup>(group_count_);
-    changing_bytes_ = arena_.size();
-
-    std::vector<std::vector<Extent>> extents;
-    std::vector<std::vector<int32_t>> first_extents;
-    std::vector<DirectionRow> directions;
-    int64_t tile_sums = 0;
-    for (const bool in_double : {false, true}) {
-      for (int rule = 0; rule < Rules::kCount; ++rule) {
-        std::vector<Extent> list;
-        std::vector<int32_t> first;
-        int64_t tiles = 0;
-        const bool has_direction = accumulate_kernel_of(rule, in_double) != nullptr;
-        for (size_t r = 0; r < rows.size(); ++r) {
-          const Row& row = rows[r];
-          if (row.rule != rule || computes_in_double(row.dtype[kParam]) != in_double) continue;
-          const int64_t end = tiles + (row.numel + kTile - 1) / kTile;
-          if (has_direction) {
-            directions.push_back({tile_sums + tiles, end - tiles, static_cast<int64_t>(r)});
-          }
-          if (row.numel == 0) continue;
-          // Blocks whose first tile is in this row.
-          for (int64_t tile = static_cast<int64_t>(first.size()) * kWarpsPerBlock; tile < end;
-               tile += kWarpsPerBlock) {
-            first.push_back(static_cast<int32_t>(list.size()));
-          }
-          list.push_back({tiles, static_cast<int64_t>(r)});
-          tiles = end;
-        }
-        if (list.empty()) continue;
-        list.push_back({tiles, -1});
-        for (int i = 1; i < kWarpsPerBlock; ++i) list.push_back({std::numeric_limits<int64_t>::max(), -1});
-        buckets_.push_back({rule, in_double, static_cast<int64_t>(first.size()),
-                            arena_.place<Extent>(list.size()), arena_.place<int32_t>(first.size()),
-                            has_direction ? tile_sums : -1});
-        if (has_direction) tile_sums += tiles;
-        extents.push_back(std::move(list));
-        first_extents.push_back(std::move(first));
-      }
-    }
-
-    std::vector<Piece> pieces;
-    std::vector<Pieces> totals;
-    std::vector<int32_t> small;
-    auto next = static_cast<int32_t>(row_count_);
-    for (size_t r = 0; r < rows.size(); ++r) {
-      const auto row = static_cast<int32_t>(r);
-      const auto count = static_cast<int32_t>((rows[r].numel + kChunk - 1) / kChunk);
-      if (rows[r].numel <= kSummedByWarp) {
-        small.push_back(row);
-      } else if (count == 1) {
-        pieces.push_back({0, row, row});
-      } else {
-        totals.push_back({row, next, count});
-        for (int32_t i = 0; i < count; ++i) pieces.push_back({static_cast<int64_t>(i) * kChunk, row, next++});
-      }
-    }
-    piece_count_ = static_cast<int32_t>(pieces.size());
-    small_count_ = static_cast<int32_t>(small.size());
-    total_count_ = static_cast<int32_t>(totals.size());
-    pieces_ = arena_.place<Piece>(pieces.size());
-    totals_ = arena_.place<Pieces>(totals.size());
-    small_ = arena_.place<int32_t>(small.size());
-    direction_count_ = static_cast<int64_t>(directions.size());
-    directions_ = arena_.place<DirectionRow>(directions.size());
-
-    words_.assign(arena_.size() / sizeof(uint32_t), 0);
-    for (size_t b = 0; b < buckets_.size(); ++b) {
-      put(buckets_[b].extents, extents[b]);
-      put(buckets_[b].first_extent, first_extents[b]);
-    }
-    put(pieces_, pieces);
-    put(totals_, totals);
-    put(small_, small);
-    put(directions_, directions);
-
-    // Only kernels touch what follows.
-    sums_ = arena_.place<Sums>(static_cast<size_t>(next));
-    sums_bytes_ = arena_.size() - sums_;
-    records_ = arena_.place<ScalarsRecord>(row_count_);
-    control_ = arena_.place<Control>(1);
-    tile_sums_ = arena_.place<TileSums>(static_cast<size_t>(tile_sums));
-  }
-
-  unsigned char* bytes(size_t offset) { return reinterpret_cast<unsigned char*>(words_.data()) + offset; }
-
-  template <class Value>
-  void put(size_t offset, const std::vector<Value>& values) {
-    if (!values.empty()) std::memcpy(bytes(offset), values.data(), values.size() * sizeof(Value));
-  }
-
-  // What the table should hold.
-  void write() {
-    if (uploading_) {
-      const RelaxedCapture relaxed;
-      check(cudaEventSynchronize(uploaded_), "waiting for the upload of the table");
-    }
-    uploading_ = false;
-    constexpr size_t kUsed =
-        offsetof(Row, has_trust_ratio) + sizeof(bool);  // without the padding behind: it may be anything
-    for (size_t r = 0; r < row_count_; ++r) {
-      unsigned char* at = bytes(rows_ + r * sizeof(Row));
-      std::memcpy(at, &own_rows_[r], kUsed);
-      // An inactive row's addresses may be stale: the device never sees them.
-      if (!own_rows_[r].active) std::memset(at, 0, sizeof own_rows_[r].address);
-    }
-    for (size_t g = 0; g < group_count_; ++g) {
-      const CudaGroup group{hypers_[g], tensors_[g]};
-      std::memcpy(bytes(groups_ + g * sizeof(CudaGroup)), &group,
-                  offsetof(CudaGroup, tensors.dtype) + kMaxHyper);
-    }
-  }
-
-  template <int kWords>
-  void patch(void (*kernel)(PatchWords<kWords>), Table& table, const std::vector<uint32_t>& changed) {
-    constexpr int kPatchThreads = 256;
-    auto words = std::make_unique<PatchWords<kWords>>();
-    words->table = reinterpret_cast<uint32_t*>(table.base);
-    for (size_t begin = 0; begin < changed.size(); begin += kWords) {
-      words->count = static_cast<int32_t>(std::min<size_t>(kWords, changed.size() - begin));
-      for (int32_t i = 0; i < words->count; ++i) {
-        words->offset[i] = changed[begin + static_cast<size_t>(i)];
-        words->value[i] = words_[words->offset[i]];
-      }
-      const int blocks = (words->count + kPatchThreads - 1) / kPatchThreads;
-      launch("the refresh of the table", kernel, blocks, kPatchThreads, stream_, *words);
-    }
-  }
-
-  // Makes the table on the device equal to words_.
-  void send(Table& table) {
-    changed_.clear();
-    std::vector<uint32_t> mirror;  // until everything is on its way, nothing is known of the table
-    mirror.swap(table.mirror);
-    const bool fresh = mirror.empty();
-    const size_t end = fresh ? words_.size() : changing_bytes_ / sizeof(uint32_t);
-    constexpr size_t kStride = 64;  // words compared at a time
-    for (size_t begin = 0; begin < end && !fresh; begin += kStride) {
-      const size_t stop = std::min(end, begin + kStride);
-      if (std::equal(words_.begin() + static_cast<ptrdiff_t>(begin),
-                     words_.begin() + static_cast<ptrdiff_t>(stop),
-                     mirror.begin() + static_cast<ptrdiff_t>(begin))) {
-        continue;
-      }
-      for (size_t i = begin; i < stop; ++i) {
-        if (words_[i] != mirror[i]) changed_.push_back(static_cast<uint32_t>(i));
-      }
-    }
-    const size_t limit = has_large_patches_ ? kPatchWords : kPatchWordsSmall;
-    if (fresh) {
-      // The sums of a row that is not active are read and not used.
-      check(cudaMemsetAsync(table.base + sums_, 0, sums_bytes_, stream_), "clearing the table");
-    }
-    if (fresh || changed_.size() > kMostPatches * limit) {
-      // The driver may wait until the stream comes to the copy, or, where the device reads the host's pages,
-      // copy when it does: nothing for every step, and words_ must not change until then.
-      check(
-          cudaMemcpyAsync(table.base, words_.data(), end * sizeof(uint32_t), cudaMemcpyHostToDevice, stream_),
-          "the upload of the table");
-      check(cudaEventRecord(uploaded_, stream_), "recording the upload of the table");
-      uploading_ = true;
-    } else if (has_large_patches_) {
-      patch<kPatchWords>(large_patch_kernel(), table, changed_);
-    } else {
-      patch<kPatchWordsSmall>(patch_kernel<kPatchWordsSmall>, table, changed_);
-    }
-    mirror.resize(words_.size());
-    std::copy_n(words_.begin(), end, mirror.begin());
-    table.mirror.swap(mirror);
   }
 
   void refresh() {
@@ -502,8 +155,8 @@ class CudaPhasesOfDevice final : public CudaPhases {
     if (recorded_on_ != stream_ && recorded_) {
       check(cudaStreamWaitEvent(stream_, done_, 0), "waiting for the last step's stream");
     }
-    write();
-    send(*live_);
+    writer_->write(own_rows_, hypers_, tensors_);
+    writer_->send(*live_, stream_);
   }
 
   // A table of this step for the replays of the graph that is being captured. A later step would change the
@@ -511,84 +164,73 @@ class CudaPhasesOfDevice final : public CudaPhases {
   // it enters the graph: it is there, on the device, before this returns.
   const Table& table_for_replays() {
     cudaGetLastError();
-    auto table = std::make_unique<Table>(device_, arena_.size());
-    write();
-    const RelaxedCapture relaxed;
-    const SideStream side;
-    check(cudaMemcpyAsync(table->base, words_.data(), words_.size() * sizeof(uint32_t),
-                          cudaMemcpyHostToDevice, side),
-          "the upload of the table");
-    check(cudaMemsetAsync(table->base + sums_, 0, sums_bytes_, side), "clearing the table");
-    check(cudaStreamSynchronize(side), "the upload of the table");
-    captured_.push_back(std::move(table));
+    writer_->write(own_rows_, hypers_, tensors_);
+    captured_.push_back(writer_->upload());
     return *captured_.back();
   }
 
   PrepareTable prepare_table(const Table& table) const {
-    return {table.at<Row>(rows_),        table.at<CudaGroup>(groups_),
-            table.at<Sums>(sums_),       table.at<ScalarsRecord>(records_),
-            table.at<Control>(control_), static_cast<int32_t>(row_count_)};
+    return {table.at<Row>(layout_.rows),        table.at<CudaGroup>(layout_.groups),
+            table.at<Sums>(layout_.sums),       table.at<ScalarsRecord>(layout_.records),
+            table.at<Control>(layout_.control), static_cast<int32_t>(layout_.row_count)};
   }
 
   void launch_reduce(const Table& table, const CudaStep& step) const {
-    const ReduceTable reduce{table.at<Row>(rows_),
-                             table.at<CudaGroup>(groups_),
-                             table.at<Piece>(pieces_),
-                             table.at<int32_t>(small_),
-                             piece_count_,
-                             small_count_,
-                             table.at<Sums>(sums_)};
-    const int64_t blocks = piece_count_ + (small_count_ + kWarpsPerBlock - 1) / kWarpsPerBlock;
+    const ReduceTable reduce{table.at<Row>(layout_.rows),
+                             table.at<CudaGroup>(layout_.groups),
+                             table.at<Piece>(layout_.pieces),
+                             table.at<int32_t>(layout_.small),
+                             layout_.piece_count,
+                             layout_.small_count,
+                             table.at<Sums>(layout_.sums)};
+    const int64_t blocks = layout_.piece_count + (layout_.small_count + kWarpsPerBlock - 1) / kWarpsPerBlock;
     launch("the reduce phase", reduce_kernel, blocks, kThreads, stream_, reduce, step);
-    launch("the reduce phase", total_kernel, total_count_, kThreads, stream_, table.at<const Pieces>(totals_),
-           table.at<const Row>(rows_), table.at<Sums>(sums_));
+    launch("the reduce phase", total_kernel, layout_.total_count, kThreads, stream_,
+           table.at<const Pieces>(layout_.totals), table.at<const Row>(layout_.rows),
+           table.at<Sums>(layout_.sums));
   }
 
   void clear_totals(const Table& table) const {
-    check(cudaMemsetAsync(table.at<Sums>(sums_), 0, row_count_ * sizeof(Sums), stream_),
+    check(cudaMemsetAsync(table.at<Sums>(layout_.sums), 0, layout_.row_count * sizeof(Sums), stream_),
           "clearing the norms");
   }
 
   void copy_totals(void* to, const void* from) const {
-    check(cudaMemcpyAsync(to, from, row_count_ * sizeof(Sums), cudaMemcpyDeviceToDevice, stream_),
+    check(cudaMemcpyAsync(to, from, layout_.row_count * sizeof(Sums), cudaMemcpyDeviceToDevice, stream_),
           "copying the norms");
   }
 
-  Bucket bucket(const Table& table, const BucketPlan& plan, bool backwards) const {
+  Bucket bucket(const Table& table, const BucketLayout& plan, bool backwards) const {
     TileSums* sums =
-        plan.first_tile_sums < 0 ? nullptr : table.at<TileSums>(tile_sums_) + plan.first_tile_sums;
-    return {table.at<Extent>(plan.extents),
-            table.at<int32_t>(plan.first_extent),
-            table.at<Row>(rows_),
-            table.at<ScalarsRecord>(records_),
-            table.at<Control>(control_),
-            sums,
-            first_state_of(Rules{}, plan.rule),
-            backwards};
+        plan.first_tile_sums < 0 ? nullptr : table.at<TileSums>(layout_.tile_sums) + plan.first_tile_sums;
+    return {table.at<Extent>(plan.extents),     table.at<int32_t>(plan.first_extent),
+            table.at<Row>(layout_.rows),        table.at<ScalarsRecord>(layout_.records),
+            table.at<Control>(layout_.control), sums,
+            first_state_of(Rules{}, plan.rule), backwards};
   }
 
   // Passes alternate direction: the end of the last one is still in the cache. False: the exchange has
   // failed.
   bool launch_update(const Table& table, const CudaStep& step, bool reduces, const Exchange& exchange) const {
-    const auto blocks = static_cast<int64_t>((row_count_ + kPreparedRows - 1) / kPreparedRows);
+    const auto blocks = static_cast<int64_t>((layout_.row_count + kPreparedRows - 1) / kPreparedRows);
     launch("the prepare phase", prepare_kernel, blocks, kThreads, stream_, prepare_table(table), step);
-    for (const BucketPlan& plan : buckets_) {
+    for (const BucketLayout& plan : layout_.buckets) {
       if (plan.first_tile_sums < 0) continue;
       launch("the apply phase", accumulate_kernel_of(plan.rule, plan.in_double), plan.blocks, kThreads,
              stream_, bucket(table, plan, reduces));
     }
-    if (step.exchanged != 0 && direction_count_ != 0) {
+    if (step.exchanged != 0 && layout_.direction_count != 0) {
       clear_totals(table);
       launch_directions(table, step, DirectionPass::add_up);
-      copy_totals(reinterpret_cast<void*>(step.exchanged), table.at<Sums>(sums_));
+      copy_totals(reinterpret_cast<void*>(step.exchanged), table.at<Sums>(layout_.sums));
       double unused;
       if (exchange && !exchange(nullptr, device_, &unused)) return false;
-      copy_totals(table.at<Sums>(sums_), reinterpret_cast<const void*>(step.exchanged));
+      copy_totals(table.at<Sums>(layout_.sums), reinterpret_cast<const void*>(step.exchanged));
       launch_directions(table, step, DirectionPass::prepare);
     } else {
       launch_directions(table, step, DirectionPass::whole);
     }
-    for (const BucketPlan& plan : buckets_) {
+    for (const BucketLayout& plan : layout_.buckets) {
       const bool second = plan.first_tile_sums >= 0;
       launch("the apply phase", apply_kernel_of(plan.rule, plan.in_double), plan.blocks, kThreads, stream_,
              bucket(table, plan, reduces != second));
@@ -597,31 +239,20 @@ class CudaPhasesOfDevice final : public CudaPhases {
   }
 
   void launch_directions(const Table& table, const CudaStep& step, DirectionPass pass) const {
-    launch("the prepare phase", direction_kernel, direction_count_, kThreads, stream_,
-           table.at<const DirectionRow>(directions_), table.at<const TileSums>(tile_sums_),
+    launch("the prepare phase", direction_kernel, layout_.direction_count, kThreads, stream_,
+           table.at<const DirectionRow>(layout_.directions), table.at<const TileSums>(layout_.tile_sums),
            prepare_table(table), step, pass);
   }
 
   const int device_;
   const std::vector<size_t> own_;  // the rows' indices in the plan
-  std::vector<Row> own_rows_;
   const std::vector<GroupHyper>& hypers_;
   const std::vector<HyperTensors>& tensors_;
-  const size_t row_count_, group_count_;
-  const bool has_large_patches_;
-  Arena arena_;
-  size_t rows_ = 0, groups_ = 0, pieces_ = 0, totals_ = 0, small_ = 0, directions_ = 0;
-  size_t sums_ = 0, sums_bytes_ = 0, records_ = 0, control_ = 0, tile_sums_ = 0;
-  size_t changing_bytes_ = 0;
-  int32_t piece_count_ = 0, small_count_ = 0, total_count_ = 0;
-  int64_t direction_count_ = 0;
-  std::vector<BucketPlan> buckets_;
-  std::vector<uint32_t> words_;    // what the table should hold
-  std::vector<uint32_t> changed_;  // offsets
+  std::vector<Row> own_rows_;
+  const TableLayout layout_;
+  std::unique_ptr<TableWriter> writer_;
   std::unique_ptr<Table> live_;
   std::vector<std::unique_ptr<Table>> captured_;
-  cudaEvent_t uploaded_ = nullptr;  // the last upload of words_
-  bool uploading_ = false;
   cudaEvent_t done_ = nullptr;
   bool recorded_ = false;
   cudaStream_t recorded_on_ = nullptr;
@@ -694,7 +325,5 @@ std::string why_no_cuda(int device) {
   return "no kernel for its architecture, sm_" + std::to_string(major) + std::to_string(minor) +
          ", was compiled in (set FUSED_OPTIM_CUDA_ARCHS when building): " + text;
 }
-
-uint64_t cuda_launches() { return launches.load(); }
 
 }  // namespace fused_optim

@@ -1,8 +1,9 @@
 // reduce, prepare and apply on a CUDA stream. Nothing here needs a CUDA header, so any file may include it.
 //
-// phases.cu is the host side: tables, their refresh, the launches. The kernels are in reduce.cu, with
-// prepare's, apply.cu and patch.cu. device.h is what lies on the device and which kernels read it; vector.h
-// its vectors.
+// phases.cu is the host side, which launches the kernels of reduce.cu, prepare.cu, apply.cu and patch.cu;
+// table is how what it knows comes to the device, layout where that lies there, driver what it asks of CUDA.
+// device.h has what the kernels are given, sums.h what two of them share, vector.h vectors in a device's
+// memory.
 #pragma once
 
 #include <cstddef>

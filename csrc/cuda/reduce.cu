@@ -1,53 +1,12 @@
-// The reduce and prepare phases on the device.
-//
-// Every sum has one order: a thread adds the squares of its own elements in float, its warp and block add
-// those in double along a fixed tree, and one block adds a row's pieces. There are no floating-point atomics,
-// so the bits are the same from run to run, on every GPU, and whatever other rows there are.
+// The reduce phase on the device: norms, and whether all elements are finite.
 #include <cstddef>
 
-#include "cuda/device.h"
-#include "cuda/vector.h"
+#include "cuda/sums.h"
 
 namespace fused_optim {
 namespace {
 
 constexpr int kVectorsInFlight = 4;
-
-FO_DEVICE Sums combine(const Sums& a, const Sums& b) {
-  return {{a.norms.grad_sq + b.norms.grad_sq, maximum(a.norms.grad_max, b.norms.grad_max),
-           a.norms.param_sq + b.norms.param_sq, a.norms.decayed_sq + b.norms.decayed_sq,
-           a.norms.direction_sq + b.norms.direction_sq},
-          a.non_finite > b.non_finite ? a.non_finite : b.non_finite};
-}
-
-FO_DEVICE Sums sum_warp(Sums sums) {
-#pragma unroll
-  for (int distance = kWarp / 2; distance > 0; distance /= 2) {
-    Sums other{};
-    other.norms.grad_sq = __shfl_down_sync(0xffffffffu, sums.norms.grad_sq, distance);
-    other.norms.grad_max = __shfl_down_sync(0xffffffffu, sums.norms.grad_max, distance);
-    other.norms.param_sq = __shfl_down_sync(0xffffffffu, sums.norms.param_sq, distance);
-    other.norms.decayed_sq = __shfl_down_sync(0xffffffffu, sums.norms.decayed_sq, distance);
-    other.norms.direction_sq = __shfl_down_sync(0xffffffffu, sums.norms.direction_sq, distance);
-    other.non_finite = __shfl_down_sync(0xffffffffu, sums.non_finite, distance);
-    sums = combine(sums, other);
-  }
-  return sums;
-}
-
-// The sums of all threads of a block, in its first thread.
-FO_DEVICE Sums sum_block(const Sums& own) {
-  __shared__ Sums of_warp[kWarpsPerBlock];
-  const Sums sums = sum_warp(own);
-  const unsigned warp = threadIdx.x / kWarp;
-  if (threadIdx.x % kWarp == 0) of_warp[warp] = sums;
-  __syncthreads();
-  Sums total = of_warp[0];
-  if (threadIdx.x == 0) {
-    for (int w = 1; w < kWarpsPerBlock; ++w) total = combine(total, of_warp[w]);
-  }
-  return total;
-}
 
 // The threads that sum one range together.
 struct Team {
@@ -60,9 +19,6 @@ struct Square {
   double largest;
   bool non_finite;
 };
-
-FO_DEVICE bool is_finite(float value) { return fabsf(value) < HUGE_VALF; }
-FO_DEVICE bool is_finite(double value) { return fabs(value) < HUGE_VAL; }
 
 // Calls f(element) for this thread's elements of a column, always in the same order: for those of kVectors
 // vectors at a time, which are under way together, as long as all of them are whole; then one by one. Where
@@ -240,31 +196,6 @@ FO_DEVICE Square sum_param(const Row& row, int64_t begin, int n, Team team) {
   return sum_column<T>(row, kParam, as_it_is, begin, n, team);
 }
 
-// A number that the group holds itself, or that a tensor of the user's does.
-FO_DEVICE double read_hyper(const CudaGroup& group, int index) {
-  const uint64_t address = group.tensors.address[index];
-  if (address == 0) return group.hyper.rule[index];
-  switch (group.tensors.dtype[index]) {
-    case DType::float32:
-      return static_cast<double>(*reinterpret_cast<const float*>(address));
-    case DType::float64:
-      return *reinterpret_cast<const double*>(address);
-    case DType::bfloat16:
-      return static_cast<double>(load(*reinterpret_cast<const bfloat16*>(address)));
-    default:
-      return static_cast<double>(load(*reinterpret_cast<const float16*>(address)));
-  }
-}
-
-template <class Rule>
-FO_DEVICE GroupHyper read_group(const CudaGroup& group) {
-  GroupHyper hyper = group.hyper;
-  constexpr int kCount = static_cast<int>(sizeof(typename Rule::Hyper) / sizeof(double));
-#pragma unroll
-  for (int i = 0; i < kCount; ++i) hyper.rule[i] = read_hyper(group, i);
-  return hyper;
-}
-
 // weight_decay_of, without the other numbers of the group.
 template <class... R>
 FO_DEVICE double read_weight_decay(RuleList<R...>, const Row& row, const CudaGroup& group) {
@@ -309,17 +240,6 @@ FO_DEVICE Sums sum_decayed(const Row& row, const GradTransform<T>& grad, int64_t
     }
   }
   return sums;
-}
-
-FO_DEVICE StepOptions options_of(const CudaStep& step) {
-  StepOptions options = step.options;
-  if (step.grad_scale != 0)
-    options.grad_scale = 1 / static_cast<double>(*reinterpret_cast<const float*>(step.grad_scale));
-  return options;
-}
-
-FO_DEVICE bool found_inf(const CudaStep& step) {
-  return step.found_inf != 0 && *reinterpret_cast<const float*>(step.found_inf) != 0;
 }
 
 template <class T>
@@ -383,192 +303,6 @@ __global__ void __launch_bounds__(kThreads) total_kernel(const Pieces* pieces, c
     own = combine(own, sums[mine.first + i]);
   const Sums total = sum_block(own);
   if (threadIdx.x == 0) sums[mine.row] = total;
-}
-
-namespace {
-
-// A sum that carries what it lost: exact enough that the order of the rows, and so the split into groups,
-// does not show in the global norm.
-struct Compensated {
-  double sum, lost;
-};
-
-FO_DEVICE Compensated add(const Compensated& a, double term) {
-  const double next = a.sum + term;
-  const double lost = a.sum >= term ? (a.sum - next) + term : (term - next) + a.sum;  // both are squares
-  return {next, a.lost + lost};
-}
-
-FO_DEVICE Compensated add(const Compensated& a, const Compensated& b) {
-  return add({a.sum, a.lost + b.lost}, b.sum);
-}
-
-// Every block for itself: reading a few numbers a row once more is cheaper than another launch. The result is
-// that of all threads together, in the first one. exchanged: the sums are those of all processes, and a row
-// counts that has its gradient in another one.
-FO_DEVICE void sum_rows(const PrepareTable& table, bool exchanged, double& grad_sq, bool& non_finite) {
-  __shared__ Compensated of_warp[kWarpsPerBlock];
-  __shared__ int non_finite_of_warp[kWarpsPerBlock];
-  Compensated own{0, 0};
-  double bad = 0;
-#pragma unroll 4
-  for (int r = static_cast<int>(threadIdx.x); r < table.row_count; r += kThreads) {
-    // Read before anything is asked, so that the loads of several rows are under way at once.
-    const bool active = table.rows[r].active, clipped = table.rows[r].clipped;
-    const double term = table.sums[r].norms.grad_sq, flag = table.sums[r].non_finite;
-    if (active) bad += flag;
-    if ((active || exchanged) && clipped) own = add(own, term);
-  }
-#pragma unroll
-  for (int distance = kWarp / 2; distance > 0; distance /= 2) {
-    const Compensated other{__shfl_down_sync(0xffffffffu, own.sum, distance),
-                            __shfl_down_sync(0xffffffffu, own.lost, distance)};
-    own = add(own, other);
-    bad += __shfl_down_sync(0xffffffffu, bad, distance);
-  }
-  const unsigned warp = threadIdx.x / kWarp;
-  if (threadIdx.x % kWarp == 0) {
-    of_warp[warp] = own;
-    non_finite_of_warp[warp] = bad != 0 ? 1 : 0;
-  }
-  __syncthreads();
-  Compensated all = of_warp[0];
-  int any = non_finite_of_warp[0];
-  for (int w = 1; w < kWarpsPerBlock; ++w) {
-    all = add(all, of_warp[w]);
-    any |= non_finite_of_warp[w];
-  }
-  grad_sq = is_finite(all.sum) ? all.sum + all.lost : all.sum;
-  non_finite = any != 0;
-}
-
-// A record of the compute type, from one in double: prepare rounds every number once, at its end.
-template <class Rule>
-FO_DEVICE void put_record(const Record<Rule, double>& record, bool in_double, ScalarsRecord& out) {
-  static_assert(sizeof(Record<Rule, double>) == 2 * sizeof(Record<Rule, float>),
-                "a record holds numbers only");
-  constexpr int kCount = static_cast<int>(sizeof record / sizeof(double));
-  double numbers[kCount];
-  __builtin_memcpy(numbers, &record, sizeof record);
-#pragma unroll
-  for (int i = 0; i < kCount; ++i) {
-    if (in_double) {
-      reinterpret_cast<double*>(out.bytes)[i] = numbers[i];
-    } else {
-      reinterpret_cast<float*>(out.bytes)[i] = static_cast<float>(numbers[i]);
-    }
-  }
-}
-
-template <class Rule>
-FO_DEVICE void prepare(const Row& row, const CudaGroup& group, const StepOptions& options, const Norms& norms,
-                       double global_norm, ScalarsRecord& out, MeasuredNorms& measured) {
-  const GroupHyper hyper = read_group<Rule>(group);
-  const auto record = prepare_row<Rule, double>(row, hyper, options, norms, global_norm, measured);
-  put_record<Rule>(record, computes_in_double(row.dtype[kParam]), out);
-}
-
-template <class... R>
-FO_DEVICE void prepare_any(RuleList<R...>, const Row& row, const CudaGroup& group, const StepOptions& options,
-                           const Norms& norms, double global_norm, ScalarsRecord& out,
-                           MeasuredNorms& measured) {
-  int i = 0;
-  ((i++ == row.rule ? prepare<R>(row, group, options, norms, global_norm, out, measured) : void()), ...);
-}
-
-template <class Rule>
-FO_DEVICE void prepare_second(const Row& row, const CudaGroup& group, const Norms& norms, ScalarsRecord& out,
-                              MeasuredNorms& measured) {
-  if constexpr (Rule::kHasDirection) {
-    const GroupHyper hyper = read_group<Rule>(group);
-    if (computes_in_double(row.dtype[kParam])) {
-      prepare_direction<Rule, double>(row, hyper, norms, *reinterpret_cast<Record<Rule, double>*>(out.bytes),
-                                      measured);
-    } else {
-      prepare_direction<Rule, float>(row, hyper, norms, *reinterpret_cast<Record<Rule, float>*>(out.bytes),
-                                     measured);
-    }
-  }
-}
-
-template <class... R>
-FO_DEVICE void prepare_second_any(RuleList<R...>, const Row& row, const CudaGroup& group, const Norms& norms,
-                                  ScalarsRecord& out, MeasuredNorms& measured) {
-  int i = 0;
-  ((i++ == row.rule ? prepare_second<R>(row, group, norms, out, measured) : void()), ...);
-}
-
-}  // namespace
-
-// For a caller that wants to know before the step goes on.
-__global__ void __launch_bounds__(kThreads) grad_sq_kernel(PrepareTable table, uint64_t non_finite_address) {
-  double grad_sq = 0;
-  bool non_finite = false;
-  sum_rows(table, false, grad_sq, non_finite);
-  if (threadIdx.x == 0) {
-    table.control->grad_sq = grad_sq;
-    if (non_finite_address != 0) *reinterpret_cast<float*>(non_finite_address) = non_finite ? 1.0f : 0.0f;
-  }
-}
-
-__global__ void __launch_bounds__(kThreads) prepare_kernel(PrepareTable table, CudaStep step) {
-  const StepOptions options = options_of(step);
-  double grad_sq = 0;
-  bool non_finite = false;
-  const bool measured = options.clip == Clip::global_norm || options.clip == Clip::norm;
-  if (measured || options.finds_inf) sum_rows(table, step.exchanged != 0, grad_sq, non_finite);
-  const bool skip = found_inf(step) || (options.finds_inf && non_finite);
-  const double global_norm = step.global_norm_known ? step.global_norm : sqrt(grad_sq);
-  const int thread = static_cast<int>(threadIdx.x);
-  if (blockIdx.x == 0 && thread == 0) {
-    table.control->skip = skip ? 1 : 0;
-    if (measured && step.grad_norm != 0)
-      *reinterpret_cast<float*>(step.grad_norm) = static_cast<float>(global_norm);
-    if (step.non_finite != 0) *reinterpret_cast<float*>(step.non_finite) = non_finite ? 1.0f : 0.0f;
-  }
-  const int r = static_cast<int>(blockIdx.x) * kPreparedRows + thread;
-  if (skip || thread >= kPreparedRows || r >= table.row_count || !table.rows[r].active) return;
-  const Row& row = table.rows[r];
-  const CudaGroup& group = table.groups[row.group];
-  const Norms norms = needs_of(row, group.hyper, options) != 0 ? table.sums[r].norms : Norms{};
-  MeasuredNorms seen;
-  prepare_any(Rules{}, row, group, options, norms, global_norm, table.records[r], seen);
-  if (step.measured != 0) {
-    auto* out = reinterpret_cast<float*>(step.measured) + 3 * static_cast<int64_t>(r);
-    out[0] = static_cast<float>(seen.grad_norm);
-    out[1] = static_cast<float>(seen.param_norm);
-    out[2] = static_cast<float>(seen.trust_ratio);
-  }
-}
-
-// The second prepare of rules with a direction: one block a row adds the sums of its tiles.
-__global__ void __launch_bounds__(kThreads)
-    direction_kernel(const DirectionRow* rows, const TileSums* sums, PrepareTable table, CudaStep step,
-                     DirectionPass pass) {
-  const DirectionRow mine = rows[blockIdx.x];
-  const Row& row = table.rows[mine.row];
-  if (table.control->skip != 0 || !row.active) return;
-  Sums own{};
-#pragma unroll 4
-  for (int64_t i = threadIdx.x; pass != DirectionPass::prepare && i < mine.count; i += kThreads) {
-    const TileSums of_tile = sums[mine.first + i];
-    own.norms.direction_sq += of_tile.direction_sq;
-    own.norms.param_sq += of_tile.param_sq;
-  }
-  Sums total = sum_block(own);
-  if (threadIdx.x != 0) return;
-  if (pass == DirectionPass::add_up) {
-    table.sums[mine.row] = total;
-    return;
-  }
-  if (pass == DirectionPass::prepare) total = table.sums[mine.row];
-  MeasuredNorms seen;
-  prepare_second_any(Rules{}, row, table.groups[row.group], total.norms, table.records[mine.row], seen);
-  if (step.measured != 0) {
-    auto* out = reinterpret_cast<float*>(step.measured) + 3 * mine.row;
-    out[1] = static_cast<float>(seen.param_norm);
-    out[2] = static_cast<float>(seen.trust_ratio);
-  }
 }
 
 }  // namespace fused_optim

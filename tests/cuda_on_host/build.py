@@ -36,7 +36,7 @@ def compile_module(folder: Path, *, sanitize: bool, csrc: Path = CSRC) -> Path:
     """Compile what has changed since the last time, and link it: objects and module are named after their contents."""
     flags = [*COMMON, "-O1", *(SANITIZE if sanitize else [])]
     flags = [flag.replace(str(CSRC), str(csrc)) for flag in flags]
-    files = [*sources(csrc.name, *CPP, at_least=29, root=csrc.parent), *sorted(HERE.glob("*.h")), HERE / "shim.cpp"]
+    files = [*sources(csrc.name, *CPP, at_least=43, root=csrc.parent), *sorted(HERE.glob("*.h")), HERE / "shim.cpp"]
     headers = digest_of(*flags, *(file.read_bytes() for file in files if file.suffix == ".h"))
     kernels = csrc / "cpu" / "kernels.cpp"
     units = [(file, file.stem, []) for file in files if file.suffix != ".h" and file != kernels]

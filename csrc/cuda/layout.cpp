@@ -1,0 +1,132 @@
+#include "cuda/layout.h"
+
+#include <cstring>
+#include <limits>
+#include <utility>
+
+namespace fused_optim {
+namespace {
+
+// Offsets of arrays in one allocation.
+class Arena {
+ public:
+  template <class Value>
+  size_t place(size_t count) {
+    const size_t offset = size_;
+    size_ += (count * sizeof(Value) + 255) / 256 * 256;
+    return offset;
+  }
+  size_t size() const { return size_; }
+
+ private:
+  size_t size_ = 0;
+};
+
+template <class Value>
+void put(std::vector<uint32_t>& words, size_t offset, const std::vector<Value>& values) {
+  if (values.empty()) return;
+  std::memcpy(reinterpret_cast<unsigned char*>(words.data()) + offset, values.data(),
+              values.size() * sizeof(Value));
+}
+
+template <class... R>
+bool has_direction_of(RuleList<R...>, int rule) {
+  static constexpr bool table[] = {R::kHasDirection...};
+  return table[rule];
+}
+
+}  // namespace
+
+TableLayout lay_out(const std::vector<Row>& rows, size_t group_count) {
+  TableLayout layout;
+  layout.row_count = rows.size();
+  layout.group_count = group_count;
+  Arena arena;
+  layout.rows = arena.place<Row>(layout.row_count);
+  layout.groups = arena.place<CudaGroup>(group_count);
+  layout.changing_bytes = arena.size();
+
+  std::vector<std::vector<Extent>> extents;
+  std::vector<std::vector<int32_t>> first_extents;
+  std::vector<DirectionRow> directions;
+  int64_t tile_sums = 0;
+  for (const bool in_double : {false, true}) {
+    for (int rule = 0; rule < Rules::kCount; ++rule) {
+      std::vector<Extent> list;
+      std::vector<int32_t> first;
+      int64_t tiles = 0;
+      const bool has_direction = has_direction_of(Rules{}, rule);
+      for (size_t r = 0; r < rows.size(); ++r) {
+        const Row& row = rows[r];
+        if (row.rule != rule || computes_in_double(row.dtype[kParam]) != in_double) continue;
+        const int64_t end = tiles + (row.numel + kTile - 1) / kTile;
+        if (has_direction) {
+          directions.push_back({tile_sums + tiles, end - tiles, static_cast<int64_t>(r)});
+        }
+        if (row.numel == 0) continue;
+        // Blocks whose first tile is in this row.
+        for (int64_t tile = static_cast<int64_t>(first.size()) * kWarpsPerBlock; tile < end;
+             tile += kWarpsPerBlock) {
+          first.push_back(static_cast<int32_t>(list.size()));
+        }
+        list.push_back({tiles, static_cast<int64_t>(r)});
+        tiles = end;
+      }
+      if (list.empty()) continue;
+      list.push_back({tiles, -1});
+      for (int i = 1; i < kWarpsPerBlock; ++i) list.push_back({std::numeric_limits<int64_t>::max(), -1});
+      layout.buckets.push_back({rule, in_double, static_cast<int64_t>(first.size()),
+                                arena.place<Extent>(list.size()), arena.place<int32_t>(first.size()),
+                                has_direction ? tile_sums : -1});
+      if (has_direction) tile_sums += tiles;
+      extents.push_back(std::move(list));
+      first_extents.push_back(std::move(first));
+    }
+  }
+
+  std::vector<Piece> pieces;
+  std::vector<Pieces> totals;
+  std::vector<int32_t> small;
+  auto next = static_cast<int32_t>(layout.row_count);
+  for (size_t r = 0; r < rows.size(); ++r) {
+    const auto row = static_cast<int32_t>(r);
+    const auto count = static_cast<int32_t>((rows[r].numel + kChunk - 1) / kChunk);
+    if (rows[r].numel <= kSummedByWarp) {
+      small.push_back(row);
+    } else if (count == 1) {
+      pieces.push_back({0, row, row});
+    } else {
+      totals.push_back({row, next, count});
+      for (int32_t i = 0; i < count; ++i) pieces.push_back({static_cast<int64_t>(i) * kChunk, row, next++});
+    }
+  }
+  layout.piece_count = static_cast<int32_t>(pieces.size());
+  layout.small_count = static_cast<int32_t>(small.size());
+  layout.total_count = static_cast<int32_t>(totals.size());
+  layout.pieces = arena.place<Piece>(pieces.size());
+  layout.totals = arena.place<Pieces>(totals.size());
+  layout.small = arena.place<int32_t>(small.size());
+  layout.direction_count = static_cast<int64_t>(directions.size());
+  layout.directions = arena.place<DirectionRow>(directions.size());
+
+  layout.words.assign(arena.size() / sizeof(uint32_t), 0);
+  for (size_t b = 0; b < layout.buckets.size(); ++b) {
+    put(layout.words, layout.buckets[b].extents, extents[b]);
+    put(layout.words, layout.buckets[b].first_extent, first_extents[b]);
+  }
+  put(layout.words, layout.pieces, pieces);
+  put(layout.words, layout.totals, totals);
+  put(layout.words, layout.small, small);
+  put(layout.words, layout.directions, directions);
+
+  // Only kernels touch what follows.
+  layout.sums = arena.place<Sums>(static_cast<size_t>(next));
+  layout.sums_bytes = arena.size() - layout.sums;
+  layout.records = arena.place<ScalarsRecord>(layout.row_count);
+  layout.control = arena.place<Control>(1);
+  layout.tile_sums = arena.place<TileSums>(static_cast<size_t>(tile_sums));
+  layout.bytes = arena.size();
+  return layout;
+}
+
+}  // namespace fused_optim
