@@ -92,7 +92,7 @@ def _launches(rounds: int) -> dict[str, Any]:
 
     optimizer = _optimizer(150, 1, "triton")
     ((_, _, phases),) = optimizer.plan.native._devices  # type: ignore[union-attr]
-    layout, table = phases._layout, phases._live
+    layout, table = phases._layout, phases.table.live
     (bucket,) = layout.buckets
     number = torch.ones(ELEMENTS)
 

@@ -76,11 +76,11 @@ def pretend(target: str) -> Driver:
     Call it before the first kernel of this process.
     """
     os.environ.pop("TRITON_INTERPRET", None)
-    from fused_optim.kernels import phases
+    from fused_optim.kernels import phases, refresh
 
-    assert not phases.INTERPRETED
+    assert not refresh.INTERPRETED
     phases.rules()  # imports all kernels
-    phases.INTERPRETED = True  # tables in ordinary memory, no streams, no captures
+    refresh.INTERPRETED = True  # tables in ordinary memory, no streams, no captures
     os.environ["TRITON_INTERPRET"] = "1"  # CPU tensors are triton's
     active = Driver(TARGETS[target])
     driver.set_active(active)

@@ -7,6 +7,7 @@
 #include <string>
 
 #include "plan/plan.h"
+#include "plan/rule_names.h"
 #include "plan/triton_table.h"
 
 #ifndef FO_VERSION

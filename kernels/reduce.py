@@ -58,7 +58,7 @@ def read_hyper(table, group_count, group, index, TENSORS: tl.constexpr):
 
 @triton.jit
 def chunk_tiles(numel):
-    """Tiles of a chunk of a row; `tiles_of_chunk` in phases.py says the same."""
+    """Tiles of a chunk of a row; `tiles_of_chunk` in layout.py says the same."""
     return tl.maximum(tl.cdiv(numel, MOST_CHUNKS * TILE), CHUNK_TILES)
 
 

@@ -140,10 +140,10 @@ def test_launches(rule: str, options: dict[str, Any], launches: int) -> None:
 
 def test_the_chunks_of_long_rows_are_longer(monkeypatch: pytest.MonkeyPatch, all_native: None) -> None:
     import triton.language as tl
-    from fused_optim.kernels import phases, reduce
+    from fused_optim.kernels import layout, reduce
 
     most = tl.constexpr(3)
-    for module in (phases, reduce):
+    for module in (layout, reduce):
         monkeypatch.setattr(module, "MOST_CHUNKS", most)
     results = []
     for backend in ("triton", "cpu"):
@@ -156,14 +156,14 @@ def test_the_chunks_of_long_rows_are_longer(monkeypatch: pytest.MonkeyPatch, all
 
 
 def test_a_capture_for_which_nothing_is_laid_out_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    from fused_optim.kernels import phases
+    from fused_optim.kernels import refresh
 
     params = new_params()
     set_grads(params, 0)
     optimizer = AdamW(params, backend="triton", capturable=True)
     before = [param.detach().clone() for param in params]
     with monkeypatch.context() as patch:
-        patch.setattr(phases.Phases, "captured", lambda self: True)
+        patch.setattr(refresh.DeviceTable, "captured", lambda self: True)
         with pytest.raises(RuntimeError, match=r"not ready.*take one step"):
             optimizer.step()
     assert not optimizer.state
@@ -218,23 +218,23 @@ def test_only_what_has_changed_is_sent(either_plan: Callable[[], None]) -> None:
     optimizer = AdamW(params, backend="triton")
     train(optimizer, params, 1)
     phases = phases_of(optimizer)
-    before = phases.sent
+    before = phases.table.sent
     optimizer.step()
-    assert phases.sent == before  # the same gradients
+    assert phases.table.sent == before  # the same gradients
     kept = [param.grad for param in params]
     set_grads(params, 1)
     assert len(kept) == 50
     optimizer.step()
-    assert phases.sent - before <= 2 * len(params)  # addresses of gradients
-    before = phases.sent
+    assert phases.table.sent - before <= 2 * len(params)  # addresses of gradients
+    before = phases.table.sent
     optimizer.param_groups[0]["lr"] = 1e-4
     optimizer.step()
-    assert 0 < phases.sent - before < 100  # one group
+    assert 0 < phases.table.sent - before < 100  # one group
 
 
 def test_python_and_cpp_know_the_same_rules() -> None:
     """Names, states in order, and where the hyperparameters stand; and the table that both write."""
-    from fused_optim.kernels import phases, table
+    from fused_optim.kernels import apply, phases, table
 
     assert extension._C is not None
     theirs = extension._C.rules()
@@ -247,7 +247,7 @@ def test_python_and_cpp_know_the_same_rules() -> None:
         ]
         assert len(rule.hyper) == len(rule.hyper_type._fields)
         assert rule.hyper_type._fields[0] == "lr"
-        assert rule.scalar_count + 4 <= phases.RECORD.value
+        assert rule.scalar_count + 4 <= apply.RECORD.value
     assert extension._C.table_fields() == (table.GROUP, table.ROW)
     assert (table.COLUMNS, table.MAX_STATES, table.MAX_HYPER) == (row.COLUMNS, row.MAX_STATES, row.MAX_HYPER)
     columns = (table.PARAM, table.GRAD, table.MASTER, table.FIRST_STATE)
@@ -268,13 +268,13 @@ def test_both_plans_write_the_same_table(rule: str, monkeypatch: pytest.MonkeyPa
         params[3].grad = None
         optimizer.step()
         phases = phases_of(optimizer)
-        found = phases.words[phases.groups_at :].tolist()
-        rows = found[phases.rows_at - phases.groups_at :]
+        found, table = phases.words.tolist(), phases.table
+        rows = found[table.rows_at - table.groups_at :]
         addresses = [field for field in range(8) if field != 1]  # of this run
         count = len(params)
         nonzero = [[word != 0 for word in rows[field * count : (field + 1) * count]] for field in addresses]
         others = [rows[field * count : (field + 1) * count] for field in (1, *range(8, 15))]
-        words.append((found[: phases.rows_at - phases.groups_at], nonzero, others))
+        words.append((found[: table.rows_at - table.groups_at], nonzero, others))
     assert words[0] == words[1]
 
 
@@ -292,8 +292,8 @@ def stepped(monkeypatch: pytest.MonkeyPatch, **options: Any) -> Any:
 def test_addresses_alone_change_on_the_fast_path(monkeypatch: pytest.MonkeyPatch) -> None:
     optimizer = stepped(monkeypatch)
     reads: list[Any] = []
-    plan = optimizer.plan.native._reader
-    monkeypatch.setattr(plan, "_read_rows", lambda state: reads.append(state) or [])
+    rows = optimizer.plan.native._reader._rows
+    monkeypatch.setattr(rows, "read", lambda state: reads.append(state) or [])
     for _ in range(3):
         set_grads(params_of(optimizer), 5)
         optimizer.step()

@@ -132,21 +132,23 @@ void Plan::make_phases() {
     }
     found->second.push_back(r);
   }
-  auto host = std::make_unique<CpuPhases>(*kernels_, hypers_, rows_.size(), std::move(on_host));
+  auto host =
+      std::make_unique<CpuPhases>(*kernels_, group_reader_.hypers(), rows_.size(), std::move(on_host));
   host_ = host.get();
   phases_.push_back(std::move(host));
 #if defined(FO_WITH_CUDA)
   for (auto& [index, rows] : on_devices) {
-    auto phases = CudaPhases::create(index, rows_, std::move(rows), hypers_, hyper_tensors_);
+    auto phases =
+        CudaPhases::create(index, rows_, std::move(rows), group_reader_.hypers(), group_reader_.tensors());
     devices_.push_back(phases.get());
     phases_.push_back(std::move(phases));
   }
 #else
   if (!on_devices.empty()) throw std::runtime_error("fused_optim was built without CUDA");
 #endif
-  has_direction_ = std::any_of(groups_.begin(), groups_.end(), [&](const Group& group) {
-    return kernels_->accumulate_float[group.rule] != nullptr;
-  });
+  for (size_t g = 0; g < group_reader_.size(); ++g) {
+    has_direction_ = has_direction_ || kernels_->accumulate_float[group_reader_.rule_of(g)] != nullptr;
+  }
 }
 
 // Shows the phases what refresh() has found.
@@ -180,7 +182,7 @@ bool Plan::apply(PyObject* object) {
 void Plan::write_table(size_t device, int64_t* words) const {
   std::vector<Row> rows;
   for (const size_t r : triton_rows_.at(device)) rows.push_back(rows_[r]);
-  write_triton_table(rows, hypers_, hyper_tensors_, words);
+  write_triton_table(rows, group_reader_.hypers(), group_reader_.tensors(), words);
 }
 
 bool Plan::captured() const {

@@ -4,20 +4,22 @@
 // have changed: every address and layout, every hyperparameter; then reduce(), where norms are needed, and
 // apply().
 //
-// plan.cpp builds and refreshes the table and takes a step through cpu/ and cuda/. tensor_reader reads where
-// a tensor lies, by the structures of dlpack.h. triton_table.h is the table of rows that Triton's kernels
-// step.
+// plan.cpp builds the table and goes through it at each refresh: groups.cpp reads hyperparameters, rows.cpp
+// tensors, overlaps.cpp finds rows that write the same memory. phases.cpp takes a step through cpu/ and
+// cuda/. tensor_reader reads where a tensor lies, by the structures of dlpack.h; rule_names has what Python
+// calls a rule's states and hyperparameters. triton_table.h is the table of rows that Triton's kernels step.
 #pragma once
 
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
 #include <memory>
-#include <string>
 #include <vector>
 
 #include "cpu/phases.h"
 #include "cuda/phases.h"
+#include "plan/groups.h"
+#include "plan/rows.h"
 #include "plan/tensor_reader.h"
 #include "row.h"
 
@@ -84,102 +86,25 @@ class Plan {
   void clear();
 
  private:
-  struct HostRow {
-    PyObject* param = nullptr;                   // borrowed, and compared only, unless it is held
-    PyObject* param_ref = nullptr;               // weak: says whether that still is the parameter
-    PyObject* grad = nullptr;                    // held from refresh() to release(), and
-    bool held = false;                           // so is the parameter, if it has one
-    PyTypeObject* type = nullptr;                // of the parameter; borrowed, compared only
-    PyGetSetDescrObject* grad_getter = nullptr;  // torch's own, where the type has not replaced it; borrowed
-    PyObject* master_key = nullptr;  // state key of the master weight, if the row has one; immortal
-    bool native = false;
-    bool is_triton = false;  // Triton steps it
-    bool sharded = false;    // its tensors are DTensors
-    bool overlapping = false;
-    int32_t ndim = 0;
-    size_t layout = 0;  // where shape and strides stand in layouts_
-    size_t specs = 0;   // of a sharded row: where those of its columns stand in specs_
-    dlpack::Device device{};
-    Py_ssize_t state_position = 0;  // where PyDict_Next finds the row's state
-  };
-  struct Entry {
-    PyObject* key;
-    PyObject* value;  // null: whatever it is, the rule does not read it
-  };
-  struct Limits {
-    double least, most;
-    bool any;  // of any number; the other two do not count
-  };
-  struct Group {
-    int rule = 0;
-    std::vector<Limits> limits;  // of each hyperparameter of the rule
-    size_t first_row = 0, last_row = 0;
-    std::vector<Entry> entries;   // the group's items when it was last read
-    std::vector<int> structural;  // truth of the structural keys' values then
-    bool constant = false;        // no value can change while its object stays
-  };
-
-  bool add_row(PyObject* object);
-  PyObject* grad_of(const HostRow& host) const;
-  static bool is_alive(const HostRow& host);
-  enum class Read { ok, stale, error };
-  Read refresh_group(PyObject* group, size_t index, PyObject** params);
-  bool parse_group(PyObject* group, size_t index, bool* stale);
-  bool read_limits(PyObject* limits, Group& group);
-  bool refuse(PyObject* group, size_t index);
-  bool is_on_device_of_rows(const Group& group, const TensorView& view) const;
   bool read_triton_rows(PyObject* devices);
   void make_phases();
   void collect();
-  bool read_trust_ratio(PyObject* group, TrustRatio* out);
-  bool number(PyObject* value, double* out);
-  bool choice(PyObject* value, const HyperField& field, double* out);
-  const char* refresh_row(HostRow& host, Row& row, PyObject* state);
-  const char* read_states(HostRow& host, Row& row, PyObject* state);
-  const char* read_state(const HostRow& host, Row& row, int column, bool per_tensor, PyObject* value);
-  PyObject* find_state(HostRow& host, PyObject* state);
-  void locate_states(PyObject* state);
-  bool read_column(const HostRow& host, int column, PyObject* object, TensorView& view);
-  bool same_layout(const HostRow& host, const TensorView& view) const;
-  void find_overlaps();
 
   TensorReader reader_;
   const CpuKernels* kernels_ = nullptr;
   std::vector<HostRow> hosts_;
   std::vector<Row> rows_;
-  std::vector<int64_t> layouts_;
-  std::vector<PyObject*> specs_;  // of the DTensors that sharded rows have accepted: kColumns a row
-  std::vector<Group> groups_;
-  std::vector<GroupHyper> hypers_;
-  std::vector<HyperTensors> hyper_tensors_;      // those that are read on the rows' device
+  RowReader row_reader_{reader_, hosts_};
+  GroupReader group_reader_{reader_};
   std::vector<std::unique_ptr<Phases>> phases_;  // the host's first, then the devices'
   CpuPhases* host_ = nullptr;
   std::vector<CudaPhases*> devices_;
   std::vector<std::vector<size_t>> triton_rows_;
   bool collected_ = false;      // the phases know what refresh() has found
   bool has_direction_ = false;  // of some rule
-  PyObject* defaults_ = nullptr;
-  PyObject* trust_ratio_ = nullptr;
-  PyObject* check_ = nullptr;
-  std::vector<PyObject*> structural_keys_;
   int64_t active_elements_ = 0;
   int64_t active_rows_ = 0;
   bool active_changed_ = true;
-  bool written_moved_ = false;  // an address that the step writes has changed
-  bool states_located_ = false;
 };
-
-// Interned names that never die: group and state keys are compared by identity first.
-struct RuleNames {
-  std::string name;
-  std::vector<PyObject*> state_names;
-  std::vector<bool> per_tensor;
-  struct Hyper {
-    PyObject* key;
-    HyperField field;
-  };
-  std::vector<Hyper> hyper;
-};
-const std::vector<RuleNames>& rule_names();
 
 }  // namespace fused_optim

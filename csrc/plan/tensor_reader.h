@@ -25,6 +25,13 @@ struct TensorView {
   const int64_t* strides;
 };
 
+// Whether a rule computes with it.
+inline bool is_number(DType dtype) { return dtype != DType::none && dtype != DType::remainder; }
+
+inline bool is_same(const dlpack::Device& device, const dlpack::Device& other) {
+  return device.device_type == other.device_type && device.device_id == other.device_id;
+}
+
 // Where a tensor's pending negation stands, which DLPack does not know: a bit of the key set in torch's
 // TensorImpl. `handle`: of the TensorImpl's address in the Python object; `keys`: of the word in the
 // TensorImpl. Found by `negative_bit` in fused_optim/tensors.py; a mask of 0: not found, the tensor is asked.

@@ -32,7 +32,8 @@ from ..tensors import (
 from ..trust_ratio import TrustRatio
 from .built_plan import BuiltPlan, is_on_device, rows_on_devices
 from .plan import Plan, why_not_native
-from .python_plan import PythonPlan, ReadForTriton
+from .python_plan import PythonPlan
+from .read_groups import ReadForTriton
 from .triton_plan import TritonPlan, TritonRows
 
 

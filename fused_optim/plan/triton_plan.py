@@ -16,8 +16,7 @@ from .step import Step
 class Phases(Protocol):
     """reduce, prepare and apply for the rows of one device: the twin of csrc/phases.h; see kernels/phases.py."""
 
-    words: memoryview
-    groups_at: int
+    words: memoryview  # of groups and rows in its table
 
     def begin(self) -> None: ...
     def captured(self) -> bool: ...
@@ -55,7 +54,7 @@ class TritonPlan:
     def refresh(self, param_groups: list[dict[str, Any]], state: dict[Tensor, Any]) -> Sequence[tuple[int, str]] | None:
         attention = self._reader.refresh(param_groups, state)
         for index, (_, _, phases) in enumerate(self._devices if attention is not None else ()):
-            self._reader.write_table(index, phases.words[phases.groups_at :])
+            self._reader.write_table(index, phases.words)
             phases.begin()
         return attention
 

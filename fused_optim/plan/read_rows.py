@@ -1,0 +1,157 @@
+"""The tensors of the rows, as the plan in Python reads them; the twin of ``csrc/plan/rows.cpp``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from ..row import (
+    BFLOAT16,
+    COLUMNS,
+    FIRST_STATE,
+    FLOAT32,
+    FLOAT64,
+    GRAD,
+    MASTER,
+    PARAM,
+    REMAINDER,
+    SIZES,
+    Row,
+)
+from ..tensors import is_sharded, local, same_placement
+from .memory import Memory, lies_as, memory_of, overlapping
+
+
+class RowReader:
+    """What a row that Triton steps is expected to be, and how its tensors are read one by one."""
+
+    def __init__(self, row: Row, rule: Any) -> None:
+        self.row = row
+        self.type = type(row.param)
+        self.names = [*(name for name, _ in rule.states), *([row.master] if row.master is not None else ())]
+        self.per_tensor = [*(per_tensor for _, per_tensor in rule.states), False]
+        memory = memory_of(local(row.param))
+        assert memory is not None
+        self.memory = memory
+        self.numel = local(row.param).numel()
+        self.sharded = is_sharded(row.param)
+        self.tensor_columns = {FIRST_STATE + i for i, per_tensor in enumerate(self.per_tensor) if per_tensor}
+        self.columns = [*(FIRST_STATE + i for i in range(len(rule.states))), *([MASTER] if row.master else ())]
+
+    @property
+    def param(self) -> Tensor:
+        return self.row.param
+
+    def is_same(self) -> bool:
+        """Whether the parameter still is what the plan was built for; its address may be another."""
+        memory = memory_of(local(self.param))
+        return (
+            type(self.param) is self.type
+            and memory is not None
+            and memory.device == self.memory.device
+            and memory.dtype == self.memory.dtype
+            and lies_as(memory, self.memory)
+        )
+
+    def read(self, states: Mapping[str, Any] | None, out: list[Memory | None]) -> str | None:
+        """Why the row cannot be stepped as it is; None: it can, and `out` has the memory of each column."""
+        param, grad = self._memory(self.param), self._memory(self.param.grad)
+        if param is None or (param.address == 0 and self.numel):
+            return "param"
+        if (
+            grad is None
+            or not lies_as(grad, param)
+            or grad.device != param.device
+            or (grad.address == 0 and self.numel)
+        ):
+            return "grad"
+        if grad.dtype == REMAINDER or (grad.dtype == FLOAT64 and param.dtype != FLOAT64):
+            return "grad"
+        out[PARAM], out[GRAD] = param, grad
+        if not self.names:
+            return None
+        if not isinstance(states, Mapping):
+            return "state"
+        for name, per_tensor, column in zip(self.names, self.per_tensor, self.columns):
+            value = states.get(name)
+            memory = memory_of(value) if per_tensor else self._memory(value)
+            if memory is None or not self._takes(memory, per_tensor, column):
+                return "state"
+            out[column] = memory
+        return None
+
+    def _takes(self, memory: Memory, per_tensor: bool, column: int) -> bool:
+        """Whether a state is what the kernels read in this column."""
+        if memory.device != self.memory.device or (memory.address == 0 and (per_tensor or self.numel)):
+            return False
+        if per_tensor:
+            return all(size == 1 for size in memory.shape) and memory.dtype in (FLOAT32, FLOAT64)
+        if not lies_as(memory, self.memory):
+            return False
+        param, found = self.memory.dtype, memory.dtype
+        if column == MASTER:
+            return found == FLOAT32 or (found == REMAINDER and param == BFLOAT16)
+        # 16-bit parameters may have wider states; others have their own dtype.
+        return found not in (FLOAT64, REMAINDER) if SIZES[param] == 2 else found == param
+
+    def _memory(self, tensor: Any) -> Memory | None:
+        if not self.sharded:
+            return memory_of(tensor)
+        if not is_sharded(tensor) or not same_placement(tensor._spec, self.param._spec):  # type: ignore[attr-defined]
+            return None
+        return memory_of(local(tensor))
+
+
+class ReadRows:
+    """What was read last of the rows that Triton steps, and of each column the addresses and dtypes by row.
+
+    Args:
+        rows: all rows of the optimizer.
+        readers: of each row that Triton steps, by its index.
+    """
+
+    def __init__(self, rows: Sequence[Row], readers: Mapping[int, RowReader]) -> None:
+        self.rows, self.readers = rows, readers
+        self.params: list[Tensor] = []  # of all rows, held from refresh() to release(), and
+        self.grads: list[Any] = []  # those of the active ones
+        # Of each column, by row: address and dtype; 0 where there is none.
+        self.addresses = [[0] * len(rows) for _ in range(COLUMNS)]
+        self.dtypes = [[0] * len(rows) for _ in range(COLUMNS)]
+        self.active = [False] * len(rows)
+        self.written: list[int] = []  # the active rows
+
+    def release(self) -> None:
+        self.params, self.grads = [], []
+
+    def read(self, state: dict[Tensor, Any]) -> list[tuple[int, str]] | None:
+        """Each row by itself; None: a parameter is no longer what the plan was built for."""
+        attention = {}
+        written = []  # first and last address, row
+        for index, reader in self.readers.items():
+            self.active[index] = False
+            if reader.param.grad is None:
+                continue
+            if not reader.is_same():
+                return None
+            columns: list[Memory | None] = [None] * COLUMNS
+            reason = reader.read(state.get(reader.param), columns)
+            if reason is not None:
+                attention[index] = reason
+                continue
+            self.active[index] = True
+            self.grads.append(reader.param.grad)
+            for column, memory in enumerate(columns):
+                self.addresses[column][index] = 0 if memory is None else memory.address
+                self.dtypes[column][index] = 0 if memory is None else memory.dtype
+                if memory is None or column == GRAD or memory.address == 0:
+                    continue
+                numel = 1 if column in reader.tensor_columns else reader.numel
+                if numel:
+                    written.append((memory.address, memory.address + numel * SIZES[memory.dtype], index))
+        for index in overlapping(written):
+            self.active[index] = False
+            attention[index] = "overlap"
+        self.written = [index for index in self.readers if self.active[index]]
+        return list(attention.items())
