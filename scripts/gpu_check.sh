@@ -52,7 +52,7 @@ build() {
 }
 
 # Warnings are shown and not raised: a first run on another torch is to say everything that it can.
-suite() { run "$1" "$2" "$2" "$python" -m pytest -v -W default -p no:cacheprovider --durations=10 -m gpu tests/test_phases.py tests/test_gpu.py -k "$3"; }
+suite() { run "$1" "$2" "$2" "$python" -m pytest -v -W default -p no:cacheprovider --durations=10 -m gpu tests/backends/test_phases.py tests/backends/test_gpu.py -k "$3"; }
 
 tests() { suite 240 tests 'not triton'; }
 triton() { suite 300 triton 'triton'; }
@@ -78,7 +78,7 @@ sanitize() {
     # torch's caching allocator would hide what lies beyond a tensor.
     run 120 "$log" "$tool" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
       "$checker" --tool "$tool" --error-exitcode 99 "${options[@]}" --log-file "$out/$tool.part" \
-      "$python" -m pytest -q -W default -p no:cacheprovider -m gpu tests/test_gpu.py -k 'sanitizer and not triton'
+      "$python" -m pytest -q -W default -p no:cacheprovider -m gpu tests/backends/test_gpu.py -k 'sanitizer and not triton'
     code=$?
     cat "$out/$tool.part" >>"$out/$log.log"
     if [[ $code == 0 ]]; then

@@ -14,11 +14,11 @@ from typing import Any
 import hypothesis
 import pytest
 import torch
-import triton_interpreter
 from cuda_on_host.backend import cuda_phases
 from cuda_on_host.build import OnHost, compile_module
-from ranks import Ranks
-from sources import ROOT
+from support import triton_interpreter
+from support.ranks import Ranks
+from support.sources import ROOT
 
 from fused_optim import extension
 

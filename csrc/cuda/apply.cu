@@ -5,7 +5,7 @@
 // storages share a launch; the combinations that matter have code of their own (FloatLayouts), all others go
 // through AnyLayout. A tile that is whole and aligned is walked in vectors and computed with QuickFloats, any
 // other one by elements. Loads of all columns are under way before the first result is needed;
-// tests/test_machine_code.py reads from the machine code that they are.
+// tests/backends/test_machine_code.py reads from the machine code that they are.
 #include <initializer_list>
 #include <type_traits>
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pybind11
-from sources import CPP, ROOT, sources
+from support.sources import CPP, ROOT, sources
 
 HERE = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"

@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import triton_interpreter
 from conftest import Collector
 from cuda_on_host.backend import cuda_phases
 from cuda_on_host.build import OnHost, compile_module
-from ranks import WORLD, Ranks
-from sources import ROOT
+from support import triton_interpreter
+from support.ranks import WORLD, Ranks
+from support.sources import ROOT
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard

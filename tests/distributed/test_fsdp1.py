@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from cases import assert_same_snapshots, inner, new_grad, new_params, set_grads, snapshot
-from ranks import WORLD, Ranks
+from support.ranks import WORLD, Ranks
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from sources import ROOT
+from support.sources import ROOT
 
 # What a new optimizer touches, and how: here each text is Lion's under another name.
 ADDED = ("csrc/rules/{}.h", "kernels/rules/{}.py", "fused_optim/optimizers/{}.py")
@@ -64,7 +64,8 @@ def test_six_files_add_an_optimizer(tmp_path: Path) -> None:
     install = [sys.executable, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "--quiet", "."]
     subprocess.run([*install, "--target", str(tmp_path / "path")], cwd=tmp_path, check=True, env=environment)
     shutil.rmtree(tmp_path / "fused_optim")  # what is installed counts
-    tests = ["tests/test_contract.py", "tests/test_changes.py", "tests/test_numerics.py", "tests/test_phases.py"]
+    modules = ("contract/test_contract", "contract/test_changes", "mathematics/test_numerics", "backends/test_phases")
+    tests = [f"tests/{module}.py" for module in modules]
     command = [
         sys.executable,
         "-m",

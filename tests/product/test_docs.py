@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from sources import ROOT, sources
+from support.sources import ROOT, sources
 
 import fused_optim
 

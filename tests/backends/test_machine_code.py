@@ -10,10 +10,10 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from support.sources import ROOT
 
 from fused_optim import extension
 
-ROOT = Path(__file__).resolve().parent.parent
 CSRC = ROOT / "csrc"
 FLAGS = ("-std=c++17", "-O3", "-fmad=false", "--expt-relaxed-constexpr", f"-I{CSRC}")  # as CMakeLists.txt has them
 KILOBYTES_IN_FLIGHT = 48  # what the memory of an H200 needs of each multiprocessor to be busy

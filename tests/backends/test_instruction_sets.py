@@ -31,7 +31,7 @@ from cases import (
     snapshot,
     train,
 )
-from sources import ROOT
+from support.sources import ROOT
 from torch import Tensor
 from torch.nn import Parameter
 

@@ -32,7 +32,7 @@ from cases import (
     snapshot,
     train,
 )
-from ranks import Ranks
+from support.ranks import Ranks
 from torch import Tensor
 from torch.nn import Parameter
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from cuda_on_host.build import compile_module
-from sources import ROOT
+from support.sources import ROOT
 
 HERE = Path(__file__).resolve().parent
 

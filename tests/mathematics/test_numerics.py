@@ -34,7 +34,7 @@ from cases import (
 )
 from hypothesis import given
 from hypothesis import strategies as st
-from sources import sources
+from support.sources import sources
 from torch import Tensor
 
 # Half a unit in the last place, relative; and half the distance between subnormal numbers.

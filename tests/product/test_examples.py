@@ -13,7 +13,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 from rich.console import Console
-from sources import ROOT
+from support.sources import ROOT
 
 EXAMPLES = ROOT / "examples"
 TRAIN_DIGITS = EXAMPLES / "train_digits.py"

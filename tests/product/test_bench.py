@@ -34,7 +34,7 @@ from fused_optim.bench.peers.timm import timm
 from fused_optim.bench.profile import StepProfile
 from fused_optim.bench.results import load
 from fused_optim.bench.shapes import dump, read_shapes, shapes_of
-from sources import ROOT, sources
+from support.sources import ROOT, sources
 
 import fused_optim
 

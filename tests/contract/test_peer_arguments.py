@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import inspect
 import re
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from support.sources import ROOT
 from torch.nn import Parameter
 
 import fused_optim
 from fused_optim.options.peers import PEER_ARGUMENTS, PEERS, PeerArgument
 
-ROOT = Path(__file__).resolve().parent.parent
 OPTIMIZERS = [
     kind
     for name in fused_optim.__all__

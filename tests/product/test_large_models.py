@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from sources import ROOT
+from support.sources import ROOT
 from torch import Tensor
 from torch.nn import Parameter
 

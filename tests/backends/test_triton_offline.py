@@ -1,6 +1,6 @@
 """What Triton's compiler makes of the kernels, and what its launcher does: without a GPU.
 
-Each test runs `tests/triton_offline.py` as a program of its own, since this process interprets the kernels.
+Each test runs `tests/support/triton_offline.py` as a program of its own, since this process interprets the kernels.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sources import ROOT, sources
+from support.sources import ROOT, sources
 
-PROGRAM = Path(__file__).parent / "triton_offline.py"
+PROGRAM = ROOT / "tests" / "support" / "triton_offline.py"
 MACHINE_CODE = ROOT / "scripts" / "triton_machine_code.py"
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 
@@ -25,7 +25,7 @@ pytestmark = [pytest.mark.program, pytest.mark.requires(modules=("triton",)), py
 def offline(cache: Path, *arguments: str, program: Path = PROGRAM) -> Any:
     """What the program prints. Kernels are compiled anew."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(cache)
+    environment |= {"TRITON_CACHE_DIR": str(cache), "PYTHONPATH": str(ROOT / "tests")}
     result = subprocess.run([sys.executable, str(program), *arguments], text=True, capture_output=True, env=environment)
     assert result.returncode == 0, result.stderr
     return json.loads(result.stdout)

@@ -7,7 +7,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from sources import ROOT
+from support.sources import ROOT
 
 CROSS = "aarch64-linux-gnu-g++"
 FLAGS = ["-std=c++17", "-O3", "-ffp-contract=off", "-fno-math-errno", "-Wall", "-Wextra", "-Werror"]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from sources import ROOT
+from support.sources import ROOT
 
 INCLUDE = Path(torch.__file__).parent / "include"
 

@@ -15,7 +15,7 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
-from sources import ROOT, sources
+from support.sources import ROOT, sources
 
 # Each build takes all processors.
 pytestmark = [pytest.mark.program, pytest.mark.xdist_group("packaging")]

@@ -10,7 +10,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from sources import ROOT, sources
+from support.sources import ROOT, sources
 
 from fused_optim import extension
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from sources import sources
+from support.sources import sources
 
 import fused_optim
 from fused_optim.options import texts

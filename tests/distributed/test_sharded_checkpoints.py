@@ -10,8 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from ranks import WORLD, Ranks
-from test_sharded import MAKERS, full, inner, numbers
+from support.ranks import WORLD, Ranks
 from torch import nn
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
@@ -28,6 +27,8 @@ from torch.distributed.fsdp import fully_shard
 from fused_optim import AdamW
 from fused_optim.state import masters
 from fused_optim.tensors import local
+
+from .test_sharded import MAKERS, full, inner, numbers
 
 OPTIMIZERS: dict[str, Any] = {
     **{name: MAKERS[name] for name in ("AdamW", "Adam, amsgrad", "NovoGrad", "LAMB", "SGD, value", "Lion")},

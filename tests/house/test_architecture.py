@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from cases import CASES, Case, each_adam
-from sources import CPP, ROOT, sources
+from support.sources import CPP, ROOT, sources
 
 CSRC = sources("csrc", *CPP, at_least=43)
 RULES = sources("csrc/rules", ".h", at_least=9)

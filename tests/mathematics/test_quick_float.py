@@ -7,8 +7,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from support.sources import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 HEADER = ROOT / "csrc" / "cuda" / "quick_float.h"
 
 

@@ -1,0 +1,1 @@
+"""The CUDA sources compiled for the processor, and a backend that steps CPU tensors with them."""

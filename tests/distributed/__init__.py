@@ -1,0 +1,1 @@
+"""Optimizers whose parameters are shards: DTensors and FSDP's first kind, on several processes."""

@@ -1,0 +1,1 @@
+"""What stands around the library: the bench, the examples, the packages, the documentation."""
