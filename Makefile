@@ -49,7 +49,7 @@ help:
 	@echo "make check      after each change: formatters, linters, types, build, an example of each test; under a minute"
 	@echo "make test       formatters, linters, types, build, docs, tests: what CI runs"
 	@echo "make test-slow  the tests that take too long for 'make test'"
-	@echo "make wheel      build dist/*.whl and the sdist, and take a step with the wheel in a fresh environment"
+	@echo "make wheel      build the sdist and a wheel for each CPython at hand in dist/, and take a step with this one's"
 	@echo "make docs       build docs/_build/html; warnings are errors"
 	@echo "make setup      only the set-up: .venv, pinned packages, the extension"
 	@echo "make format     let ruff and clang-format rewrite the sources"
@@ -98,10 +98,11 @@ test: lint types $(INSTALLED) docs
 test-slow: $(INSTALLED)
 	$(PYTEST) -m slow $(ARGS)
 
-# The wheel is built from the sdist, which is thereby proved complete.
-wheel: $(INSTALLED)
+# A wheel for each CPython at hand, from the sdist, which is thereby proved complete. The one for this interpreter takes
+# a step in a fresh environment.
+wheel: $(PINS)
 	rm -rf dist
-	$(PY) -m build --no-isolation --outdir dist
+	$(PY) scripts/build_wheels.py $(ARGS)
 	$(PY) scripts/check_wheel.py dist/*.whl
 
 format: $(PINS)

@@ -95,7 +95,10 @@ class CMakeBuild(build_ext):
         import pybind11
 
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
-        if self.editable_mode:
+        shared = os.environ.get("FUSED_OPTIM_BUILD_FOLDER")
+        if shared:
+            folder = Path(shared).resolve()
+        elif self.editable_mode:
             folder = ROOT / "build" / f"editable-{sys.implementation.cache_tag}"
         else:
             folder = Path(self.build_temp).resolve() / "cmake"
@@ -111,11 +114,16 @@ class CMakeBuild(build_ext):
             f"-DFUSED_OPTIM_CUDA_ARCHS={os.environ.get('FUSED_OPTIM_CUDA_ARCHS', '')}",
         ]
         environment = [f"{name}={os.environ.get(name, '')}" for name in CMAKE_ENVIRONMENT]
-        fingerprint = "\n".join([find_cxx_compiler() or "", *configure, *environment])
+        # A folder that FUSED_OPTIM_BUILD_FOLDER names serves one interpreter after another.
+        of_python = ("-DPython_EXECUTABLE=", "-Dpybind11_DIR=") if shared else ()
+        settings = [setting for setting in configure if not setting.startswith(of_python)]
+        fingerprint = "\n".join([find_cxx_compiler() or "", *settings, *environment])
         record = folder / "configured_by.txt"
         if not record.exists() or record.read_text() != fingerprint:
             shutil.rmtree(folder, ignore_errors=True)
-        self.run_tool(configure)
+        # What CMake remembers of an interpreter is forgotten before it is told of this one.
+        forget = ("-UPython_*", "-U_Python_*", "-UPYTHON_*") if shared else ()
+        self.run_tool([configure[0], *forget, *configure[1:]])
         record.write_text(fingerprint)
 
         jobs = os.environ.get("MAX_JOBS")

@@ -2,7 +2,7 @@
 
 The environment borrows torch from the interpreter that runs this script, so nothing is downloaded.
 
-    python scripts/check_wheel.py dist/fused_optim-*.whl
+    python scripts/check_wheel.py dist/*.whl
 """
 
 from __future__ import annotations
@@ -78,8 +78,12 @@ def check(wheel: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("wheel", nargs="+", type=Path)
-    for wheel in parser.parse_args().wheel:
+    parser.add_argument("wheel", nargs="+", type=Path, help="of several, those for this interpreter are taken")
+    wheels = parser.parse_args().wheel
+    mine = [wheel for wheel in wheels if wheel.name.split("-")[2] in (f"cp3{sys.version_info.minor}", "py3")]
+    if not mine:
+        parser.error(f"none of {', '.join(wheel.name for wheel in wheels)} is for Python 3.{sys.version_info.minor}")
+    for wheel in mine:
         check(wheel)
 
 

@@ -7,6 +7,7 @@ import importlib.util
 import logging
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,10 @@ def pytest_configure() -> None:
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     if not torch.cuda.is_available():  # triton decides it when the kernels are imported, for the whole process
         os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+# The tools of this interpreter's environment count, whether or not it is activated.
+TOOLS = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
 
 
 def parameters_of(item: pytest.Item) -> dict[str, Any]:
@@ -82,7 +87,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             if os.environ.get("TRITON_INTERPRET") != "1":
                 item.add_marker(pytest.mark.skip(reason="needs TRITON_INTERPRET=1: the kernels are compiled here"))
         programs = {program for mark in item.iter_markers("requires") for program in mark.args}
-        if missing := sorted(program for program in programs if shutil.which(program) is None):
+        if missing := sorted(program for program in programs if shutil.which(program, path=TOOLS) is None):
             item.add_marker(pytest.mark.skip(reason=f"needs {', '.join(missing)} on PATH"))
         modules = {module for mark in item.iter_markers("requires") for module in mark.kwargs.get("modules", ())}
         if missing := sorted(module for module in modules if importlib.util.find_spec(module) is None):
