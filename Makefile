@@ -33,13 +33,12 @@ PYTEST = $(PY) -m pytest $(if $(filter-out 0,$(WORKERS)),-n $(WORKERS) --dist lo
 
 CPP = $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 
-# Warnings are errors here and nowhere else: a user's compiler may know warnings that ours does not. One GPU
-# architecture is enough to develop with: this machine's own, or 90 where there is no GPU.
+# Warnings are errors here and nowhere else: a user's compiler may know warnings that ours does not. What a machine lacks
+# for the build is said by setup.py, in one sentence, before pip starts.
 define INSTALL
-@echo "building the extension into $(PY)"
-@archs=$$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | grep -xE '[0-9]+[.][0-9]+' | tr -d . | sort -u | paste -sd ,); \
-CXXFLAGS="-Werror $$CXXFLAGS" FUSED_OPTIM_CUDA_ARCHS="$${FUSED_OPTIM_CUDA_ARCHS:-$${archs:-90}}" \
-$(PY) -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps --editable .
+@export FUSED_OPTIM_EXTENSION="$${FUSED_OPTIM_EXTENSION:-ON}" && $(PY) setup.py --quiet --version >/dev/null && \
+echo "building the extension into $(PY); a minute or two" && \
+CXXFLAGS="-Werror $$CXXFLAGS" $(PY) -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps --editable .
 endef
 
 .PHONY: help setup demo check test test-slow lint types docs format wheel clean install-into-python
@@ -55,23 +54,31 @@ help:
 	@echo "make format     let ruff and clang-format rewrite the sources"
 	@echo "make clean      remove what was built, but not .venv"
 
-.venv/pins.stamp: requirements-dev.txt requirements-lock.txt
+# The demo and the build need little of what development needs: without linters, docs and frameworks.
+.venv/demo.stamp: $(wildcard requirements/*.txt)
+	@command -v $(BASE_PYTHON) >/dev/null || { echo "fused_optim needs Python 3.10 or newer, and there is no $(BASE_PYTHON); apt install python3 (Debian, Ubuntu), or make BASE_PYTHON=/path/to/python3" >&2; exit 1; }
 	@$(BASE_PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 10) or sys.exit("fused_optim needs Python 3.10 or newer, and $(BASE_PYTHON) is %d.%d; choose another: make BASE_PYTHON=/path/to/python3" % v[:2])'
-	@test -x .venv/bin/python || $(BASE_PYTHON) -m venv .venv || { rm -rf .venv; \
-		echo "$(BASE_PYTHON) cannot make a virtual environment; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
-	.venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	@test -x .venv/bin/python || $(BASE_PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+		{ echo "$(BASE_PYTHON) cannot make a virtual environment; apt install python3-venv (Debian, Ubuntu)" >&2; exit 1; }
+	@test -x .venv/bin/python || $(BASE_PYTHON) -m venv .venv || { rm -rf .venv; exit 1; }
+	@echo "installing torch and what the demo needs into .venv; without a GPU, PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu makes that 0.3 GB"
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements/demo.txt
+	@touch $@
+
+.venv/pins.stamp: .venv/demo.stamp
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements/dev.txt
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps $(TIMM)
 	@touch $@
 
 # Folders are among the prerequisites, so that a source which is added or removed counts too.
-.venv/installed.stamp: .venv/pins.stamp pyproject.toml setup.py CMakeLists.txt $(shell find csrc)
+.venv/installed.stamp: .venv/demo.stamp pyproject.toml setup.py CMakeLists.txt $(shell find csrc)
 	$(INSTALL)
 	@touch $@
 
 install-into-python:
 	$(INSTALL)
 
-setup: $(INSTALLED)
+setup: $(PINS) $(INSTALLED)
 
 demo: $(INSTALLED)
 	$(PY) examples/train_digits.py $(ARGS)
@@ -85,7 +92,7 @@ lint: $(PINS)
 types: $(PINS)
 	$(PY) -m mypy
 
-docs: $(INSTALLED)
+docs: $(PINS) $(INSTALLED)
 	$(PY) -m sphinx -q -W --keep-going -b html docs docs/_build/html
 
 check: lint types $(INSTALLED)
@@ -95,7 +102,7 @@ check: lint types $(INSTALLED)
 test: lint types $(INSTALLED) docs
 	$(PYTEST) -m "not slow and not gpu" $(ARGS)
 
-test-slow: $(INSTALLED)
+test-slow: $(PINS) $(INSTALLED)
 	$(PYTEST) -m slow $(ARGS)
 
 # A wheel for each CPython at hand, from the sdist, which is thereby proved complete. The one for this interpreter takes

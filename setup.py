@@ -11,6 +11,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -49,13 +50,22 @@ def why_no_extension() -> str | None:
         raise SystemExit(f"FUSED_OPTIM_EXTENSION is AUTO, ON or OFF; got {wanted!r}")
     if wanted == "OFF":
         return "FUSED_OPTIM_EXTENSION=OFF was set"
-    if find_cxx_compiler() is not None:
-        return None
-    if wanted == "ON":
+    if find_cxx_compiler() is None:
+        why = "no C++ compiler was found (c++, g++, clang++, or what CXX names)"
+        if wanted == "ON":
+            raise SystemExit(f"FUSED_OPTIM_EXTENSION=ON, but {why}; {packages('g++', 'gcc-c++')}")
+        return why
+    headers = Path(sysconfig.get_paths()["include"], "Python.h")
+    if not headers.exists():
         raise SystemExit(
-            "FUSED_OPTIM_EXTENSION=ON, but no C++ compiler was found (c++, g++, clang++, or what CXX names)"
+            f"fused_optim's extension needs Python's headers, and there is no {headers}; "
+            f"{packages('python3-dev', 'python3-devel')}, or build pure Python with FUSED_OPTIM_EXTENSION=OFF"
         )
-    return "no C++ compiler was found (c++, g++, clang++, or what CXX names)"
+    return None
+
+
+def packages(debian: str, fedora: str) -> str:
+    return f"apt install {debian} (Debian, Ubuntu) or dnf install {fedora} (Fedora, RHEL)"
 
 
 def find_build_tool(name: str) -> str:
@@ -133,8 +143,10 @@ class CMakeBuild(build_ext):
 
     def run_tool(self, command: list[str]) -> None:
         print(shlex.join(command), flush=True)
+        # Off a terminal, as behind `pip install -v`, ninja says a line for each file that is done.
+        environment = {"NINJA_STATUS": "[%f of %t, %e s] ", **os.environ}
         try:
-            subprocess.run(command, check=True)
+            subprocess.run(command, check=True, env=environment)
         except subprocess.CalledProcessError as error:
             raise SystemExit(f"fused_optim's extension was not built: {command[0]} failed") from error
 

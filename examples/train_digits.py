@@ -192,13 +192,17 @@ def train(runs: list[Run], data: Digits, epochs: int, seed: int, console: Consol
         TextColumn("steps, loss {task.fields[loss]}"),
         TimeElapsedColumn(),
     )
+    console.print(f"Training {', '.join(run.title for run in runs)} in turn for {epochs} epochs, batch by batch.")
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("training", total=epochs * (len(data.train_labels) // BATCH_SIZE), loss="-")
-        for _ in range(epochs):
+        for epoch in range(1, epochs + 1):
             for images, labels in shuffled_batches(data, generator):
                 for run in runs:
                     run.train(images, labels)
-                progress.update(task, advance=1, loss=" ".join(f"{run.losses[-1]:.3f}" for run in runs))
+                losses = " ".join(f"{run.losses[-1]:.3f}" for run in runs)
+                progress.update(task, advance=1, loss=losses)
+            if not console.is_terminal:  # the bar is drawn once, at the end
+                console.print(f"epoch {epoch} of {epochs}, losses {losses}")
     for run in runs:
         run.evaluate(data)
 

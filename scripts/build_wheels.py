@@ -192,7 +192,7 @@ def main() -> None:
     missing = [package for module, package in MODULES.items() if importlib.util.find_spec(module) is None]
     missing += [program for program in PROGRAMS if shutil.which(program, path=path) is None]
     if missing:
-        raise SystemExit(f"building wheels needs {', '.join(missing)}: pip install {' '.join(missing)}")
+        raise SystemExit(f"building wheels needs {', '.join(missing)}: pip install -r requirements/wheels.txt")
 
     found = interpreters(arguments.python)
     FOLDER.mkdir(parents=True, exist_ok=True)
@@ -203,6 +203,7 @@ def main() -> None:
         "LDFLAGS": " ".join(link),
         "FUSED_OPTIM_BUILD_FOLDER": str(FOLDER / "cmake"),
         "FUSED_OPTIM_EXTENSION": "ON",
+        "FUSED_OPTIM_CUDA_ARCHS": os.environ.get("FUSED_OPTIM_CUDA_ARCHS") or "ALL",
         "PATH": path,
     }
     with tempfile.TemporaryDirectory(prefix="sdist-", dir=FOLDER) as folder:

@@ -103,7 +103,7 @@ def test_module_has_every_architecture_and_no_cuda_library(tmp_path: Path, cuobj
     import pybind11
 
     configure = ["cmake", "-S", str(ROOT), "-B", str(tmp_path), "-G", "Ninja", "-DFUSED_OPTIM_CUDA=ON"]
-    configure += [f"-Dpybind11_DIR={pybind11.get_cmake_dir()}"]
+    configure += ["-DFUSED_OPTIM_CUDA_ARCHS=ALL", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}"]
     for command in (configure, ["cmake", "--build", str(tmp_path)]):
         result = subprocess.run(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         assert result.returncode == 0, result.stdout
@@ -117,3 +117,39 @@ def test_module_has_every_architecture_and_no_cuda_library(tmp_path: Path, cuobj
     dynamic = subprocess.run(["readelf", "-d", str(module)], text=True, check=True, stdout=subprocess.PIPE).stdout
     needed = re.findall(r"\(NEEDED\).*\[(.*)\]", dynamic)
     assert not [name for name in needed if "cuda" in name or "torch" in name], needed
+
+
+@pytest.mark.program
+@pytest.mark.requires("nvcc", "cmake", "ninja")
+@pytest.mark.parametrize(
+    ("gpus", "named", "expected"),
+    [
+        (None, "", "for 90 and PTX for newer GPUs, since no GPU was found that this nvcc knows"),
+        ("echo 9.0; echo 8.0; echo 9.0", "", "for 80, 90 and PTX for newer GPUs, of this machine's GPUs"),
+        ("echo 99.0", "", "for 90 and PTX for newer GPUs, since no GPU was found that this nvcc knows"),
+        ("echo No devices were found; exit 6", "", "for 90 and PTX for newer GPUs, since no GPU"),
+        ("echo 9.0", "80", "for 80 and PTX for newer GPUs, as FUSED_OPTIM_CUDA_ARCHS says"),
+        (
+            "echo 9.0",
+            "ALL",
+            f"for {', '.join(map(str, SUPPORTED))} and PTX for newer GPUs, as FUSED_OPTIM_CUDA_ARCHS says",
+        ),
+    ],
+    ids=["no GPU", "two kinds", "a GPU that is too new", "a driver without GPUs", "named", "ALL"],
+)
+def test_the_build_is_for_the_gpus_of_this_machine_and_says_so(
+    tmp_path: Path, gpus: str | None, named: str, expected: str
+) -> None:
+    import pybind11
+
+    said = tmp_path / "nvidia-smi"
+    said.write_text(f"#!/bin/sh\n{gpus or 'exit 127'}\n")
+    said.chmod(0o755)
+    configure = ["cmake", "-S", str(ROOT), "-B", str(tmp_path / "build"), "-G", "Ninja", "-DFUSED_OPTIM_CUDA=ON"]
+    configure += [f"-DFUSED_OPTIM_CUDA_ARCHS={named}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}"]
+    environment = {**os.environ, "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
+    result = subprocess.run(
+        configure, text=True, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False
+    )
+    assert result.returncode == 0, result.stdout
+    assert expected in re.sub(r"\s+", " ", result.stdout)

@@ -20,7 +20,7 @@ from support.sources import ROOT, sources
 # Each build takes all processors.
 pytestmark = [pytest.mark.program, pytest.mark.xdist_group("packaging")]
 
-FOLDERS = ("bench", "csrc", "docs", "examples", "fused_optim", "kernels", "scripts", "tests")
+FOLDERS = ("bench", "csrc", "docs", "examples", "fused_optim", "kernels", "requirements", "scripts", "tests")
 ROOT_FILES = (
     ".clang-format",
     "CHANGELOG.md",
@@ -31,8 +31,6 @@ ROOT_FILES = (
     "Makefile",
     "README.md",
     "pyproject.toml",
-    "requirements-dev.txt",
-    "requirements-lock.txt",
     "setup.py",
 )
 # Folders of the repository and the packages that they are installed as.
@@ -155,7 +153,7 @@ def test_pure_python_wheel_says_why_it_is_one_and_takes_a_step(
             {"CXX": "no-such-compiler -O2"},
             "CXX='no-such-compiler -O2' names no program; name a C++ compiler, or unset CXX",
         ),
-        ({"FUSED_OPTIM_EXTENSION": "ON", **NO_COMPILER}, "FUSED_OPTIM_EXTENSION=ON, but no C++ compiler was found"),
+        ({"FUSED_OPTIM_EXTENSION": "ON", **NO_COMPILER}, "or what CXX names); apt install g++ (Debian, Ubuntu)"),
         ({"FUSED_OPTIM_EXTENSION": "yes"}, "FUSED_OPTIM_EXTENSION is AUTO, ON or OFF; got 'yes'"),
     ],
     ids=["CXX", "ON without a compiler", "unknown word"],
