@@ -86,7 +86,7 @@ demo: $(INSTALLED)
 lint: $(PINS)
 	$(PY) -m ruff format --check .
 	$(PY) -m ruff check .
-	@test $(words $(CPP)) -ge 50 || { echo "clang-format is given $(words $(CPP)) files, and there are 50 or more" >&2; exit 1; }
+	@test $(words $(CPP)) -ge 51 || { echo "clang-format is given $(words $(CPP)) files, and there are 51 or more" >&2; exit 1; }
 	$(PY) -c 'import clang_format; clang_format.clang_format()' --dry-run -Werror $(CPP)
 
 types: $(PINS)

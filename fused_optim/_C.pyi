@@ -23,6 +23,7 @@ class Plan:
         describe: Callable[[Tensor], tuple[int, int, int, int, int, tuple[int, ...], tuple[int, ...]] | None],
         current_stream: Callable[[int], int] | None = None,
         negative_bit: NegativeBit | None = None,
+        make_room: Callable[[], None] | None = None,
         trust_ratio: Callable[[dict[str, Any]], TrustRatio | None] | None = None,
         limits: dict[str, tuple[float, float]] = ...,
         check: Callable[[int, dict[str, Any]], None] | None = None,

@@ -185,3 +185,12 @@ def describe_tensor(
 def current_stream(index: int) -> int:
     """The address of torch's stream on a CUDA device: for a torch without the DLPack C exchange API."""
     return torch.cuda.current_stream(index).cuda_stream
+
+
+def make_room() -> None:
+    """Give back the memory that torch's allocator holds and does not use, as torch does where there is none left.
+
+    During a capture into a graph it cannot.
+    """
+    if torch.cuda.is_initialized() and not torch.cuda.is_current_stream_capturing():
+        torch.cuda.empty_cache()

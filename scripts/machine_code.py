@@ -154,6 +154,21 @@ def read_kernels(file: Path, arch: str = "sm_90") -> list[Kernel]:
     return list(kernels.values())
 
 
+def serial_loads(kernel: Kernel) -> int:
+    """The loads before which something has waited for the one before them, in the order of the code."""
+    busy: set[int] = set()
+    count, waited = 0, False
+    for instruction in kernel.code:
+        waited = waited or bool(busy & set(instruction.waits))
+        busy -= set(instruction.waits)
+        if instruction.moves("LDG"):
+            count += waited
+            waited = False
+            if instruction.sets is not None:
+                busy.add(instruction.sets)
+    return count
+
+
 Blocks = dict[int, list[Instruction]]
 Edges = dict[int, list[int]]
 

@@ -184,7 +184,7 @@ constexpr int blocks_at_once(Pass pass, int states) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
   return 2;  // what is the same for a warp takes every thread's registers there
 #endif
-  return sizeof(T) == 8 || pass == Pass::accumulate || states > 2 ? 2 : 3;
+  return sizeof(T) == 8 || pass != Pass::update || states > 2 ? 2 : 3;
 }
 
 // Vectors of each column that a thread asks for before it waits. The memory of an H200 is busy where each
@@ -210,7 +210,7 @@ constexpr auto first_alike() {
   }
 }
 
-FO_DEVICE TileSums sum_warp(TileSums sums) {
+FO_DEVICE DirectionSums sum_warp(DirectionSums sums) {
 #pragma unroll
   for (int distance = kWarp / 2; distance > 0; distance /= 2) {
     sums.direction_sq += __shfl_down_sync(0xffffffffu, sums.direction_sq, distance);
@@ -235,7 +235,7 @@ class Columns {
   // kCount vectors of N elements of each lane, from `first` on, which are asked for together. Adds to sums.
   // With QuickFloats: false, and `first` is where to go on with floats, if a lane has a result that is NaN.
   template <class Number, int N, int kCount>
-  FO_DEVICE bool walk(const Record<Rule, Number>& s, int& first, int n, int lane, TileSums& sums) const {
+  FO_DEVICE bool walk(const Record<Rule, Number>& s, int& first, int n, int lane, DirectionSums& sums) const {
     typename Param::template Loaded<N> params[kCount];
     typename Grad::template Loaded<N> grads[kCount];
     typename State::template Loaded<N> states[kCount][kRoom];
@@ -249,6 +249,13 @@ class Columns {
 #pragma unroll
       for (int k = 0; k < kStates; ++k) states[u][k] = state_[k].template fetch<N>(i, plus);
     }
+#if defined(__CUDA_ARCH__)
+    // No load moves behind it. The compiler would have the second vector's wait until the first is computed,
+    // where that needs little else to be kept meanwhile; with two states it does not, and this costs an
+    // instruction.
+    if (N > 1 && kCount > 1 && (kPass == Pass::move || kStates < 2))
+      asm volatile("bar.warp.sync 0xffffffff;" ::: "memory");
+#endif
 #pragma unroll
     for (int u = 0; u < kCount; ++u) {
       const int plus = u * kApart<N>;
@@ -367,12 +374,12 @@ struct NumberOf<float> {
 };
 
 template <Pass kPass, class Rule, class T, class L>
-FO_DEVICE TileSums walk_tile(const Row& row, int first_state, const Record<Rule, T>& record, int64_t begin,
-                             int n, int lane) {
+FO_DEVICE DirectionSums walk_tile(const Row& row, int first_state, const Record<Rule, T>& record,
+                                  int64_t begin, int n, int lane) {
   using Number = typename NumberOf<T>::type;
   constexpr int N = L::kVector;
   const Columns<kPass, Rule, T, L> columns(row, first_state, begin);
-  TileSums sums{0, 0};
+  DirectionSums sums{0, 0};
   constexpr int kElements = sizeof(T) == 8 ? 2 : 4;
   if constexpr (N == 1) {
 #pragma unroll 1
@@ -405,8 +412,9 @@ FO_DEVICE TileSums walk_tile(const Row& row, int first_state, const Record<Rule,
 }
 
 template <Pass kPass, class Rule, class T, class L, class... Others>
-FO_DEVICE TileSums walk_tile_as(LayoutList<L, Others...>, uint64_t storages, const Row& row, int first_state,
-                                const Record<Rule, T>& record, int64_t begin, int n, int lane) {
+FO_DEVICE DirectionSums walk_tile_as(LayoutList<L, Others...>, uint64_t storages, const Row& row,
+                                     int first_state, const Record<Rule, T>& record, int64_t begin, int n,
+                                     int lane) {
   if constexpr (sizeof...(Others) != 0) {
     constexpr uint64_t kStorages = L::storages(element_states<Rule>());
     if (storages != kStorages) {
@@ -415,6 +423,46 @@ FO_DEVICE TileSums walk_tile_as(LayoutList<L, Others...>, uint64_t storages, con
     }
   }
   return walk_tile<kPass, Rule, T, L>(row, first_state, record, begin, n, lane);
+}
+
+// One tile of a row, by one warp.
+template <Pass kPass, class Rule, class T>
+FO_DEVICE DirectionSums update_tile(const Bucket& bucket, const Extent& extent, int64_t tile, int lane) {
+  const Row& row = bucket.rows[extent.row];
+  const uint64_t storages = storages_of(row, bucket.first_state, element_states<Rule>());
+  if (storages == 0) return {0, 0};
+  const int64_t begin = (tile - extent.first_tile) * kTile;
+  const int64_t left = row.numel - begin;
+  const int n = left < kTile ? static_cast<int>(left) : kTile;
+  Record<Rule, T> record;
+  // Said to be aligned, which an array of bytes is not: it would be loaded byte by byte.
+  const void* bytes = __builtin_assume_aligned(bucket.records[extent.row].bytes, alignof(ScalarsRecord));
+  __builtin_memcpy(&record, bytes, sizeof record);
+  return walk_tile_as<kPass, Rule, T>(Layouts<T, element_states<Rule>()>{}, storages, row, bucket.first_state,
+                                      record, begin, n, lane);
+}
+
+// Adds the sums of a block's tiles, in their order, row by row: for each of its rows one sum.
+FO_DEVICE void add_up_block(const Bucket& bucket, const Extent& extent, int64_t tile,
+                            const DirectionSums& own) {
+  __shared__ DirectionSums of_warp[kWarpsPerBlock];
+  __shared__ int32_t row_of_warp[kWarpsPerBlock];
+  const int warp = static_cast<int>(threadIdx.x) / kWarp;
+  const DirectionSums of_tile = sum_warp(own);
+  const bool first = threadIdx.x % kWarp == 0;
+  if (first) {
+    of_warp[warp] = of_tile;
+    row_of_warp[warp] = extent.row;
+  }
+  __syncthreads();
+  if (!first || extent.row < 0 || (warp > 0 && row_of_warp[warp - 1] == extent.row)) return;
+  DirectionSums total = of_warp[warp];
+  for (int w = warp + 1; w < kWarpsPerBlock && row_of_warp[w] == extent.row; ++w) {
+    total.direction_sq += of_warp[w].direction_sq;
+    total.param_sq += of_warp[w].param_sq;
+  }
+  bucket.direction_sums[extent.first_sum + tile / kWarpsPerBlock - extent.first_tile / kWarpsPerBlock] =
+      total;
 }
 
 template <Pass kPass, class Rule, class T>
@@ -430,23 +478,10 @@ __global__ void __launch_bounds__(kThreads, blocks_at_once<T>(kPass, element_sta
   const Extent* extents = bucket.extents + bucket.first_extent[block];
   const bool passed = lane < kWarpsPerBlock && extents[1 + lane].first_tile <= tile;
   const Extent extent = extents[__popc(__ballot_sync(0xffffffffu, passed))];
-  if (skip || extent.row < 0) return;
-  const Row& row = bucket.rows[extent.row];
-  const uint64_t storages = storages_of(row, bucket.first_state, element_states<Rule>());
-  if (storages == 0) return;
-  const int64_t begin = (tile - extent.first_tile) * kTile;
-  const int64_t left = row.numel - begin;
-  const int n = left < kTile ? static_cast<int>(left) : kTile;
-  Record<Rule, T> record;
-  // Said to be aligned, which an array of bytes is not: it would be loaded byte by byte.
-  const void* bytes = __builtin_assume_aligned(bucket.records[extent.row].bytes, alignof(ScalarsRecord));
-  __builtin_memcpy(&record, bytes, sizeof record);
-  const TileSums sums = walk_tile_as<kPass, Rule, T>(Layouts<T, element_states<Rule>()>{}, storages, row,
-                                                     bucket.first_state, record, begin, n, lane);
-  if constexpr (kPass == Pass::accumulate) {
-    const TileSums total = sum_warp(sums);
-    if (lane == 0) bucket.tile_sums[tile] = total;
-  }
+  if (skip) return;
+  DirectionSums sums{0, 0};
+  if (extent.row >= 0) sums = update_tile<kPass, Rule, T>(bucket, extent, tile, lane);
+  if constexpr (kPass == Pass::accumulate) add_up_block(bucket, extent, tile, sums);
 }
 
 template <class Rule, class T, class... R>

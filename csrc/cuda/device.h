@@ -17,17 +17,16 @@ struct Bucket {
   const Row* rows;
   const ScalarsRecord* records;
   const Control* control;
-  TileSums* tile_sums;  // by tile; where the rule has a direction
-  int32_t first_state;  // the first column with a number an element
+  DirectionSums* direction_sums;  // where the rule has a direction
+  int32_t first_state;            // the first column with a number an element
   bool backwards;  // the last tiles first: after reduce those are what is still in the second-level cache
 };
 
 struct ReduceTable {
   const Row* rows;
   const CudaGroup* groups;
-  const Piece* pieces;
-  const int32_t* small_rows;
-  int32_t piece_count;  // blocks of pieces come first, then blocks of small rows
+  const Piece* pieces;  // of blocks, then those that a warp sums
+  int32_t piece_count;
   int32_t small_count;
   Sums* sums;  // a total of each row, then the pieces
 };
@@ -68,10 +67,10 @@ __global__ void total_kernel(const Pieces* pieces, const Row* rows, Sums* sums);
 __global__ void grad_sq_kernel(PrepareTable table, uint64_t non_finite_address);
 __global__ void prepare_kernel(PrepareTable table, CudaStep step);
 
-// Whether the sums of tiles are the whole row's. If other processes have parts of it, they are added up to
-// its Sums in one launch, and read from there in another.
+// Whether the sums of its blocks are the whole row's. If other processes have parts of it, they are added up
+// to its Sums in one launch, and read from there in another.
 enum class DirectionPass : int32_t { whole, add_up, prepare };
-__global__ void direction_kernel(const DirectionRow* rows, const TileSums* sums, PrepareTable table,
+__global__ void direction_kernel(const DirectionRow* rows, const DirectionSums* sums, PrepareTable table,
                                  CudaStep step, DirectionPass pass);
 
 using ApplyKernel = void (*)(Bucket bucket);

@@ -80,4 +80,16 @@ bool is_capturing(int device, cudaStream_t stream) {
   return status != cudaStreamCaptureStatusNone;
 }
 
+void release_with_graph(cudaStream_t stream, void (*release)(void*), void* self) {
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  cudaGraph_t graph = nullptr;
+  check(cudaStreamGetCaptureInfo(stream, &status, nullptr, &graph), "asking for the graph of a capture");
+  cudaUserObject_t object = nullptr;
+  check(cudaUserObjectCreate(&object, self, release, 1, cudaUserObjectNoDestructorSync),
+        "tying the table to the graph");
+  const cudaError_t error = cudaGraphRetainUserObject(graph, object, 1, cudaGraphUserObjectMove);
+  if (error != cudaSuccess) cudaUserObjectRelease(object, 1);
+  check(error, "tying the table to the graph");
+}
+
 }  // namespace fused_optim

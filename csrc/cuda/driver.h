@@ -76,4 +76,8 @@ class SideStream {
 
 bool is_capturing(int device, cudaStream_t stream);
 
+// Has `release` called with `self` when the graph that a stream is being captured into is gone, and what has
+// been instantiated from it. Called here, if that cannot be had, which throws.
+void release_with_graph(cudaStream_t stream, void (*release)(void*), void* self);
+
 }  // namespace fused_optim

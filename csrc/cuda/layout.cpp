@@ -1,5 +1,6 @@
 #include "cuda/layout.h"
 
+#include <algorithm>
 #include <cstring>
 #include <limits>
 #include <utility>
@@ -35,6 +36,12 @@ bool has_direction_of(RuleList<R...>, int rule) {
   return table[rule];
 }
 
+// The elements of a row's pieces, but for its last.
+int64_t piece_length(int64_t numel) {
+  constexpr int64_t kMost = int64_t{kMostPieces} * kChunk;
+  return std::max<int64_t>((numel + kMost - 1) / kMost, 1) * kChunk;
+}
+
 }  // namespace
 
 TableLayout lay_out(const std::vector<Row>& rows, size_t group_count) {
@@ -49,7 +56,7 @@ TableLayout lay_out(const std::vector<Row>& rows, size_t group_count) {
   std::vector<std::vector<Extent>> extents;
   std::vector<std::vector<int32_t>> first_extents;
   std::vector<DirectionRow> directions;
-  int64_t tile_sums = 0;
+  int32_t direction_sums = 0;
   for (const bool in_double : {false, true}) {
     for (int rule = 0; rule < Rules::kCount; ++rule) {
       std::vector<Extent> list;
@@ -60,8 +67,12 @@ TableLayout lay_out(const std::vector<Row>& rows, size_t group_count) {
         const Row& row = rows[r];
         if (row.rule != rule || computes_in_double(row.dtype[kParam]) != in_double) continue;
         const int64_t end = tiles + (row.numel + kTile - 1) / kTile;
+        const int32_t first_sum = direction_sums;
         if (has_direction) {
-          directions.push_back({tile_sums + tiles, end - tiles, static_cast<int64_t>(r)});
+          if (row.numel != 0) {
+            direction_sums += static_cast<int32_t>((end - 1) / kWarpsPerBlock - tiles / kWarpsPerBlock + 1);
+          }
+          directions.push_back({static_cast<int32_t>(r), first_sum, direction_sums - first_sum});
         }
         if (row.numel == 0) continue;
         // Blocks whose first tile is in this row.
@@ -69,44 +80,46 @@ TableLayout lay_out(const std::vector<Row>& rows, size_t group_count) {
              tile += kWarpsPerBlock) {
           first.push_back(static_cast<int32_t>(list.size()));
         }
-        list.push_back({tiles, static_cast<int64_t>(r)});
+        list.push_back({tiles, static_cast<int32_t>(r), first_sum});
         tiles = end;
       }
       if (list.empty()) continue;
-      list.push_back({tiles, -1});
-      for (int i = 1; i < kWarpsPerBlock; ++i) list.push_back({std::numeric_limits<int64_t>::max(), -1});
+      list.push_back({tiles, -1, 0});
+      for (int i = 1; i < kWarpsPerBlock; ++i) list.push_back({std::numeric_limits<int64_t>::max(), -1, 0});
       layout.buckets.push_back({rule, in_double, static_cast<int64_t>(first.size()),
                                 arena.place<Extent>(list.size()), arena.place<int32_t>(first.size()),
-                                has_direction ? tile_sums : -1});
-      if (has_direction) tile_sums += tiles;
+                                has_direction});
       extents.push_back(std::move(list));
       first_extents.push_back(std::move(first));
     }
   }
 
-  std::vector<Piece> pieces;
+  std::vector<Piece> pieces, small;
   std::vector<Pieces> totals;
-  std::vector<int32_t> small;
   auto next = static_cast<int32_t>(layout.row_count);
   for (size_t r = 0; r < rows.size(); ++r) {
     const auto row = static_cast<int32_t>(r);
-    const auto count = static_cast<int32_t>((rows[r].numel + kChunk - 1) / kChunk);
-    if (rows[r].numel <= kSummedByWarp) {
-      small.push_back(row);
+    const int64_t numel = rows[r].numel, length = piece_length(numel);
+    const auto count = static_cast<int32_t>((numel + length - 1) / length);
+    const auto piece = [&](int64_t begin, int32_t out) -> Piece {
+      return {begin, static_cast<int32_t>(std::min(length, numel - begin)), row, rows[r].group, out};
+    };
+    if (numel <= kSummedByWarp) {
+      small.push_back(piece(0, row));
     } else if (count == 1) {
-      pieces.push_back({0, row, row});
+      pieces.push_back(piece(0, row));
     } else {
       totals.push_back({row, next, count});
-      for (int32_t i = 0; i < count; ++i) pieces.push_back({static_cast<int64_t>(i) * kChunk, row, next++});
+      for (int32_t i = 0; i < count; ++i) pieces.push_back(piece(i * length, next++));
     }
   }
   layout.piece_count = static_cast<int32_t>(pieces.size());
   layout.small_count = static_cast<int32_t>(small.size());
   layout.total_count = static_cast<int32_t>(totals.size());
+  pieces.insert(pieces.end(), small.begin(), small.end());
   layout.pieces = arena.place<Piece>(pieces.size());
   layout.totals = arena.place<Pieces>(totals.size());
-  layout.small = arena.place<int32_t>(small.size());
-  layout.direction_count = static_cast<int64_t>(directions.size());
+  layout.direction_count = static_cast<int32_t>(directions.size());
   layout.directions = arena.place<DirectionRow>(directions.size());
 
   layout.words.assign(arena.size() / sizeof(uint32_t), 0);
@@ -116,7 +129,6 @@ TableLayout lay_out(const std::vector<Row>& rows, size_t group_count) {
   }
   put(layout.words, layout.pieces, pieces);
   put(layout.words, layout.totals, totals);
-  put(layout.words, layout.small, small);
   put(layout.words, layout.directions, directions);
 
   // Only kernels touch what follows.
@@ -124,7 +136,7 @@ TableLayout lay_out(const std::vector<Row>& rows, size_t group_count) {
   layout.sums_bytes = arena.size() - layout.sums;
   layout.records = arena.place<ScalarsRecord>(layout.row_count);
   layout.control = arena.place<Control>(1);
-  layout.tile_sums = arena.place<TileSums>(static_cast<size_t>(tile_sums));
+  layout.direction_sums = arena.place<DirectionSums>(static_cast<size_t>(direction_sums));
   layout.bytes = arena.size();
   return layout;
 }

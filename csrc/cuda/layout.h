@@ -4,7 +4,10 @@
 //
 // tile: 1,024 elements of a row, what one warp updates. Small tensors are packed eight to a block this way.
 //
-// chunk: 32,768 elements of a row, what one block sums. A row of up to 4,096 elements is summed by one warp.
+// chunk: 32,768 elements of a row, what a block sums in float before it goes on in double. A block sums one
+// chunk, or as many as leave no more than 4,096 pieces of a row, which one block then adds. A row of up to
+// 4,096 elements is summed by one warp. With three blocks a multiprocessor, ResNet-50's 801 pieces are two
+// waves of an H100's 396; a shorter chunk would leave a block more of its life without a load under way.
 #pragma once
 
 #include <cstddef>
@@ -14,6 +17,12 @@
 #include "prepare.h"
 #include "row.h"
 
+// Pieces of a row, at most. The tests of the kernels on a host take few, so that a row need not be huge to
+// have pieces of several chunks.
+#if !defined(FO_MOST_PIECES)
+#define FO_MOST_PIECES 4096
+#endif
+
 namespace fused_optim {
 
 constexpr int kWarp = 32;
@@ -22,6 +31,7 @@ constexpr int kThreads = kWarp * kWarpsPerBlock;
 constexpr int kTile = 1024;
 constexpr int kChunk = 32 * 1024;
 constexpr int kSummedByWarp = 4 * 1024;
+constexpr int kMostPieces = FO_MOST_PIECES;
 // Rows that a block prepares: few, so that the double-precision scalars spread over more multiprocessors. All
 // of its threads sum the global norm.
 constexpr int kPreparedRows = 64;
@@ -32,16 +42,19 @@ struct CudaGroup {
 };
 
 // A row's tiles in the numbering of a bucket; `row` is -1 behind the last.
-struct Extent {
+struct alignas(16) Extent {
   int64_t first_tile;
-  int64_t row;
+  int32_t row;
+  int32_t first_sum;  // of its blocks' direction sums; where the rule has a direction
 };
 
-// A piece of a row that a block sums. `out` counts from the totals: rows of one piece write their total
-// itself.
-struct Piece {
+// A piece of a row that a block sums, or a row that a warp does. `out` counts from the totals: rows of one
+// piece write their total itself. The group is the row's, which would have to be read first.
+struct alignas(8) Piece {
   int64_t begin;
+  int32_t count;
   int32_t row;
+  int32_t group;
   int32_t out;
 };
 
@@ -52,22 +65,22 @@ struct Pieces {
   int32_t count;
 };
 
-struct Sums {
+struct alignas(16) Sums {
   Norms norms;
   double non_finite;  // 1 if an element of the gradient is infinite or NaN
 };
 
-// Of one tile, after the first pass of a rule with a direction.
-struct TileSums {
+// Of the tiles of one row in one block, after the first pass of a rule with a direction.
+struct alignas(16) DirectionSums {
   double direction_sq;
   double param_sq;
 };
 
-// A row with a direction, and where the sums of its tiles begin.
+// A row with a direction, and where the sums of its blocks lie side by side.
 struct DirectionRow {
-  int64_t first;
-  int64_t count;
-  int64_t row;
+  int32_t row;
+  int32_t first;
+  int32_t count;
 };
 
 struct Control {
@@ -81,7 +94,7 @@ struct BucketLayout {
   bool in_double;
   int64_t blocks;
   size_t extents, first_extent;
-  int64_t first_tile_sums;  // of its tiles among those of all buckets; -1: the rule has no direction
+  bool has_direction;
 };
 
 // Where everything lies in a table, in bytes from its start: first what changes from step to step, then what
@@ -90,16 +103,15 @@ struct TableLayout {
   size_t row_count = 0, group_count = 0;
   size_t rows = 0, groups = 0;
   size_t changing_bytes = 0;
-  size_t pieces = 0, totals = 0, small = 0, directions = 0;
-  size_t sums = 0, sums_bytes = 0, records = 0, control = 0, tile_sums = 0;
+  size_t pieces = 0, totals = 0, directions = 0;
+  size_t sums = 0, sums_bytes = 0, records = 0, control = 0, direction_sums = 0;
   size_t bytes = 0;
-  int32_t piece_count = 0, small_count = 0, total_count = 0;
-  int64_t direction_count = 0;
+  int32_t piece_count = 0, small_count = 0, total_count = 0, direction_count = 0;
   std::vector<BucketLayout> buckets;
   std::vector<uint32_t> words;  // what the host writes: here, what never changes
 };
 
-// Of rows, numels, rules and parameter dtypes count.
+// Of rows, numels, groups, rules and parameter dtypes count.
 TableLayout lay_out(const std::vector<Row>& rows, size_t group_count);
 
 }  // namespace fused_optim

@@ -26,7 +26,8 @@ std::vector<Row> rows_of(const std::vector<Row>& rows, const std::vector<size_t>
 class CudaPhasesOfDevice final : public CudaPhases {
  public:
   CudaPhasesOfDevice(int device, const std::vector<Row>& rows, std::vector<size_t> own,
-                     const std::vector<GroupHyper>& groups, const std::vector<HyperTensors>& tensors)
+                     const std::vector<GroupHyper>& groups, const std::vector<HyperTensors>& tensors,
+                     MakeRoom make_room)
       : device_(device),
         own_(std::move(own)),
         hypers_(groups),
@@ -35,15 +36,18 @@ class CudaPhasesOfDevice final : public CudaPhases {
         layout_(lay_out(own_rows_, groups.size())) {
     const DeviceGuard guard(device);
     check(guard.error(), "choosing the device");
-    writer_ = std::make_unique<TableWriter>(device, layout_);
-    live_ = std::make_unique<Table>(device, layout_.bytes);
+    free_tables_of_graphs();
+    writer_ = std::make_unique<TableWriter>(device, layout_, std::move(make_room));
+    live_ = writer_->make_table();
     check(cudaEventCreateWithFlags(&done_, cudaEventDisableTiming), "creating an event");
   }
 
   ~CudaPhasesOfDevice() override {
     const DeviceGuard guard(device_);
+    if (guard.error() != cudaSuccess) return;  // the process ends: the driver has gone first
     const RelaxedCapture relaxed;
     if (done_ != nullptr) cudaEventDestroy(done_);
+    free_tables_of_graphs();
   }
 
   int device() const override { return device_; }
@@ -165,8 +169,7 @@ class CudaPhasesOfDevice final : public CudaPhases {
   const Table& table_for_replays() {
     cudaGetLastError();
     writer_->write(own_rows_, hypers_, tensors_);
-    captured_.push_back(writer_->upload());
-    return *captured_.back();
+    return writer_->table_for_replays(stream_);
   }
 
   PrepareTable prepare_table(const Table& table) const {
@@ -179,7 +182,6 @@ class CudaPhasesOfDevice final : public CudaPhases {
     const ReduceTable reduce{table.at<Row>(layout_.rows),
                              table.at<CudaGroup>(layout_.groups),
                              table.at<Piece>(layout_.pieces),
-                             table.at<int32_t>(layout_.small),
                              layout_.piece_count,
                              layout_.small_count,
                              table.at<Sums>(layout_.sums)};
@@ -201,11 +203,9 @@ class CudaPhasesOfDevice final : public CudaPhases {
   }
 
   Bucket bucket(const Table& table, const BucketLayout& plan, bool backwards) const {
-    TileSums* sums =
-        plan.first_tile_sums < 0 ? nullptr : table.at<TileSums>(layout_.tile_sums) + plan.first_tile_sums;
     return {table.at<Extent>(plan.extents),     table.at<int32_t>(plan.first_extent),
             table.at<Row>(layout_.rows),        table.at<ScalarsRecord>(layout_.records),
-            table.at<Control>(layout_.control), sums,
+            table.at<Control>(layout_.control), table.at<DirectionSums>(layout_.direction_sums),
             first_state_of(Rules{}, plan.rule), backwards};
   }
 
@@ -215,7 +215,7 @@ class CudaPhasesOfDevice final : public CudaPhases {
     const auto blocks = static_cast<int64_t>((layout_.row_count + kPreparedRows - 1) / kPreparedRows);
     launch("the prepare phase", prepare_kernel, blocks, kThreads, stream_, prepare_table(table), step);
     for (const BucketLayout& plan : layout_.buckets) {
-      if (plan.first_tile_sums < 0) continue;
+      if (!plan.has_direction) continue;
       launch("the apply phase", accumulate_kernel_of(plan.rule, plan.in_double), plan.blocks, kThreads,
              stream_, bucket(table, plan, reduces));
     }
@@ -231,17 +231,16 @@ class CudaPhasesOfDevice final : public CudaPhases {
       launch_directions(table, step, DirectionPass::whole);
     }
     for (const BucketLayout& plan : layout_.buckets) {
-      const bool second = plan.first_tile_sums >= 0;
       launch("the apply phase", apply_kernel_of(plan.rule, plan.in_double), plan.blocks, kThreads, stream_,
-             bucket(table, plan, reduces != second));
+             bucket(table, plan, reduces != plan.has_direction));
     }
     return true;
   }
 
   void launch_directions(const Table& table, const CudaStep& step, DirectionPass pass) const {
     launch("the prepare phase", direction_kernel, layout_.direction_count, kThreads, stream_,
-           table.at<const DirectionRow>(layout_.directions), table.at<const TileSums>(layout_.tile_sums),
-           prepare_table(table), step, pass);
+           table.at<const DirectionRow>(layout_.directions),
+           table.at<const DirectionSums>(layout_.direction_sums), prepare_table(table), step, pass);
   }
 
   const int device_;
@@ -252,7 +251,6 @@ class CudaPhasesOfDevice final : public CudaPhases {
   const TableLayout layout_;
   std::unique_ptr<TableWriter> writer_;
   std::unique_ptr<Table> live_;
-  std::vector<std::unique_ptr<Table>> captured_;
   cudaEvent_t done_ = nullptr;
   bool recorded_ = false;
   cudaStream_t recorded_on_ = nullptr;
@@ -292,10 +290,12 @@ cudaError_t load_kernels() {
 
 std::unique_ptr<CudaPhases> CudaPhases::create(int device, const std::vector<Row>& rows,
                                                std::vector<size_t> own, const std::vector<GroupHyper>& groups,
-                                               const std::vector<HyperTensors>& tensors) {
+                                               const std::vector<HyperTensors>& tensors,
+                                               std::function<void()> make_room) {
   const std::string reason = why_no_cuda(device);
   if (!reason.empty()) throw std::runtime_error("fused_optim: the CUDA backend cannot be used: " + reason);
-  return std::make_unique<CudaPhasesOfDevice>(device, rows, std::move(own), groups, tensors);
+  return std::make_unique<CudaPhasesOfDevice>(device, rows, std::move(own), groups, tensors,
+                                              std::move(make_room));
 }
 
 std::string why_no_cuda(int device) {

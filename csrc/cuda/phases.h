@@ -8,6 +8,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <string>
 #include <vector>
@@ -28,11 +29,13 @@ struct CudaStep : DeviceStep {
 class CudaPhases : public Phases {
  public:
   // own: the indices of its rows among `rows`, whose numels, rules and parameter dtypes count; they stay for
-  // good. groups, tensors: of the plan, as they are at each step. Kernels and tables are loaded here. Throws
-  // std::runtime_error if the device cannot be used.
+  // good. groups, tensors: of the plan, as they are at each step. make_room: gives memory of the device back
+  // that is held and not used. Kernels and tables are loaded here. Throws std::runtime_error if the device
+  // cannot be used.
   static std::unique_ptr<CudaPhases> create(int device, const std::vector<Row>& rows, std::vector<size_t> own,
                                             const std::vector<GroupHyper>& groups,
-                                            const std::vector<HyperTensors>& tensors);
+                                            const std::vector<HyperTensors>& tensors,
+                                            std::function<void()> make_room);
 
   virtual int device() const = 0;
 
@@ -40,7 +43,7 @@ class CudaPhases : public Phases {
   virtual void work_on(void* stream) = 0;
 
   // Whether work on that stream is being captured into a graph instead of done. The replays of a captured
-  // apply() read a table of their own, which lives as long as this object.
+  // apply() read a table of their own, which lives as long as the graph.
   virtual bool captured() const = 0;
 };
 

@@ -60,11 +60,15 @@ FO_DEVICE void sum_rows(const PrepareTable& table, bool exchanged, double& grad_
 }
 
 template <class Rule>
-FO_DEVICE GroupHyper read_group(const CudaGroup& group) {
+FO_DEVICE GroupHyper read_group(const CudaGroup& in_table) {
+  const CudaGroup group = read_words(in_table);
   GroupHyper hyper = group.hyper;
   constexpr int kCount = static_cast<int>(sizeof(typename Rule::Hyper) / sizeof(double));
+  uint64_t bits[kCount];
 #pragma unroll
-  for (int i = 0; i < kCount; ++i) hyper.rule[i] = read_hyper(group, i);
+  for (int i = 0; i < kCount; ++i) bits[i] = fetch_hyper(group, i);
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) hyper.rule[i] = widen_hyper(group, i, bits[i]);
   return hyper;
 }
 
@@ -157,8 +161,9 @@ __global__ void __launch_bounds__(kThreads) prepare_kernel(PrepareTable table, C
     if (step.non_finite != 0) *reinterpret_cast<float*>(step.non_finite) = non_finite ? 1.0f : 0.0f;
   }
   const int r = static_cast<int>(blockIdx.x) * kPreparedRows + thread;
-  if (skip || thread >= kPreparedRows || r >= table.row_count || !table.rows[r].active) return;
-  const Row& row = table.rows[r];
+  if (skip || thread >= kPreparedRows || r >= table.row_count) return;
+  const Row row = read_words(table.rows[r]);
+  if (!row.active) return;
   const CudaGroup& group = table.groups[row.group];
   const Norms norms = needs_of(row, group.hyper, options) != 0 ? table.sums[r].norms : Norms{};
   MeasuredNorms seen;
@@ -171,22 +176,23 @@ __global__ void __launch_bounds__(kThreads) prepare_kernel(PrepareTable table, C
   }
 }
 
-// The second prepare of rules with a direction: one block a row adds the sums of its tiles.
-__global__ void __launch_bounds__(kThreads)
-    direction_kernel(const DirectionRow* rows, const TileSums* sums, PrepareTable table, CudaStep step,
+// The second prepare of rules with a direction: one block a row adds what the blocks of the first pass have
+// summed.
+__global__ void __launch_bounds__(kThreads, 1)
+    direction_kernel(const DirectionRow* rows, const DirectionSums* sums, PrepareTable table, CudaStep step,
                      DirectionPass pass) {
   const DirectionRow mine = rows[blockIdx.x];
   const Row& row = table.rows[mine.row];
-  if (table.control->skip != 0 || !row.active) return;
+  const bool skip = table.control->skip != 0 || !row.active;
   Sums own{};
-#pragma unroll 4
-  for (int64_t i = threadIdx.x; pass != DirectionPass::prepare && i < mine.count; i += kThreads) {
-    const TileSums of_tile = sums[mine.first + i];
-    own.norms.direction_sq += of_tile.direction_sq;
-    own.norms.param_sq += of_tile.param_sq;
+  if (pass != DirectionPass::prepare) {
+    for_own<16>(sums + mine.first, mine.count, [&](const DirectionSums& of_block) {
+      own.norms.direction_sq += of_block.direction_sq;
+      own.norms.param_sq += of_block.param_sq;
+    });
   }
   Sums total = sum_block(own);
-  if (threadIdx.x != 0) return;
+  if (skip || threadIdx.x != 0) return;
   if (pass == DirectionPass::add_up) {
     table.sums[mine.row] = total;
     return;
@@ -195,7 +201,7 @@ __global__ void __launch_bounds__(kThreads)
   MeasuredNorms seen;
   prepare_second_any(Rules{}, row, table.groups[row.group], total.norms, table.records[mine.row], seen);
   if (step.measured != 0) {
-    auto* out = reinterpret_cast<float*>(step.measured) + 3 * mine.row;
+    auto* out = reinterpret_cast<float*>(step.measured) + 3 * static_cast<int64_t>(mine.row);
     out[1] = static_cast<float>(seen.param_norm);
     out[2] = static_cast<float>(seen.trust_ratio);
   }

@@ -73,28 +73,36 @@ FO_DEVICE double clamp_for_square(double value, const GradTransform<double>& gra
 FO_DEVICE float largest_of(float largest, float value) { return quick_maximum(largest, fabsf(value)); }
 FO_DEVICE double largest_of(double largest, double value) { return maximum(largest, fabs(value)); }
 
-// A thread's sum of squares: in float, and where a square overflowed or was lost to underflow once more in
-// double.
+// A thread's sum of squares: of each chunk in float, and where a square overflowed or was lost to underflow
+// once more in double.
 template <class T, class Numbers>
-FO_DEVICE Square sum_squares(const Numbers& numbers, const GradTransform<T>& grad, int n, Team team) {
-  T sum = 0, largest = 0;
-  bool non_finite = false;
-  for_each<kVectorsInFlight>(numbers, n, team, [&](T element) {
-    const T value = clamp_for_square(grad.scale * element, grad);
-    non_finite = non_finite | !is_finite(element);
-    largest = largest_of(largest, value);
-    sum += value * value;
-  });
-  Square result{static_cast<double>(sum), static_cast<double>(largest), non_finite};
-  if constexpr (sizeof(T) == 4) {
-    const bool sure = (sum > 1e-20f && sum < 1e30f) || largest == 0 || !is_finite(largest);
-    if (!sure) {
-      result.sum = 0;
-      for_each<1>(numbers, n, team, [&](T element) {
-        const double value = static_cast<double>(transform(grad, element));
-        result.sum += value * value;
-      });
+FO_DEVICE Square sum_squares(Numbers numbers, const GradTransform<T>& grad, int n, Team team) {
+  Square result{};
+#pragma unroll 1
+  for (; n > 0; n -= kChunk, numbers.advance(kChunk)) {
+    const int count = n < kChunk ? n : kChunk;
+    T sum = 0, largest = 0;
+    bool non_finite = false;
+    for_each<kVectorsInFlight>(numbers, count, team, [&](T element) {
+      const T value = clamp_for_square(grad.scale * element, grad);
+      non_finite = non_finite | !is_finite(element);
+      largest = largest_of(largest, value);
+      sum += value * value;
+    });
+    auto in_double = static_cast<double>(sum);
+    if constexpr (sizeof(T) == 4) {
+      const bool sure = (sum > 1e-20f && sum < 1e30f) || largest == 0 || !is_finite(largest);
+      if (!sure) {
+        in_double = 0;
+        for_each<1>(numbers, count, team, [&](T element) {
+          const double value = static_cast<double>(transform(grad, element));
+          in_double += value * value;
+        });
+      }
     }
+    result.sum += in_double;
+    result.largest = maximum(result.largest, static_cast<double>(largest));
+    result.non_finite = result.non_finite | non_finite;
   }
   return result;
 }
@@ -107,6 +115,7 @@ struct Numbers {
   bool aligned;
 
   FO_DEVICE explicit Numbers(uint64_t at) : address(reinterpret_cast<const S*>(at)), aligned(at % 16 == 0) {}
+  FO_DEVICE void advance(int count) { address += count; }
   FO_DEVICE Loaded fetch(int i) const { return load_global<Reuse::soon, Loaded>(address + i); }
   FO_DEVICE void fetch_element(int i, int e, Loaded& loaded) const {
     loaded.put(e, load_global<Reuse::soon, S>(address + i + e));
@@ -134,6 +143,10 @@ struct MasterNumbers {
       : param(reinterpret_cast<const S*>(param_at)),
         master(reinterpret_cast<const M*>(master_at)),
         aligned((param_at | master_at) % 16 == 0) {}
+  FO_DEVICE void advance(int count) {
+    param += count;
+    master += count;
+  }
   FO_DEVICE Loaded fetch(int i) const {
     return {load_global<Reuse::soon, Vector<S, kVector>>(param + i),
             load_global<Reuse::soon, Vector<M, kVector>>(master + i)};
@@ -272,37 +285,36 @@ FO_DEVICE Sums sum_range(const Row& row, const CudaGroup& group, const StepOptio
 
 __global__ void __launch_bounds__(kThreads, 3) reduce_kernel(ReduceTable table, CudaStep step) {
   const int block = static_cast<int>(blockIdx.x), thread = static_cast<int>(threadIdx.x);
-  const StepOptions options = options_of(step);
   if (block < table.piece_count) {
     const Piece piece = table.pieces[block];
-    const Row& row = table.rows[piece.row];
+    const Row row = read_words(table.rows[piece.row]);
+    const CudaGroup& group = table.groups[piece.group];
+    const StepOptions options = options_of(step);
     if (!row.active) return;
-    const int64_t left = row.numel - piece.begin;
-    const int n = left < kChunk ? static_cast<int>(left) : kChunk;
-    const Sums sums =
-        sum_block(sum_range(row, table.groups[row.group], options, piece.begin, n, {thread, kThreads}));
+    const Sums sums = sum_block(sum_range(row, group, options, piece.begin, piece.count, {thread, kThreads}));
     if (thread == 0) table.sums[piece.out] = sums;
     return;
   }
   const int index = (block - table.piece_count) * kWarpsPerBlock + thread / kWarp;
   if (index >= table.small_count) return;
-  const int32_t r = table.small_rows[index];
-  const Row& row = table.rows[r];
+  const Piece piece = table.pieces[table.piece_count + index];
+  const Row row = read_words(table.rows[piece.row]);
+  const CudaGroup& group = table.groups[piece.group];
+  const StepOptions options = options_of(step);
   if (!row.active) return;
-  const Sums sums = sum_warp(sum_range(row, table.groups[row.group], options, 0, static_cast<int>(row.numel),
-                                       {thread % kWarp, kWarp}));
-  if (thread % kWarp == 0) table.sums[r] = sums;
+  const Sums sums = sum_warp(sum_range(row, group, options, 0, piece.count, {thread % kWarp, kWarp}));
+  if (thread % kWarp == 0) table.sums[piece.out] = sums;
 }
 
 // One block a row of several pieces.
-__global__ void __launch_bounds__(kThreads) total_kernel(const Pieces* pieces, const Row* rows, Sums* sums) {
+__global__ void __launch_bounds__(kThreads, 1)
+    total_kernel(const Pieces* pieces, const Row* rows, Sums* sums) {
   const Pieces mine = pieces[blockIdx.x];
-  if (!rows[mine.row].active) return;
+  const bool active = rows[mine.row].active;
   Sums own{};
-  for (int i = static_cast<int>(threadIdx.x); i < mine.count; i += kThreads)
-    own = combine(own, sums[mine.first + i]);
+  for_own<4>(sums + mine.first, mine.count, [&](const Sums& of_piece) { own = combine(own, of_piece); });
   const Sums total = sum_block(own);
-  if (threadIdx.x == 0) sums[mine.row] = total;
+  if (threadIdx.x == 0 && active) sums[mine.row] = total;
 }
 
 }  // namespace fused_optim

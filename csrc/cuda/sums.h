@@ -51,20 +51,56 @@ FO_DEVICE Sums sum_block(const Sums& own) {
 FO_DEVICE bool is_finite(float value) { return fabsf(value) < HUGE_VALF; }
 FO_DEVICE bool is_finite(double value) { return fabs(value) < HUGE_VAL; }
 
-// A number that the group holds itself, or that a tensor of the user's does.
-FO_DEVICE double read_hyper(const CudaGroup& group, int index) {
-  const uint64_t address = group.tensors.address[index];
-  if (address == 0) return group.hyper.rule[index];
-  switch (group.tensors.dtype[index]) {
-    case DType::float32:
-      return static_cast<double>(*reinterpret_cast<const float*>(address));
-    case DType::float64:
-      return *reinterpret_cast<const double*>(address);
-    case DType::bfloat16:
-      return static_cast<double>(load(*reinterpret_cast<const bfloat16*>(address)));
-    default:
-      return static_cast<double>(load(*reinterpret_cast<const float16*>(address)));
+// Calls f with this thread's of `count` values in memory, in order; kAtOnce of them are asked for together.
+template <int kAtOnce, class Value, class F>
+FO_DEVICE void for_own(const Value* values, int count, const F& f) {
+#pragma unroll 1
+  for (int first = static_cast<int>(threadIdx.x); first < count; first += kAtOnce * kThreads) {
+    Value loaded[kAtOnce]{};  // zeros behind the last, which change no sum
+#pragma unroll
+    for (int u = 0; u < kAtOnce; ++u) {
+      if (first + u * kThreads < count) loaded[u] = values[first + u * kThreads];
+    }
+#pragma unroll
+    for (int u = 0; u < kAtOnce; ++u) f(loaded[u]);
   }
+}
+
+// A copy of a row or a group, whose words are asked for together. A row's storages and `active` are one of
+// them.
+template <class Value>
+FO_DEVICE Value read_words(const Value& value) {
+  static_assert(alignof(Value) == 8, "words");
+  Value copy;
+  __builtin_memcpy(&copy, __builtin_assume_aligned(&value, alignof(Value)), sizeof copy);
+  return copy;
+}
+
+// A number that the group holds itself, or that a tensor of the user's does: asked for, and as it lies there.
+// To ask for the dtype of one before the next has been asked for would be to wait for each in turn.
+FO_DEVICE uint64_t fetch_hyper(const CudaGroup& group, int index) {
+  const uint64_t address = group.tensors.address[index];
+  const int bytes = address == 0 ? 0 : size_of(group.tensors.dtype[index]);
+  uint64_t bits;
+  __builtin_memcpy(&bits, &group.hyper.rule[index], sizeof bits);
+  if (bytes == 2) bits = *reinterpret_cast<const uint16_t*>(address);
+  if (bytes == 4) bits = *reinterpret_cast<const uint32_t*>(address);
+  if (bytes == 8) bits = *reinterpret_cast<const uint64_t*>(address);
+  return bits;
+}
+
+FO_DEVICE double widen_hyper(const CudaGroup& group, int index, uint64_t bits) {
+  const DType dtype = group.tensors.address[index] == 0 ? DType::float64 : group.tensors.dtype[index];
+  if (dtype == DType::float32) return static_cast<double>(float_of(static_cast<uint32_t>(bits)));
+  if (dtype == DType::bfloat16) return static_cast<double>(load(bfloat16{static_cast<uint16_t>(bits)}));
+  if (dtype == DType::float16) return static_cast<double>(load(float16{static_cast<uint16_t>(bits)}));
+  double number;
+  __builtin_memcpy(&number, &bits, sizeof number);
+  return number;
+}
+
+FO_DEVICE double read_hyper(const CudaGroup& group, int index) {
+  return widen_hyper(group, index, fetch_hyper(group, index));
 }
 
 FO_DEVICE StepOptions options_of(const CudaStep& step) {

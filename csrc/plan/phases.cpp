@@ -45,6 +45,17 @@ bool call_exchange(PyObject* exchange, std::vector<Norms>* norms, int device, do
   return good;
 }
 
+#if defined(FO_WITH_CUDA)
+// Calls Python's make_room, with the interpreter lock or without it. What it raises is not said: there is no
+// room, then, and that is.
+void call_make_room(PyObject* make_room) {
+  const PyGILState_STATE state = PyGILState_Ensure();
+  const Owned result(make_room == Py_None ? nullptr : PyObject_CallNoArgs(make_room));
+  if (!result) PyErr_Clear();
+  PyGILState_Release(state);
+}
+#endif
+
 bool read_clip(PyObject* object, StepOptions& options) {
   static PyObject* const kind = intern("kind");
   static PyObject* const norm = intern("norm");
@@ -138,8 +149,8 @@ void Plan::make_phases() {
   phases_.push_back(std::move(host));
 #if defined(FO_WITH_CUDA)
   for (auto& [index, rows] : on_devices) {
-    auto phases =
-        CudaPhases::create(index, rows_, std::move(rows), group_reader_.hypers(), group_reader_.tensors());
+    auto phases = CudaPhases::create(index, rows_, std::move(rows), group_reader_.hypers(),
+                                     group_reader_.tensors(), [this] { call_make_room(make_room_); });
     devices_.push_back(phases.get());
     phases_.push_back(std::move(phases));
   }

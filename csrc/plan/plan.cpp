@@ -6,8 +6,11 @@
 namespace fused_optim {
 
 bool Plan::open(PyObject* exchange_api, PyObject* kind_of, PyObject* same_placement, PyObject* describe,
-                PyObject* current_stream, PyObject* negative_bit, const CpuKernels* kernels) {
+                PyObject* current_stream, PyObject* negative_bit, PyObject* make_room,
+                const CpuKernels* kernels) {
   kernels_ = kernels;
+  Py_INCREF(make_room);
+  make_room_ = make_room;
   return reader_.open(exchange_api, kind_of, same_placement, describe, current_stream, negative_bit);
 }
 
@@ -152,6 +155,7 @@ int Plan::traverse(visitproc visit, void* arg) const {
     Py_VISIT(host.param_ref);
     Py_VISIT(host.grad);
   }
+  Py_VISIT(make_room_);
   for (const int visited : {group_reader_.traverse(visit, arg), row_reader_.traverse(visit, arg)}) {
     if (visited != 0) return visited;
   }
@@ -170,6 +174,7 @@ void Plan::clear() {
     if (host.held) Py_DECREF(host.param);
     Py_CLEAR(host.param_ref);
   }
+  Py_CLEAR(make_room_);
   row_reader_.clear();
   group_reader_.clear();
   reader_.clear();

@@ -34,8 +34,10 @@ class Plan {
 
   // All PyObject* results are new references; null means that a Python error is set.
 
+  // make_room: None, or called where a device has no memory left: gives back what torch holds and does not
+  // use.
   bool open(PyObject* exchange_api, PyObject* kind_of, PyObject* same_placement, PyObject* describe,
-            PyObject* current_stream, PyObject* negative_bit, const CpuKernels* kernels);
+            PyObject* current_stream, PyObject* negative_bit, PyObject* make_room, const CpuKernels* kernels);
 
   // rules: the rule's name of each group. rows: the Row (fused_optim/row.py) of each parameter, in the order
   // of the groups. triton_rows: for each device the indices of its rows that Triton steps; this plan only
@@ -102,6 +104,7 @@ class Plan {
   std::vector<std::vector<size_t>> triton_rows_;
   bool collected_ = false;      // the phases know what refresh() has found
   bool has_direction_ = false;  // of some rule
+  PyObject* make_room_ = nullptr;
   int64_t active_elements_ = 0;
   int64_t active_rows_ = 0;
   bool active_changed_ = true;

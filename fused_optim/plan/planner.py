@@ -26,6 +26,7 @@ from ..tensors import (
     is_sharded,
     kind_of,
     local,
+    make_room,
     negative_bit,
     same_placement,
 )
@@ -178,6 +179,7 @@ def make_plan(
             same_placement=same_placement,
             describe=describe_tensor,
             current_stream=current_stream,
+            make_room=make_room,
             negative_bit=negative_bit(),
             trust_ratio=trust_ratio,
             limits=LIMITS,

@@ -20,6 +20,7 @@ from cases import (
     assert_near,
     assert_same_bits,
     assert_same_results,
+    assert_same_snapshots,
     bits,
     each_adam,
     each_dtype,
@@ -28,6 +29,7 @@ from cases import (
     new_params,
     params_of,
     set_grads,
+    snapshot,
     spelled,
     step_exactly,
     train,
@@ -465,6 +467,19 @@ def test_an_older_driver_takes_small_patches(driver: int, patches: Any, on_host:
     assert_same_results(ours, twin)
 
 
+@pytest.mark.parametrize(("changed", "most"), [(3, 4096), (600, 32764)])
+def test_few_changed_words_are_a_small_launch(changed: int, most: int, on_host: OnHost) -> None:
+    params = new_params(shapes=[(5,)] * changed)
+    optimizer = AdamW(params, backend="cuda")
+    train(optimizer, params, 1)
+    kept = [param.grad for param in params]
+    set_grads(params, 1)
+    on_host.largest_parameters()
+    optimizer.step()
+    assert len(kept) == changed
+    assert most // 8 < on_host.largest_parameters() <= most
+
+
 def test_a_step_makes_no_context_on_another_device(on_host: OnHost, monkeypatch: pytest.MonkeyPatch) -> None:
     def on_second_device(tensor: torch.Tensor) -> Any:
         facts = first_device(tensor)
@@ -500,7 +515,94 @@ def test_a_refused_launch_leaves_nothing_known_of_the_table(on_host: OnHost) -> 
     assert_same_results(ours, twin)
 
 
+@pytest.mark.parametrize("driver", [12000, 13000])
+def test_no_step_waits_for_the_stream(driver: int, on_host: OnHost) -> None:
+    """Neither the first one, which uploads the table, nor one with all gradients new and so thousands of words."""
+    on_host.set_device(driver=driver)
+    params = new_params(shapes=[(1,)] * 5000)
+    optimizer = AdamW(params, backend="cuda", grad_clip=ClipGradByGlobalNorm(1.0))
+    on_host.waits()
+    kept = []
+    for step in range(2):
+        set_grads(params, step)
+        kept.append([param.grad for param in params])
+        optimizer.step()
+        assert on_host.waits() == 0, step
+
+
+@pytest.mark.parametrize("captured", [False, True])
+def test_memory_that_torch_holds_is_asked_for(captured: bool, on_host: OnHost, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first step, or a capture, with all memory in torch's cache: a second try, and then an error."""
+    asked = []
+    monkeypatch.setattr("fused_optim.plan.planner.make_room", lambda: asked.append(1))
+    params = new_params()
+    optimizer = AdamW(params, backend="cuda", capturable=True)
+    if captured:
+        train(optimizer, params, 1)
+        on_host.begin_capture()
+    set_grads(params, 1)
+    before = snapshot(optimizer)
+    on_host.refuse_allocations(2)
+    with pytest.raises(RuntimeError, match="no memory on CUDA device 0 for .* bytes.*nothing has changed"):
+        optimizer.step()
+    assert len(asked) == 1
+    assert_same_snapshots(snapshot(optimizer), before)
+    on_host.refuse_allocations(1)
+    optimizer.step()
+    assert len(asked) == 2
+    if captured:
+        on_host.end_capture()
+
+
+def test_a_process_that_ends_calls_no_driver_that_is_gone(on_host: OnHost) -> None:
+    params = new_params()
+    optimizer = AdamW(params, backend="cuda", capturable=True)
+    train(optimizer, params, 1)
+    on_host.begin_capture()
+    optimizer.step()
+    graph = on_host.end_capture()
+    on_host.driver_is_gone(True)
+    del optimizer
+    gc.collect()
+    assert on_host.driver_is_gone(False) == 0
+    on_host.destroy(graph)
+
+
 # Graphs ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_graphs_table_lives_as_long_as_the_graph(on_host: OnHost) -> None:
+    ours, twin = new_params(), new_params()
+    mine, other = AdamW(ours, backend="cuda", capturable=True), AdamW(twin, backend="cpu")
+    train_both(mine, other, 1)
+    before = on_host.allocated()
+    graphs = []
+    for _ in range(3):
+        on_host.begin_capture()
+        mine.step()
+        graphs.append(on_host.end_capture())
+    assert on_host.allocated() == before + 3
+    on_host.destroy(graphs.pop(0))
+    on_host.begin_capture()
+    mine.step()
+    graphs.append(on_host.end_capture())
+    assert on_host.allocated() == before + 3  # one less, and one more
+    norms = mine._kept.captures  # what else the replays write
+    state = mine.state
+    del mine
+    gc.collect()
+    for graph in graphs:
+        on_host.replay(graph)
+        other.step()
+        on_host.destroy(graph)
+    assert norms
+    assert state
+    for one, two in zip(ours, twin, strict=True):
+        assert_same_bits(one, two)
+    norms.clear()
+    AdamW(twin, backend="cuda").step()
+    gc.collect()
+    assert on_host.allocated() == before - 1  # the live table is gone, too
 
 
 def test_replays_follow_a_tensor_lr_and_leave_rows_without_gradient(on_host: OnHost) -> None:

@@ -26,7 +26,7 @@ CAPABILITIES = {
 # A namespace of its own: pybind11 knows the real extension's classes by their C++ names.
 COMMON = [
     *("-std=c++17", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno", "-Wall", "-Wextra"),
-    *("-Wno-unknown-pragmas", "-Dfused_optim=fused_optim_on_host", "-DFO_WITH_CUDA"),
+    *("-Wno-unknown-pragmas", "-Dfused_optim=fused_optim_on_host", "-DFO_WITH_CUDA", "-DFO_MOST_PIECES=8"),
     *(f"-I{HERE}", f"-I{CSRC}", f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"),
 ]
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer", "-g1"]
@@ -118,9 +118,31 @@ class OnHost:
         """A bit for each device that has a context; -1 if one is current."""
         return int(self._shim.cuda_on_host_contexts())
 
+    def largest_parameters(self) -> int:
+        """The bytes of parameters of the launch that had most, since the last call."""
+        return int(self._shim.cuda_on_host_largest_parameters())
+
     def copies(self) -> int:
         """The copies between host and device since the last call."""
         return int(self._shim.cuda_on_host_copies())
+
+    def waits(self) -> int:
+        """The calls that wait for torch's stream, or that may, since the last call."""
+        return int(self._shim.cuda_on_host_waits())
+
+    def driver_is_gone(self, gone: bool) -> int:
+        """As in a process that ends. How many calls there have been since to a driver that was gone."""
+        return int(self._shim.cuda_on_host_driver_is_gone(gone))
+
+    def refuse_allocations(self, count: int) -> None:
+        self._shim.cuda_on_host_refuse_allocations(count)
+
+    def allocated(self) -> int:
+        """The blocks of memory that are allocated now."""
+        return int(self._shim.cuda_on_host_allocated())
+
+    def destroy(self, graph: int) -> None:
+        self._shim.cuda_on_host_destroy_graph(graph)
 
     def begin_capture(self) -> None:
         self._shim.cuda_on_host_begin_capture()

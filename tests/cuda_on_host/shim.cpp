@@ -136,6 +136,7 @@ struct Machine {
   unsigned contexts = 0;              // a bit for each device that has one
   cudaError_t kernels = cudaSuccess;  // what asking for one gives
   int copies = 0;
+  size_t largest_parameters = 0;
   cudaError_t last_error = cudaSuccess;
   bool capturing = false;
   cudaStreamCaptureMode mode = cudaStreamCaptureModeGlobal;
@@ -143,7 +144,21 @@ struct Machine {
     cudaLaunchConfig_t config;
     std::function<void()> thread;
   };
-  std::vector<std::vector<Node>> graphs;
+  struct UserObject {
+    void* pointer;
+    void (*destroy)(void*);
+    unsigned references;
+  };
+  struct Graph {
+    std::vector<Node> nodes;
+    std::vector<UserObject*> objects;
+  };
+  std::vector<Graph> graphs;
+  int waits = 0;  // calls that wait for torch's stream, or that may
+  bool driver_is_gone = false;
+  int calls_to_no_driver = 0;
+  int refused_allocations = 0;
+  size_t allocated = 0;  // blocks
 };
 
 Machine& machine() {
@@ -285,6 +300,7 @@ cudaError_t execute(const cudaLaunchConfig_t& config, const std::function<void()
 cudaError_t launch(const cudaLaunchConfig_t& config, size_t parameter_bytes, std::function<void()> thread) {
   Machine& m = machine();
   if (parameter_bytes > (m.driver >= 12010 ? 32764 : 4096)) return m.last_error = cudaErrorInvalidValue;
+  m.largest_parameters = std::max(m.largest_parameters, parameter_bytes);
   if (config.gridDim.x == 0 || config.blockDim.x == 0 || config.blockDim.x > 1024) {
     return m.last_error = cudaErrorInvalidValue;
   }
@@ -293,7 +309,7 @@ cudaError_t launch(const cudaLaunchConfig_t& config, size_t parameter_bytes, std
     return m.last_error = cudaErrorLaunchFailure;
   }
   if (!m.capturing) return execute(config, thread);
-  m.graphs.back().push_back({config, std::move(thread)});
+  m.graphs.back().nodes.push_back({config, std::move(thread)});
   return cudaSuccess;
 }
 
@@ -388,7 +404,11 @@ cudaError_t cudaSetDevice(int device) {
 
 namespace {
 
+// A call that a process must not make when the driver has gone.
+void calls_driver() { machine().calls_to_no_driver += machine().driver_is_gone; }
+
 int get_context(void** context) {
+  if (machine().driver_is_gone) return 4;  // CUDA_ERROR_DEINITIALIZED
   *context = reinterpret_cast<void*>(static_cast<intptr_t>(machine().context));
   return 0;
 }
@@ -435,12 +455,19 @@ cudaError_t use_of(cudaStream_t stream) {
 
 cudaError_t cudaMalloc(void** address, size_t bytes) {
   if (const cudaError_t error = refuse_in_capture(); error != cudaSuccess) return error;
+  if (machine().refused_allocations > 0) {
+    --machine().refused_allocations;
+    return machine().last_error = cudaErrorMemoryAllocation;
+  }
+  ++machine().allocated;
   *address = std::aligned_alloc(256, (bytes + 255) / 256 * 256);
   std::memset(*address, 0xff, bytes);
   return cudaSuccess;
 }
 cudaError_t cudaFree(void* address) {
+  calls_driver();
   if (const cudaError_t error = refuse_in_capture(); error != cudaSuccess) return error;
+  --machine().allocated;
   std::free(address);
   return cudaSuccess;
 }
@@ -448,7 +475,10 @@ cudaError_t cudaFree(void* address) {
 cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind kind,
                             cudaStream_t stream) {
   if (const cudaError_t error = use_of(stream); error != cudaSuccess) return error;
-  if (kind != cudaMemcpyDeviceToDevice) ++machine().copies;
+  if (kind != cudaMemcpyDeviceToDevice) {
+    ++machine().copies;
+    machine().waits += stream == nullptr;  // from memory that is not pinned
+  }
   std::memcpy(to, from, bytes);
   return cudaSuccess;
 }
@@ -462,10 +492,14 @@ cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned) {
   return cudaSuccess;
 }
 cudaError_t cudaEventDestroy(cudaEvent_t event) {
+  calls_driver();
   std::free(reinterpret_cast<void*>(event));
   return cudaSuccess;
 }
-cudaError_t cudaEventSynchronize(cudaEvent_t) { return refuse_in_capture(); }
+cudaError_t cudaEventSynchronize(cudaEvent_t) {
+  ++machine().waits;
+  return refuse_in_capture();
+}
 cudaError_t cudaEventRecord(cudaEvent_t, cudaStream_t stream) { return use_of(stream); }
 cudaError_t cudaStreamWaitEvent(cudaStream_t, cudaEvent_t, unsigned) { return refuse_in_capture(); }
 cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned) {
@@ -476,12 +510,48 @@ cudaError_t cudaStreamDestroy(cudaStream_t stream) {
   std::free(reinterpret_cast<void*>(stream));
   return cudaSuccess;
 }
-cudaError_t cudaStreamSynchronize(cudaStream_t stream) { return use_of(stream); }
+cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
+  machine().waits += stream == nullptr;
+  return use_of(stream);
+}
+cudaError_t cudaDeviceSynchronize() {
+  ++machine().waits;
+  return refuse_in_capture();
+}
 cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* status) {
   *status = machine().capturing ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
   return cudaSuccess;
 }
+// A graph's handle is its number, from 1 on.
+cudaError_t cudaStreamGetCaptureInfo(cudaStream_t, cudaStreamCaptureStatus* status, unsigned long long*,
+                                     cudaGraph_t* graph) {
+  *status = machine().capturing ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
+  *graph = reinterpret_cast<cudaGraph_t>(machine().capturing ? machine().graphs.size() : 0);
+  return cudaSuccess;
+}
+cudaError_t cudaUserObjectCreate(cudaUserObject_t* object, void* pointer, void (*destroy)(void*),
+                                 unsigned references, unsigned) {
+  *object =
+      reinterpret_cast<cudaUserObject_t>(new cuda_on_host::Machine::UserObject{pointer, destroy, references});
+  return cudaSuccess;
+}
+cudaError_t cudaUserObjectRelease(cudaUserObject_t handle, unsigned count) {
+  auto* object = reinterpret_cast<cuda_on_host::Machine::UserObject*>(handle);
+  object->references -= count;
+  if (object->references > 0) return cudaSuccess;
+  object->destroy(object->pointer);
+  delete object;
+  return cudaSuccess;
+}
+cudaError_t cudaGraphRetainUserObject(cudaGraph_t graph, cudaUserObject_t object, unsigned, unsigned) {
+  const auto number = reinterpret_cast<uintptr_t>(graph);
+  if (number == 0 || number > machine().graphs.size()) return machine().last_error = cudaErrorInvalidValue;
+  machine().graphs[number - 1].objects.push_back(
+      reinterpret_cast<cuda_on_host::Machine::UserObject*>(object));
+  return cudaSuccess;
+}
 cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode* mode) {
+  calls_driver();
   std::swap(*mode, machine().mode);
   return cudaSuccess;
 }
@@ -526,6 +596,11 @@ EXPORTED int cuda_on_host_contexts() {
   return machine().context != 0 ? -1 : static_cast<int>(machine().contexts);
 }
 
+// The bytes of parameters of the launch that had most, since the last call.
+EXPORTED uint64_t cuda_on_host_largest_parameters() {
+  return std::exchange(machine().largest_parameters, size_t{0});
+}
+
 // The copies since the last call.
 EXPORTED int cuda_on_host_copies() { return std::exchange(machine().copies, 0); }
 
@@ -540,8 +615,30 @@ EXPORTED int cuda_on_host_end_capture() {
   return static_cast<int>(machine().graphs.size()) - 1;
 }
 
+EXPORTED void cuda_on_host_destroy_graph(int graph) {
+  auto& destroyed = machine().graphs[static_cast<size_t>(graph)];
+  for (auto* object : destroyed.objects) cudaUserObjectRelease(reinterpret_cast<cudaUserObject_t>(object), 1);
+  destroyed.nodes.clear();
+  destroyed.objects.clear();
+}
+
+// The calls that wait for torch's stream, or that may, since the last call.
+EXPORTED int cuda_on_host_waits() { return std::exchange(machine().waits, 0); }
+
+// gone: as in a process that ends. Returns how many calls there have been to a driver that was gone.
+EXPORTED int cuda_on_host_driver_is_gone(int gone) {
+  machine().driver_is_gone = gone != 0;
+  return std::exchange(machine().calls_to_no_driver, 0);
+}
+
+// The next allocations find no memory.
+EXPORTED void cuda_on_host_refuse_allocations(int count) { machine().refused_allocations = count; }
+
+// The blocks of memory that are allocated now.
+EXPORTED int cuda_on_host_allocated() { return static_cast<int>(machine().allocated); }
+
 EXPORTED int cuda_on_host_replay(int graph) {
-  for (const auto& node : machine().graphs[static_cast<size_t>(graph)]) {
+  for (const auto& node : machine().graphs[static_cast<size_t>(graph)].nodes) {
     const cudaError_t error = cuda_on_host::execute(node.config, node.thread);
     if (error != cudaSuccess) return error;
   }
