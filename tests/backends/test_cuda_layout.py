@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from sources import ROOT
-
 from fused_optim.bench.models import MODELS
+from support.sources import ROOT
 
 CHUNK, BY_WARP, MOST_PIECES, BLOCK = 32 * 1024, 4 * 1024, 4096, 8 * 1024  # csrc/cuda/layout.h
 
