@@ -543,7 +543,7 @@ def test_memory_that_torch_holds_is_asked_for(captured: bool, on_host: OnHost, m
     set_grads(params, 1)
     before = snapshot(optimizer)
     on_host.refuse_allocations(2)
-    with pytest.raises(RuntimeError, match="no memory on CUDA device 0 for .* bytes.*nothing has changed"):
+    with pytest.raises(RuntimeError, match=r"no memory on CUDA device 0 for .* bytes.*nothing has changed"):
         optimizer.step()
     assert len(asked) == 1
     assert_same_snapshots(snapshot(optimizer), before)
