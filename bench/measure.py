@@ -29,6 +29,8 @@ from .shapes import Model
 WARM_UP = 3  # steps
 BLOCK_SECONDS = 0.01  # what a block of steps lasts at least, within the next limit
 LONGEST_BLOCK = 100  # steps
+LONGEST_SLEEP = 0.2  # seconds
+CYCLES_PER_SECOND = 2e9  # of a GPU, or fewer: then it sleeps longer
 MOST_COPIES = 32
 NOISY = 0.15  # the quartiles' distance, relative to the median, from which on a figure is called noisy
 COPY_BYTES = 1 << 30  # read and written by the copy that a step is held to, at most
@@ -128,17 +130,26 @@ class Runner:
             for _ in range(repeats):
                 self.step()
             return Times((time.perf_counter() - start) / repeats, None, None)
-        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         self.synchronize()
         start = time.perf_counter()
+        for _ in range(repeats):
+            self.step()
+        host = time.perf_counter() - start
+        self.synchronize()
+        wall = time.perf_counter() - start
+        return Times(wall / repeats, host / repeats, self.device_seconds(repeats, host) / repeats)
+
+    def device_seconds(self, repeats: int, host: float) -> float:
+        """What the device alone takes for a block: it sleeps until the host has launched it, as far as the queue of
+        launches reaches. An idle device would wait between small kernels for the host, and that would be measured."""
+        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda._sleep(int(min(1.5 * host, LONGEST_SLEEP) * CYCLES_PER_SECOND))
         first.record()
         for _ in range(repeats):
             self.step()
         last.record()
-        host = time.perf_counter() - start
         self.synchronize()
-        wall = time.perf_counter() - start
-        return Times(wall / repeats, host / repeats, first.elapsed_time(last) / 1e3 / repeats)
+        return first.elapsed_time(last) / 1e3
 
     def is_finite(self) -> bool:
         return all(bool(param.isfinite().all()) for material in self.materials for param in material.flat)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import gc
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -194,21 +198,53 @@ def test_our_grad_scaler_waits_for_nothing(backend: str, all_native: None) -> No
     assert optimizers[0].state[params[0]]["step"].item() == 2
 
 
+SLEEP = 400_000_000  # cycles: 0.2 s or more, and far more than a host needs for a step
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_a_step_returns_while_the_device_is_busy(first: bool, backend: str) -> None:
+    """torch's debug mode sees what torch itself waits for; the kernels of ours are launched by another runtime."""
+    warm = new_params(device="cuda")
+    train(AdamW(warm, backend=backend), warm, 2)  # Triton compiles at its first step
+    params = new_params(torch.float32, [(1,)] * (20_000 if backend == "cuda" else 100), "cuda")
+    optimizer = AdamW(params, backend=backend)
+    if not first:
+        train(optimizer, params, 1)
+    kept = [param.grad for param in params]  # so that all addresses are new: words for several launches
+    for param in params:
+        param.grad = torch.ones_like(param)
+    torch.cuda.synchronize()
+    torch.cuda._sleep(SLEEP)
+    behind = torch.cuda.Event()
+    behind.record()
+    optimizer.step()
+    assert not behind.query()
+    torch.cuda.synchronize()
+    assert len(kept) == len(params)
+
+
 def test_a_stream_of_ones_own(backend: str) -> None:
+    """Gradients are written on the stream of their step behind a sleep, and nothing else is waited for."""
     ours, twin = new_params(device="cuda"), new_params(device="cuda")
     mine, other = AdamW(ours, backend=backend), AdamW(twin, backend=backend)
-    stream = torch.cuda.Stream()
-    for step in range(4):
-        set_grads(ours, step)
-        set_grads(twin, step)
-        torch.cuda.synchronize()
-        if step % 2:
-            with torch.cuda.stream(stream):
-                mine.step()
-        else:
-            mine.step()
-        other.step()
+    for optimizer in (mine, other):
+        train(optimizer, params_of(optimizer), 1)
     torch.cuda.synchronize()
+    streams = (torch.cuda.Stream(), torch.cuda.default_stream())
+    grads = []
+    for step in range(4):
+        with torch.cuda.stream(streams[step % 2]):
+            grads.append([torch.full_like(param, float("nan")) for param in ours])
+            torch.cuda._sleep(SLEEP // 4)
+            for param, grad in zip(ours, grads[-1], strict=True):
+                param.grad = grad.fill_((step + 1) / 8)
+            mine.step()
+    torch.cuda.synchronize()
+    for of_step in grads:
+        for param, grad in zip(twin, of_step, strict=True):
+            param.grad = grad
+        other.step()
+        torch.cuda.synchronize()
     assert_same_results(mine, other)
 
 
@@ -284,6 +320,105 @@ def test_memory_high_water_mark(backend: str) -> None:
     optimizer.step()
     torch.cuda.synchronize()
     assert torch.cuda.max_memory_allocated() - before < 1 << 20
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("rule", ["SGD all", "LARC default"])
+def test_misaligned_gradients_give_the_same_bits(rule: str, dtype: torch.dtype, backend: str) -> None:
+    optimizers = []
+    for offset in (0, 1):
+        params = exact_params(((7,), (1024,), (4099,), (40000,)), dtype, "cuda")
+        optimizer = RULES[rule](params, backend=backend)
+        for step in range(2):
+            for i, param in enumerate(params):
+                room = torch.empty(param.numel() + 8, dtype=dtype, device="cuda")
+                param.grad = room[offset : offset + param.numel()].copy_(eighths(tuple(param.shape), dtype, step + i))
+                assert param.grad.data_ptr() % 16 == offset * dtype.itemsize
+            optimizer.step()
+        optimizers.append(inner(optimizer))
+    assert_same_results(*optimizers)
+
+
+def test_the_first_step_with_all_memory_in_torchs_cache(backend: str) -> None:
+    params = [Parameter(torch.ones(1, device="cuda")) for _ in range(20_000)]  # a table of 8 MB
+    for param in params:
+        param.grad = torch.ones_like(param)
+    held = []
+    size = 1 << 32
+    while size >= 1 << 21:
+        try:
+            held.append(torch.empty(size, dtype=torch.uint8, device="cuda"))
+        except torch.OutOfMemoryError:
+            size //= 2
+    held.clear()
+    assert torch.cuda.mem_get_info()[0] < 1 << 22
+    AdamW(params, backend=backend).step()
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    assert all(bool((param < 1).all()) for param in params[::1000])
+
+
+IN_A_FRESH_PROCESS = """
+import sys
+import torch
+from fused_optim import AdamW, ClipGradByGlobalNorm
+
+backend, ends = sys.argv[1:]
+options = dict(backend=backend, capturable=True, grad_clip=ClipGradByGlobalNorm(1.0))
+param, twin = (torch.nn.Parameter(torch.ones(70_000, device="cuda")) for _ in range(2))
+for one in (param, twin):
+    one.grad = torch.full_like(one, 0.5)
+states = AdamW([torch.nn.Parameter(torch.ones(70_000))], backend="cpu")
+for one in states.param_groups[0]["params"]:
+    one.grad = torch.full_like(one, 0.25)
+states.step()
+optimizers = [AdamW([one], **options) for one in (param, twin)]
+for optimizer in optimizers:
+    optimizer.load_state_dict({**states.state_dict(), "param_groups": optimizer.state_dict()["param_groups"]})
+if backend == "triton":  # which refuses a capture before its first step
+    for optimizer in optimizers:
+        optimizer.step()
+graph = torch.cuda.CUDAGraph()
+with torch.cuda.graph(graph):
+    optimizers[0].step()
+graph.replay()
+optimizers[1].step()
+torch.cuda.synchronize()
+assert torch.equal(param, twin) and bool((param != 1).all())
+if ends == "without graph":
+    del graph
+    with torch.cuda.graph(torch.cuda.CUDAGraph()):
+        optimizers[0].step()
+print("done")
+"""
+
+
+@pytest.mark.parametrize("ends", ["with graph", "without graph"])
+def test_a_process_whose_first_launch_is_captured_and_that_ends_with_all_alive(ends: str, backend: str) -> None:
+    """Modules load lazily, the first launch is the reduce phase of a capture; at the end optimizer and graph live."""
+    environment = {**os.environ, "CUDA_MODULE_LOADING": "LAZY"}
+    command = [sys.executable, "-c", IN_A_FRESH_PROCESS, backend, ends]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=200)
+    assert (result.returncode, result.stdout) == (0, "done\n"), result.stderr
+    assert "CUDA error" not in result.stderr
+
+
+def test_a_graphs_table_goes_with_the_graph() -> None:
+    params = [Parameter(torch.ones(1, device="cuda")) for _ in range(50_000)]  # a table of 20 MB
+    optimizer = AdamW(params, backend="cuda", capturable=True)
+    train(optimizer, params, 1)
+    free = []
+    for _ in range(6):
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            optimizer.step()
+        graph.replay()
+        torch.cuda.synchronize()
+        del graph
+        gc.collect()
+        torch.cuda.empty_cache()
+        free.append(torch.cuda.mem_get_info()[0])
+    assert free[1] - free[-1] < 40 << 20, free
 
 
 @pytest.mark.slow

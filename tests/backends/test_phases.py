@@ -43,6 +43,7 @@ from fused_optim import (
     LAMB,
     LARC,
     SGD,
+    Adam,
     AdamW,
     ClipGradByGlobalNorm,
     ClipGradByNorm,
@@ -403,6 +404,25 @@ def test_what_is_not_finite_or_zero_ends_as_on_the_cpu(column: Column, rule: str
         optimizer.step()
 
     assert_near(*column.both_of(rule, flat(3, TILE + 5), torch.float32, work))
+
+
+@each_dtype
+@pytest.mark.parametrize("rule", ["AdamW", "Adam"])
+def test_states_of_zeros(column: Column, rule: str, dtype: torch.dtype, all_native: None) -> None:
+    """The root of zero, and what it divides, are numbers out of the ordinary to kernels that take no branch."""
+
+    def make(backend: str, device: str) -> Any:
+        params = [Parameter(eighths(shape, dtype, i).to(device)) for i, shape in enumerate(column.norms)]
+        return (AdamW if rule == "AdamW" else Adam)(params, weight_decay=0.1, backend=backend)
+
+    def work(optimizer: Any) -> None:
+        for value in (0.0, 0.0, 0.5):
+            for param in params_of(optimizer):
+                param.grad = torch.full_like(param, value)
+            optimizer.step()
+
+    exact = column.backend == "cuda" or dtype != torch.float64  # the logarithms of the bias corrections
+    column.agree(*column.both(make, work), exact=exact)
 
 
 @pytest.mark.parametrize("rule", ["NovoGrad decay", "LARC default", "LARC AdamW", "LARS decay", "LAMB default"])

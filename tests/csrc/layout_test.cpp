@@ -1,10 +1,10 @@
-// Reads the numbers of elements of some rows, and prints how the CUDA backend cuts them up: a line for each piece
-// of the reduce phase in the order of blocks (row, first element, elements, where its sums go), for each total
-// (row, first sums, pieces) and for each row of a rule with a direction (row, first sum, sums).
+// Reads the numbers of elements of some rows, and prints how the CUDA backend cuts them up: a line for each
+// piece of the reduce phase in the order of blocks (row, first element, elements, where its sums go), for
+// each total (row, first sums, pieces) and for each row of a rule with a direction (row, first sum, sums).
+#include "cuda/layout.h"
+
 #include <cstdio>
 #include <cstdlib>
-
-#include "cuda/layout.h"
 
 using namespace fused_optim;
 

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -631,3 +632,30 @@ def test_the_launcher_is_timed_without_a_gpu(tmp_path: Path) -> None:
     cases = [row["case"] for row in load(output)["cases"]]
     assert cases[:2] == ["refresh in Python, 150 tensors, 1 group", "host's part of a step, 150 tensors, 1 group"]
     assert cases[-1] == "one launch of apply"
+
+
+def test_a_device_sleeps_until_a_block_has_been_launched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between the events there are only steps that the host has launched before: an idle device would be the host's."""
+    calls: list[str] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            calls.append("record")
+
+        def elapsed_time(self, other: Event) -> float:
+            return 8.0
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: calls.append("sleep" if cycles > 1e6 else "nap"))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: calls.append("synchronize"))
+    runner = measure.Runner.__new__(measure.Runner)
+    runner.device, runner.turn = torch.device("cuda"), 0
+    runner.steppers = [SimpleNamespace(step=lambda: (calls.append("step"), time.sleep(1e-3)))]
+    assert runner.block(2).device == 4e-3
+    assert calls == [
+        *("synchronize", "step", "step", "synchronize"),
+        *("sleep", "record", "step", "step", "record", "synchronize"),
+    ]
