@@ -81,7 +81,8 @@ install-into-python:
 setup: $(PINS) $(INSTALLED)
 
 demo: $(INSTALLED)
-	$(PY) examples/train_digits.py $(ARGS)
+# On a machine that does other work too, threads that wait by spinning take the processors from those that they wait for.
+	OMP_WAIT_POLICY=$${OMP_WAIT_POLICY:-passive} $(PY) examples/train_digits.py $(ARGS)
 
 lint: $(PINS)
 	$(PY) -m ruff format --check .

@@ -192,7 +192,7 @@ def train(runs: list[Run], data: Digits, epochs: int, seed: int, console: Consol
         TextColumn("steps, loss {task.fields[loss]}"),
         TimeElapsedColumn(),
     )
-    console.print(f"Training {', '.join(run.title for run in runs)} in turn for {epochs} epochs, batch by batch.")
+    console.print(f"Training {', '.join(run.title for run in runs)} in turn, batch by batch; epochs: {epochs}.")
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("training", total=epochs * (len(data.train_labels) // BATCH_SIZE), loss="-")
         for epoch in range(1, epochs + 1):
