@@ -78,6 +78,12 @@ constexpr int per_tensor_states() {
   return count;
 }
 
+// Those of a parameter's states: the room for a direction that is kept between two passes is none.
+template <class Rule>
+constexpr int parameter_states() {
+  return Rule::kStateCount - (Rule::kKeepsDirection ? 1 : 0);
+}
+
 template <class T>
 FO_HOST_DEVICE inline T clamp(T value, T min, T max) {
   value = value < min ? min : value;  // comparisons let NaN through, fmin and fmax would not
@@ -199,15 +205,17 @@ FO_HOST_DEVICE inline Record<Rule, T> prepare_row(const Row& row, const GroupHyp
 template <class Rule, class T>
 FO_HOST_DEVICE inline void prepare_direction(const Row& row, const GroupHyper& group, const Norms& norms,
                                              Record<Rule, T>& record, MeasuredNorms& measured) {
-  TensorContext tensor{};
-  tensor.lr_scale = row.lr_scale;
-  tensor.weight_decay_scale = row.weight_decay_scale;
-  tensor.param_norm = sqrt(norms.param_sq);
-  tensor.direction_norm = sqrt(norms.direction_sq);
-  tensor.has_trust_ratio = row.has_trust_ratio;
-  record.scalars.step_size = static_cast<T>(Rule::scale_direction(hyper_of<Rule>(group), tensor));
-  measured.param_norm = tensor.param_norm;
-  measured.trust_ratio = tensor.trust_ratio;
+  if constexpr (!Rule::kKeepsDirection) {
+    TensorContext tensor{};
+    tensor.lr_scale = row.lr_scale;
+    tensor.weight_decay_scale = row.weight_decay_scale;
+    tensor.param_norm = sqrt(norms.param_sq);
+    tensor.direction_norm = sqrt(norms.direction_sq);
+    tensor.has_trust_ratio = row.has_trust_ratio;
+    record.scalars.step_size = static_cast<T>(Rule::scale_direction(hyper_of<Rule>(group), tensor));
+    measured.param_norm = tensor.param_norm;
+    measured.trust_ratio = tensor.trust_ratio;
+  }
 }
 
 }  // namespace FO_INSTRUCTION_SET

@@ -17,6 +17,7 @@ from .optimizers.lamb import LAMB
 from .optimizers.larc import LARC
 from .optimizers.lars import LARS
 from .optimizers.lion import Lion
+from .optimizers.muon import Muon, muon_groups
 from .optimizers.novograd import NovoGrad
 from .optimizers.sgd import SGD
 from .options.clip import ClipGradByGlobalNorm, ClipGradByNorm, ClipGradByValue
@@ -39,6 +40,7 @@ __all__ = [
     "FusedOptimizer",
     "GradScaler",
     "Lion",
+    "Muon",
     "Norms",
     "NovoGrad",
     "__version__",
@@ -47,5 +49,6 @@ __all__ = [
     "layer_decay",
     "layerwise_lr_decay",
     "matrices_only",
+    "muon_groups",
     "show_config",
 ]

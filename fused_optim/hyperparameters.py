@@ -74,7 +74,7 @@ def check_group(
     index: int,
     group: dict[str, Any],
     defaults: dict[str, Any],
-    choices: Iterable[tuple[str, tuple[str, ...]]],
+    choices: Iterable[tuple[str, tuple[str | None, ...]]],
     of: str = "",
 ) -> None:
     """Refuse the hyperparameters of a group that no backend can compute with.

@@ -25,6 +25,7 @@ from .backends import FallbackLog
 from .eager.steps import NO_STEPS, EagerSteps
 from .norms import LastStep, Norms, global_norm
 from .options.clip import GLOBAL_NORM, GradClip
+from .options.matrices import MatrixOptions
 from .options.options import Factors, Options
 from .options.scales import Exclude, Scale, ScaleColumn
 from .parameters import parameters
@@ -79,6 +80,7 @@ class FusedOptimizer(Rule, torch.optim.Optimizer):
             parameter's, as in torch, or float32 where there are master weights.
         exclude: what takes no part in a trust ratio: a callable ``(name, param) -> bool`` or a sequence of name
             patterns.
+        matrices: which parameters are matrices, and how. Default None: there are none.
 
     Raises:
         ValueError: an unknown backend, one that takes none of the parameters, another ``state_dtype`` or
@@ -110,6 +112,7 @@ class FusedOptimizer(Rule, torch.optim.Optimizer):
         state_dtype: torch.dtype | None = None,
         exclude: Exclude | None = None,
         lazy_mode: bool = False,
+        matrices: MatrixOptions | None = None,
     ) -> None:
         forced = backends.requested(backend)
         if state_dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
@@ -125,6 +128,7 @@ class FusedOptimizer(Rule, torch.optim.Optimizer):
             master_weights=master_weights,
             grad_clip=grad_clip,
             lazy_mode=lazy_mode,
+            matrices=matrices,
         )
         self._kept = Kept(options, type(self).__name__)
         super().__init__(params, defaults)
@@ -320,6 +324,8 @@ class FusedOptimizer(Rule, torch.optim.Optimizer):
             eager.step(step.global_norm or 0.0, plan.shards.values())
         if plan.buffers and plan.native.captured():
             self._kept.captures.append((plan, plan.native.written(), [buffers.alive for buffers in plan.buffers]))
+        if plan.directions is not None:
+            step.exchange = plan.directions
         plan.native.apply(step)
         if eager is not NO_STEPS:
             eager.finish()

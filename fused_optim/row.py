@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .orthogonal import Matrices
+
 # How a number lies in memory, as `DType` in csrc/row.h numbers it; int16 is the remainder of a split master weight.
 DTYPES = {torch.float32: 1, torch.float64: 2, torch.bfloat16: 3, torch.float16: 4, torch.int16: 5}
 FLOAT32, FLOAT64, BFLOAT16, FLOAT16, REMAINDER = DTYPES.values()
@@ -45,6 +47,10 @@ class Row:
     backend: str
     refused: str | None  # why no native backend takes it
     own_name: str | None  # where the group has names
+    matrices: Matrices | None = None  # that are made orthogonal between two passes;
+    direction_column: int = 0  # in which the passes keep the direction,
+    direction_address: int = 0  # where it lies; 0: there is none
+    direction_dtype: int = 0
 
     @property
     def param(self) -> Tensor:

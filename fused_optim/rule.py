@@ -10,9 +10,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from .arithmetic import Number
+from .hyperparameters import check_group
+from .orthogonal import Iteration, Matrices
+from .parameters import Place
 from .trust_ratio import TrustRatio
 
 
@@ -38,12 +42,14 @@ class Rule:
 
     # Group keys that choose the rule or the backend: a change of theirs calls for a new plan.
     structural_keys: ClassVar[tuple[str, ...]] = ("differentiable",)
+    # Those of which another value calls for one: what is done between the passes of a step.
+    keys_of_directions: ClassVar[tuple[str, ...]] = ()
     # Element states that may be missing in a state that has the others, and then start at zero.
     late_states: ClassVar[tuple[str, ...]] = ()
     # Element states whose first value the first step makes: None, as torch keeps them before it, is none yet.
     states_of_first_step: ClassVar[tuple[str, ...]] = ()
     # The words that a hyperparameter may be.
-    choices: ClassVar[tuple[tuple[str, tuple[str, ...]], ...]] = ()
+    choices: ClassVar[tuple[tuple[str, tuple[str | None, ...]], ...]] = ()
     # Whether there is a lazy_mode.
     takes_sparse: ClassVar[bool] = False
     # The step count of a state that has others but no "step".
@@ -77,6 +83,25 @@ class Rule:
     def trust_ratio(self, group: dict[str, Any]) -> TrustRatio | None:
         """The trust ratio of a group, if it has one."""
         return None
+
+    def matrices(self, place: Place) -> Matrices | None:
+        """How a parameter, whose group has the optimizer's defaults in it, is matrices whose direction is made
+        orthogonal between two passes; None: it is not, and has one pass.
+
+        With matrices `accumulate` leaves the direction under ``"direction"`` among the states.
+
+        Raises:
+            ValueError: it should be and cannot; the text names it.
+        """
+        return None
+
+    def iteration(self, group: dict[str, Any], matrices: Matrices, dtype: torch.dtype) -> Iteration:
+        """What is done to the matrices of a parameter of ``dtype`` between the passes."""
+        raise NotImplementedError
+
+    def check_group(self, index: int, group: dict[str, Any], defaults: dict[str, Any], of: str = "") -> None:
+        """Refuse the hyperparameters of a group that no backend can compute with; see `hyperparameters.check_group`."""
+        check_group(index, group, defaults, self.choices, of)
 
     def exempt(self, group: dict[str, Any], param: Tensor) -> bool:
         """Whether a parameter has neither trust ratio nor weight decay, whatever the user said."""

@@ -304,21 +304,26 @@ def accumulate_tile(
     s,
     ACCUMULATE: tl.constexpr,
     DIRECTION: tl.constexpr,
+    READ: tl.constexpr,
     DTYPES: tl.constexpr,
     COMPUTE: tl.constexpr,
     WHOLE: tl.constexpr,
     ALIGNED_GRAD: tl.constexpr,
 ):
-    """The first pass of a rule with a direction: the states, and the sums of direction and param."""
-    loaded = load_elements(tile, i, DTYPES, WHOLE, ALIGNED_GRAD)
-    grad, param, states = widen_elements(loaded, DTYPES, COMPUTE)
+    """The first pass of a rule with a direction: the states, and the sums of direction and param, or the direction that
+    is kept."""
+    loaded = load_elements(tile, i, READ, WHOLE, ALIGNED_GRAD)
+    grad, param, states = widen_elements(loaded, READ, COMPUTE)
     states = ACCUMULATE(transform(grad, param, by), states, s)
     store_states(tile, i, states, DTYPES, WHOLE)
-    direction = DIRECTION(param, rounded_states(states, DTYPES, COMPUTE), s).to(tl.float64)
-    wide = param.to(tl.float64)
-    if not WHOLE:  # the direction of elements that do not exist may be 0 / 0
-        direction = tl.where(i < tile.left, direction, 0.0)
-    return tl.sum(direction * direction, 0), tl.sum(wide * wide, 0)
+    if len(READ) != len(DTYPES):
+        return tl.full([], 0.0, tl.float64), tl.full([], 0.0, tl.float64)
+    else:
+        direction = DIRECTION(param, rounded_states(states, DTYPES, COMPUTE), s).to(tl.float64)
+        wide = param.to(tl.float64)
+        if not WHOLE:  # the direction of elements that do not exist may be 0 / 0
+            direction = tl.where(i < tile.left, direction, 0.0)
+        return tl.sum(direction * direction, 0), tl.sum(wide * wide, 0)
 
 
 @triton.jit(do_not_specialize=["group_count", "row_count"])
@@ -329,9 +334,10 @@ def accumulate_kernel(
     tiles,
     records,
     control,
-    tile_sums,  # [tiles, 2]: of direction and of param
+    tile_sums,  # [tiles, 2]: of direction and of param; empty where the direction is kept
     ACCUMULATE: tl.constexpr,
     DIRECTION: tl.constexpr,
+    READ: tl.constexpr,  # as DTYPES, without that of a kept direction
     COUNT: tl.constexpr,
     FIRST: tl.constexpr,
     DTYPES: tl.constexpr,
@@ -347,21 +353,22 @@ def accumulate_kernel(
     direction_sq, param_sq = zero, zero
     if has_wide_columns(tile) & has_wide_grad(tile):
         direction_sq, param_sq = accumulate_tile(
-            tile, tl.arange(0, TILE), by, s, ACCUMULATE, DIRECTION, DTYPES, COMPUTE, True, True
+            tile, tl.arange(0, TILE), by, s, ACCUMULATE, DIRECTION, READ, DTYPES, COMPUTE, True, True
         )
     elif has_wide_columns(tile):
         direction_sq, param_sq = accumulate_tile(
-            tile, tl.arange(0, TILE), by, s, ACCUMULATE, DIRECTION, DTYPES, COMPUTE, True, False
+            tile, tl.arange(0, TILE), by, s, ACCUMULATE, DIRECTION, READ, DTYPES, COMPUTE, True, False
         )
     else:
         for part in range(0, narrow_count(tile), PART):
             of_direction, of_param = accumulate_tile(
-                tile, part + tl.arange(0, PART), by, s, ACCUMULATE, DIRECTION, DTYPES, COMPUTE, False, False
+                tile, part + tl.arange(0, PART), by, s, ACCUMULATE, DIRECTION, READ, DTYPES, COMPUTE, False, False
             )
             direction_sq += of_direction
             param_sq += of_param
-    tl.store(tile_sums + 2 * index, direction_sq)
-    tl.store(tile_sums + 2 * index + 1, param_sq)
+    if len(READ) == len(DTYPES):
+        tl.store(tile_sums + 2 * index, direction_sq)
+        tl.store(tile_sums + 2 * index + 1, param_sq)
 
 
 @triton.jit

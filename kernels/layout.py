@@ -24,7 +24,7 @@ class Bucket(NamedTuple):
     compute: tl.dtype
     tiles: Tensor  # int32 [tiles, 2]: row, index of the tile in it
     chunks: Tensor  # int32 [chunks, 3]: row, first tile, where its sums go
-    tile_sums: Tensor  # float64 [tiles, 2], a part of the layout's; empty for a rule without a direction
+    tile_sums: Tensor  # float64 [tiles, 2], a part of the layout's; empty for a rule that measures no direction
 
     @property
     def constants(self) -> dict[str, Any]:
@@ -36,6 +36,23 @@ class Bucket(NamedTuple):
             "COMPUTE": self.compute,
         }
 
+    @property
+    def read_first(self) -> tuple[int, ...]:
+        """Of the dtypes, those of the columns that the first of two passes reads: all but that of a kept direction."""
+        return self.dtypes[:-1] if self.rule.keeps_direction else self.dtypes
+
+    @property
+    def constants_of_move(self) -> dict[str, Any]:
+        """What the second of two passes is compiled for: it reads a kept direction in the place of the states."""
+        if not self.rule.keeps_direction:
+            return self.constants
+        states = FIRST_STATE.value
+        return {
+            **self.constants,
+            "FIRST": len(self.rule.states),
+            "DTYPES": (*self.dtypes[:states], self.dtypes[-1]),
+        }
+
 
 class Layout(NamedTuple):
     """The rows' buckets and where their sums go; other storages make another."""
@@ -43,7 +60,7 @@ class Layout(NamedTuple):
     buckets: list[Bucket]
     totals: Tensor  # int32 [rows, 3]: row, first of its chunks' sums, number of chunks
     sums: Tensor  # float64 [rows and chunks, SUMS]
-    tile_sums: Tensor  # float64 [tiles of rules with a direction, 2]
+    tile_sums: Tensor  # float64 [tiles of rules that measure a direction, 2]
     directions: dict[str, Tensor]  # of each such rule, int32 [rows, 3]: row, first of its tiles' sums, number of tiles
 
     def tensors(self) -> list[Tensor]:
@@ -66,15 +83,15 @@ def layout_of(
     found: dict[tuple[str, tuple[int, ...]], list[int]] = {}
     for row, (rule, word) in enumerate(zip(rules, storages)):
         columns = [word >> (8 * column) & 255 for column in range(COLUMNS)]
-        states = columns[FIRST_STATE.value + rule.tensor_state_count : FIRST_STATE.value + len(rule.states)]
+        states = columns[FIRST_STATE.value + rule.tensor_state_count : FIRST_STATE.value + rule.column_count]
         dtypes = (*columns[: FIRST_STATE.value], *states)
         present = (*dtypes[: MASTER.value], *states)
-        if (numels[row] or rule.has_direction) and NONE.value not in present:
+        if (numels[row] or rule.measures_direction) and NONE.value not in present:
             found.setdefault((rule.name, dtypes), []).append(row)
     slots = len(rules)
     totals: list[tuple[int, int, int]] = []
     directions: dict[str, list[tuple[int, int, int]]] = {}
-    summed = 0  # tiles of rules with a direction
+    summed = 0  # tiles of rules that measure a direction
     parts: list[tuple[Rule, tuple[int, ...], list[int], Tensor, Tensor, int]] = []
     for (name, dtypes), rows in found.items():
         rule = rules[rows[0]]
@@ -95,7 +112,7 @@ def layout_of(
         )
         chunks = torch.stack([chunks[:, 0], chunks[:, 1] * length, out + chunks[:, 1]], 1)
         parts.append((rule, dtypes, rows, tiles, chunks, summed))
-        for row, count in zip(rows, tile_counts) if rule.has_direction else ():
+        for row, count in zip(rows, tile_counts) if rule.measures_direction else ():
             directions.setdefault(name, []).append((row, summed, count))
             summed += count
     tile_sums = torch.zeros(summed, 2, dtype=torch.float64, device=device)
@@ -107,7 +124,7 @@ def layout_of(
             tl.float64 if dtypes[PARAM.value] == FLOAT64.value else tl.float32,
             tiles.to(device=device, dtype=torch.int32),
             chunks.to(device=device, dtype=torch.int32),
-            tile_sums[first:] if rule.has_direction else tile_sums[:0],
+            tile_sums[first:] if rule.measures_direction else tile_sums[:0],
         )
         for rule, dtypes, rows, tiles, chunks, first in parts
     ]

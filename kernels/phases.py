@@ -295,10 +295,14 @@ class Phases:
                 *(*shared, bucket.tiles, table.records, table.control, bucket.tile_sums),
                 ACCUMULATE=bucket.rule.accumulate,
                 DIRECTION=bucket.rule.direction,
+                READ=bucket.read_first,
                 BACKWARDS=reduces,
                 **bucket.constants,
             )
-        if directed and launched.exchanged:
+        if any(bucket.rule.keeps_direction for bucket in directed):
+            assert launched.step.exchange is not None
+            launched.step.exchange(launched.device.device)
+        elif directed and launched.exchanged:
             layout.sums.zero_()
             self._launch_directions(layout, table, adds_up=True, prepares=False)
             self._copy_sums(layout, launched.exchanged, out=True)
@@ -319,7 +323,7 @@ class Phases:
                     DIRECTION=bucket.rule.direction,
                     STEP_SIZE=bucket.rule.step_size_index,
                     BACKWARDS=not reduces,
-                    **bucket.constants,
+                    **bucket.constants_of_move,
                 )
             else:
                 self._launch(

@@ -63,7 +63,8 @@ class Rule(NamedTuple):
 
     A rule whose step length depends on the norm of its own direction has instead ``accumulate(grad, states, scalars)``,
     ``direction(param, states, scalars)`` and ``scale_direction(hyper, tensor)``, which returns the scalars'
-    ``step_size`` and the trust ratio.
+    ``step_size`` and the trust ratio. One whose direction others change between its passes has no ``scale_direction``:
+    its ``accumulate`` returns the direction behind the states, and its ``direction`` receives it instead of them.
     """
 
     name: str
@@ -97,6 +98,19 @@ class Rule(NamedTuple):
     @property
     def has_direction(self) -> bool:
         return self.direction is not None
+
+    @property
+    def keeps_direction(self) -> bool:
+        return self.has_direction and self.scale_direction is None
+
+    @property
+    def measures_direction(self) -> bool:
+        return self.scale_direction is not None
+
+    @property
+    def column_count(self) -> int:
+        """Of the states, and of the direction that is kept."""
+        return len(self.states) + self.keeps_direction
 
 
 # Limits that the table is laid out for; csrc/rules/rule.h has the same.

@@ -32,6 +32,7 @@ from fused_optim import (
     ClipGradByNorm,
     ClipGradByValue,
     Lion,
+    Muon,
     NovoGrad,
 )
 
@@ -237,6 +238,10 @@ def golden_lion(params: Any, lr: float, *, weight_decouple: bool, **hyper: Any) 
     return Lion(params, lr, **hyper)
 
 
+def golden_muon(params: Any, lr: float, **hyper: Any) -> Muon:
+    return Muon(params, lr, ns_dtype=torch.float64, **hyper)
+
+
 SGD_DECAY: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.125}
 NOVOGRAD_DECAY: dict[str, Any] = {"lr": 0.01, "weight_decay": 0.125}
 NOVOGRAD_VARIANTS: dict[str, dict[str, Any]] = {
@@ -280,6 +285,19 @@ LARC_VARIANTS: dict[str, dict[str, Any]] = {
     "apex": {"around": (SGD, SGD_DECAY), "variant": "apex"},
     "apex, AdamW": {"around": (AdamW, {"lr": 0.01, "weight_decay": 0.125}), "variant": "apex"},
     "apex, NovoGrad": {"around": (NovoGrad, NOVOGRAD_DECAY), "mode": "scale", "variant": "apex"},
+}
+
+# Every matrix Muon's, in the least dtype in which products in two orders are near.
+MUON: dict[str, Any] = {"use_muon": "auto", "ns_dtype": torch.float64}
+MUON_VARIANTS: dict[str, dict[str, Any]] = {
+    "default": {"lr": 0.02, **MUON},
+    "decay": {"lr": 0.02, "weight_decay": 0.3, "adamw_lr": 3e-3, **MUON},
+    "all": {
+        **{"lr": 0.02, "momentum": 0.8, "nesterov": False, "ns_coefficients": "polar_express", "ns_steps": 6},
+        **{"adjust_lr_fn": "match_rms_adamw", "adamw_betas": (0.8, 0.95), "maximize": True},
+        **MUON,
+    },
+    "flat": {"lr": 0.02, "adjust_lr_fn": "spectral_mup", "ns_coefficients": "quintic", "flatten": False, **MUON},
 }
 
 CASES = (
@@ -408,6 +426,21 @@ CASES = (
         },
         sums=LAMB_VARIANTS.keys(),
         directions=LAMB_VARIANTS.keys() - {"without ratio"},
+    ),
+    Case(
+        Muon,
+        MUON_VARIANTS,
+        golden={
+            "torch_muon_default_float64": Golden(golden_muon),
+            "torch_muon_all_float64": Golden(golden_muon),
+            # Theirs add eps to the norm, torch divides by eps at least.
+            "kellerjordan_muon_float64": Golden(golden_muon, 2e-8),
+            "kellerjordan_muon_aux_float64": Golden(partial(golden_muon, use_muon="auto"), 2e-8),
+            "dion_muon_flatten_float64": Golden(golden_muon),
+            "dion_muon_polar_express_float64": Golden(golden_muon),
+        },
+        sums=MUON_VARIANTS.keys(),
+        directions=MUON_VARIANTS.keys(),
     ),
     Case(
         LARC,

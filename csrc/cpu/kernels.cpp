@@ -95,6 +95,13 @@ T* load_tile(const Row& row, int index, int64_t begin, int64_t n, T* scratch) {
   return scratch;
 }
 
+// Where a tile of a column is written that nobody reads before: the memory itself, or scratch.
+template <class T>
+T* room_for_tile(const Row& row, int index, int64_t begin, T* scratch) {
+  const bool in_place = row.dtype[index] == (sizeof(T) == 8 ? DType::float64 : DType::float32);
+  return in_place ? column<T>(row, index) + begin : scratch;
+}
+
 // Rounds a scratch tile back to its column; nothing to do where the tile was the memory itself.
 template <class T>
 void store_tile(const Row& row, int index, int64_t begin, int64_t n, const T* tile) {
@@ -108,7 +115,9 @@ void store_tile(const Row& row, int index, int64_t begin, int64_t n, const T* ti
     case DType::float16:
       narrow(tile, column<float16>(row, index) + begin, n);
       break;
-    case DType::float64:
+    case DType::float64:  // the directions of float32 parameters
+      if constexpr (sizeof(T) == 4) narrow(tile, column<double>(row, index) + begin, n);
+      break;
     case DType::none:
     case DType::remainder:
       break;
@@ -454,6 +463,21 @@ Norms accumulate(const Row& row, const ScalarsRecord& bytes, int64_t begin, int6
   alignas(64) T scratch[3][kScratch];
   alignas(64) T state_scratch[kStates][kScratch];
   Norms norms{};
+  if constexpr (Rule::kKeepsDirection) {
+    for (int64_t i = begin; i < end; i += kTile) {
+      const int64_t n = end - i < kTile ? end - i : kTile;
+      prefetch_tile(row, i + kTile, end);
+      const T* grad = load_tile<T>(row, kGrad, i, n, scratch[1]);
+      // Only a coupled weight decay asks for the parameter.
+      const T* param = record.grad.weight_decay != 0 ? load_param<T>(row, i, n, scratch[0]) : grad;
+      T* buffer = load_tile<T>(row, kFirst, i, n, state_scratch[0]);
+      T* direction = room_for_tile<T>(row, kFirst + 1, i, state_scratch[1]);
+      accumulate_tile<false, Rule, T>(param, grad, buffer, direction, record, scratch[2], n);
+      store_tile<T>(row, kFirst, i, n, buffer);
+      store_tile<T>(row, kFirst + 1, i, n, direction);
+    }
+    return norms;
+  }
   for (int64_t i = begin; i < end; i += kTile) {
     const int64_t n = end - i < kTile ? end - i : kTile;
     prefetch_tile(row, i + kTile, end);
@@ -505,7 +529,11 @@ void apply_direction(const Row& row, const ScalarsRecord& bytes, int64_t begin, 
     prefetch_tile(row, i + kTile, end);
     T* param = load_param<T>(row, i, n, scratch[0]);
     T* states[kStates];
-    load_states<T, kStates>(row, kFirst, i, n, state_scratch, states);
+    if constexpr (Rule::kKeepsDirection) {
+      states[0] = states[1] = load_tile<T>(row, kFirst + 1, i, n, state_scratch[1]);
+    } else {
+      load_states<T, kStates>(row, kFirst, i, n, state_scratch, states);
+    }
     direction_tile<Rule, T>(param, states[0], states[1], record, scratch[1], n);
     move_tile(param, record.scalars.step_size, scratch[1], n);
     store_param<T>(row, i, n, param);

@@ -17,8 +17,10 @@ void find_overlaps(const std::vector<Row>& rows, std::vector<HostRow>& hosts) {
     if (!rows[r].active) continue;
     for (int c = 0; c < kColumns; ++c) {
       if (c == kGrad || rows[r].address[c] == 0) continue;
-      const bool per_tensor =
-          c >= kFirstState && names_of_rule(rows[r].rule).per_tensor[static_cast<size_t>(c - kFirstState)];
+      const std::vector<bool>& states = names_of_rule(rows[r].rule).per_tensor;
+      const auto state = static_cast<size_t>(c - kFirstState);
+      if (c >= kFirstState && state >= states.size()) continue;  // the plan's room for a direction
+      const bool per_tensor = c >= kFirstState && states[state];
       const auto bytes = static_cast<uint64_t>(per_tensor ? 1 : rows[r].numel) *
                          static_cast<uint64_t>(size_of(rows[r].dtype[c]));
       if (bytes != 0) ranges.push_back({rows[r].address[c], rows[r].address[c] + bytes, r});

@@ -24,7 +24,12 @@ bool RowReader::add(PyObject* object, HostRow& host, Row& row) {
   static PyObject* const clipped = intern("clipped");
   static PyObject* const has_trust_ratio = intern("has_trust_ratio");
   static PyObject* const master = intern("master");
+  static PyObject* const direction_column = intern("direction_column");
+  static PyObject* const direction_address = intern("direction_address");
+  static PyObject* const direction_dtype = intern("direction_dtype");
   bool native = false;
+  int32_t column = 0, dtype = 0;
+  uint64_t address = 0;
   Attributes attributes(object);
   attributes.read(group, row.group);
   attributes.read(lr_scale, row.lr_scale);
@@ -32,6 +37,9 @@ bool RowReader::add(PyObject* object, HostRow& host, Row& row) {
   attributes.read(is_native, native);
   attributes.read(clipped, row.clipped);
   attributes.read(has_trust_ratio, row.has_trust_ratio);
+  attributes.read(direction_column, column);
+  attributes.read(direction_address, address);
+  attributes.read(direction_dtype, dtype);
   attributes.read(master, [&](PyObject* key) {
     const char* text = key == Py_None ? nullptr : PyUnicode_AsUTF8(key);
     if (text != nullptr) host.master_key = intern(text);
@@ -39,6 +47,10 @@ bool RowReader::add(PyObject* object, HostRow& host, Row& row) {
   const Owned owned_param(attributes.good() ? PyObject_GetAttr(object, param_name) : nullptr);
   PyObject* const param = owned_param.get();
   if (param == nullptr) return false;
+  if (address != 0) {
+    row.address[column] = address;
+    row.dtype[column] = static_cast<DType>(dtype);
+  }
   host.type = Py_TYPE(param);
   PyObject* descriptor = PyObject_GetAttr(reinterpret_cast<PyObject*>(Py_TYPE(param)), grad_name());
   if (descriptor == nullptr) return false;

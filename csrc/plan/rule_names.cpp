@@ -1,6 +1,7 @@
 #include "plan/rule_names.h"
 
 #include "plan/attributes.h"
+#include "prepare.h"
 #include "rules/all.h"
 
 namespace fused_optim {
@@ -9,7 +10,7 @@ namespace {
 template <class R>
 RuleNames names_of() {
   RuleNames names{R::kName, {}, {}, {}};
-  for (int i = 0; i < R::kStateCount; ++i) {
+  for (int i = 0; i < parameter_states<R>(); ++i) {
     names.state_names.push_back(intern(R::kStates[i].name));
     names.per_tensor.push_back(R::kStates[i].per_tensor);
   }

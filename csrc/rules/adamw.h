@@ -11,6 +11,7 @@ struct Adam {
   static constexpr const char* kName = kAmsgrad ? "amsgrad" : "adamw";
   static constexpr int kStateCount = kAmsgrad ? 4 : 3;
   static constexpr bool kHasDirection = false;
+  static constexpr bool kKeepsDirection = false;
   static constexpr StateField kStates[] = {
       {"step", true}, {"exp_avg", false}, {"exp_avg_sq", false}, {"max_exp_avg_sq", false}};
 

@@ -4,6 +4,7 @@
 #include "adamw.h"
 #include "lamb.h"
 #include "lion.h"
+#include "muon.h"
 #include "novograd.h"
 #include "sgd.h"
 
@@ -15,7 +16,8 @@ struct RuleList {
   static constexpr int kCount = sizeof...(R);
 };
 
-using Rules = RuleList<Adam<false>, Adam<true>, Sgd, Momentum, NovoGrad<false>, NovoGrad<true>, Lamb, Lion>;
+using Rules =
+    RuleList<Adam<false>, Adam<true>, Sgd, Momentum, NovoGrad<false>, NovoGrad<true>, Lamb, Lion, Muon>;
 
 }  // namespace FO_INSTRUCTION_SET
 }  // namespace fused_optim

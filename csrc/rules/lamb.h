@@ -10,6 +10,7 @@ struct Lamb {
   static constexpr const char* kName = "lamb";
   static constexpr int kStateCount = 3;
   static constexpr bool kHasDirection = true;
+  static constexpr bool kKeepsDirection = false;
   static constexpr StateField kStates[] = {{"step", true}, {"exp_avg", false}, {"exp_avg_sq", false}};
 
   struct Hyper {

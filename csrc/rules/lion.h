@@ -10,6 +10,7 @@ struct Lion {
   static constexpr const char* kName = "lion";
   static constexpr int kStateCount = 1;
   static constexpr bool kHasDirection = false;
+  static constexpr bool kKeepsDirection = false;
   static constexpr StateField kStates[] = {{"exp_avg", false}};
 
   struct Hyper {

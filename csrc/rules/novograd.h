@@ -12,6 +12,7 @@ struct NovoGrad {
   static constexpr const char* kName = kAmsgrad ? "novograd_amsgrad" : "novograd";
   static constexpr int kStateCount = kAmsgrad ? 4 : 3;
   static constexpr bool kHasDirection = false;
+  static constexpr bool kKeepsDirection = false;
   static constexpr StateField kStates[] = {{"step", true},
                                            {"exp_avg_sq", true},
                                            {kAmsgrad ? "max_exp_avg_sq" : "exp_avg", kAmsgrad},

@@ -20,6 +20,10 @@
 // update, accumulate: the states from the gradient; direction: from the states as they were rounded at the
 // store; and scale_direction: the Scalars' step_size, once the norms of direction and param are known.
 //
+// kKeepsDirection: of those, a rule whose direction others change between the passes (Muon). Its last state
+// is the room for it, memory of the plan's and none of the parameter's states: accumulate writes it there,
+// and direction finds it there again. No norm is asked for, and prepare says the step_size.
+//
 // A root or a quotient that is NaN makes a result NaN: a device takes results that are not for sure (see
 // cuda/quick_float.h). So what is computed from one does not vanish in a comparison.
 //

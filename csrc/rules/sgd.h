@@ -10,6 +10,7 @@ struct Sgd {
   static constexpr const char* kName = "sgd";
   static constexpr int kStateCount = 0;
   static constexpr bool kHasDirection = false;
+  static constexpr bool kKeepsDirection = false;
   static constexpr StateField kStates[] = {{"", false}};
 
   struct Hyper {
@@ -39,6 +40,7 @@ struct Momentum {
   static constexpr const char* kName = "momentum";
   static constexpr int kStateCount = 2;
   static constexpr bool kHasDirection = false;
+  static constexpr bool kKeepsDirection = false;
   static constexpr StateField kStates[] = {{"step", true}, {"momentum_buffer", false}};
 
   struct Hyper {

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..arithmetic import Number, where
 from ..hyperparameters import is_sequence, plain_number
+from ..orthogonal import Matrices, orthogonalize_
 from ..rule import Rule, TensorContext
 from ..state import masters
 from ..tensors import is_plain
@@ -135,19 +136,22 @@ def step_eager(
     clips: bool,
     bounds: tuple[float, float] | None,
     master: str | None,
+    matrices: Matrices | None,
 ) -> EagerStep:
     """Update one parameter and its states in place.
 
     ``names``: the states of an element each; ``number_names``: those of one number. ``clips``: by a norm. ``bounds``:
-    what gradient elements are clamped to. ``master``: the state key of the master weight. Between two phases nothing of
-    the size of the parameter is kept, but for a rule with a direction.
+    what gradient elements are clamped to. ``master``: the state key of the master weight. ``matrices``: those that the
+    parameter is, if its direction is made orthogonal. Between two phases nothing of the size of the parameter is kept,
+    but for a rule with a direction.
     """
-    differentiable = bool(group["differentiable"])
+    differentiable = bool(group.get("differentiable"))
+    iteration = None if matrices is None else rule.iteration(group, matrices, param.dtype)
     on_device = param.device.type != "cpu" or not is_plain(type(param))
     keep = differentiable or on_device
     group = {key: _scalar(value, param.device, keep) for key, value in group.items() if key != "params"}
     dtype = compute_dtype(_real(param).dtype)
-    scale = -grad_scale if group["maximize"] else grad_scale
+    scale = -grad_scale if group.get("maximize") else grad_scale
     trust = rule.trust_ratio(group)
     norms = TensorNorms()
     asked = rule.norms(group)
@@ -207,6 +211,13 @@ def step_eager(
         norms, _ = yield TensorNorms(param_norm=_norm(whole, keep), direction_norm=_norm(direction, keep))
         tensor.param_norm, tensor.direction_norm = norms.param_norm, norms.direction_norm
         result = whole - _as(rule.scale_direction(group, tensor), dtype) * direction
+    elif matrices is not None:
+        assert iteration is not None
+        rule.accumulate(grad, wide, s)
+        directions = wide.pop("direction").to(iteration.dtype, copy=True).contiguous()
+        orthogonal = orthogonalize_(directions.view(matrices), iteration).view(whole.shape).to(dtype)
+        direction = rule.direction(whole, {"direction": orthogonal}, s)
+        result = whole - s.step_size * direction
     else:
         result = rule.update(whole, grad, wide, s)
     for name, value in wide.items():

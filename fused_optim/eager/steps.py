@@ -103,7 +103,7 @@ class EagerSteps:
 
     def _advance(self, index: int, sent: tuple[TensorNorms, float] | None) -> None:
         try:
-            with torch.set_grad_enabled(bool(self._groups[self._rows[index].group]["differentiable"])):
+            with torch.set_grad_enabled(bool(self._groups[self._rows[index].group].get("differentiable"))):
                 step = self._steps[index]
                 self._norms[index] = next(step) if sent is None else step.send(sent)
         except StopIteration as done:
@@ -130,6 +130,7 @@ class EagerSteps:
                 clips=row.clipped and self._clip.kind in (GLOBAL_NORM, NORM),
                 bounds=(self._clip.min, self._clip.max) if row.clipped and self._clip.kind == VALUE else None,
                 master=row.master,
+                matrices=row.matrices,
             )
         return measured
 
@@ -141,7 +142,7 @@ class EagerSteps:
         if coalesced is not None:
             with listed_rows(param, coalesced, state, columns) as (listed, its_state):
                 yield listed, grad, its_state
-        elif is_sharded(param) and not self._groups[row.group]["differentiable"]:
+        elif is_sharded(param) and not self._groups[row.group].get("differentiable"):
             parts = {name: local(value) if isinstance(value, Tensor) else value for name, value in state.items()}
             yield local(param).detach(), local(grad), parts
             torch._C._increment_version([param])  # what was written is the part

@@ -115,7 +115,7 @@ def layer_decay(
     if n_layers is not None and n_layers < 0:
         raise ValueError(f"n_layers must not be negative, got {n_layers}")
     params = {plain_name(name): param for name, param in model.named_parameters()}
-    matcher = getattr(_unwrapped(model), "group_matcher", None)
+    matcher = getattr(unwrapped(model), "group_matcher", None)
     if layer_id is not None:
         ids = {name: _checked_id(layer_id(name), name) for name in params}
         last = max(ids.values(), default=0)
@@ -123,7 +123,7 @@ def layer_decay(
         ids = matched_ids(params, matcher(coarse=False))
         last = max(ids.values(), default=0)
     else:
-        ids, last = family_ids(params, type(_unwrapped(model)).__name__)
+        ids, last = family_ids(params, type(unwrapped(model)).__name__)
     if n_layers is not None:
         last = n_layers + 1
         for name, layer in ids.items():
@@ -135,7 +135,7 @@ def layer_decay(
     return {param: rate ** (last - ids[name]) for name, param in params.items()}
 
 
-def _unwrapped(model: nn.Module) -> nn.Module:
+def unwrapped(model: nn.Module) -> nn.Module:
     """What is inside of wrappers, each of which has one child, and that child perhaps one."""
     names, inner = "", model
     while len(inner._modules) == 1:

@@ -12,6 +12,7 @@ import torch
 from ..parameters import Place, parameters
 from ..trust_ratio import TrustRatio
 from .clip import NO_CLIP, ClipOptions, GradClip
+from .matrices import MatrixOptions
 from .scales import Exclude, Scale, ScaleColumn, column_of, excluded
 
 
@@ -97,6 +98,7 @@ class Options:
     lazy_mode: bool = False
     trust_ratio: TrustRatio | None = None  # of what is around this optimizer
     factors: Factors = field(default_factory=no_factors)
+    matrices: MatrixOptions | None = None  # which parameters are some
 
     @property
     def clip(self) -> ClipOptions:

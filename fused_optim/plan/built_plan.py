@@ -14,6 +14,7 @@ from ..rule import Rule
 from ..shards import Shards
 from ..tensors import is_flattened
 from .device_buffers import DeviceBuffers
+from .directions import Directions, Settings
 from .loss_scale import LossScale
 from .plan import DEVICE_BACKENDS, Plan, why_not_native
 from .step import Step
@@ -34,6 +35,8 @@ class BuiltPlan:
         measures: the rule or a trust ratio asks for norms.
         reduces: norms are needed before the first pass.
         same_rows: what the processes have found to be the same everywhere.
+        directions: those that are made orthogonal between two passes.
+        settings: what the groups said of directions when the plan was built.
     """
 
     def __init__(
@@ -45,9 +48,12 @@ class BuiltPlan:
         measures: bool,
         reduces: bool,
         same_rows: str,
+        directions: Directions | None,
+        settings: Settings | None,
     ) -> None:
         self.rows, self.native, self.shards, self.same_rows = rows, native, shards, same_rows
-        self.measures, self.reduces = measures, reduces
+        self.measures, self.reduces, self.directions = measures, reduces, directions
+        self._settings = settings
         self.flattened = any(is_flattened(row.param) for row in rows)
         self.buffers = [
             DeviceBuffers(device, of_device, measures=measures, exchanges=device in shards)
@@ -62,6 +68,8 @@ class BuiltPlan:
     ) -> Sequence[tuple[int, str]] | None:
         """Read everything again: the rows that cannot be stepped as they are, or None: the plan is another's."""
         found = self.native.refresh(param_groups, state)
+        if found is not None and self._settings is not None and not self._settings.hold(param_groups):
+            return None
         if not found:
             return found
         for index, kind in found:
@@ -73,7 +81,7 @@ class BuiltPlan:
         """Whether a parameter that the native plan does not take still is what the plan was built for."""
         group = {**defaults, **param_groups[row.group]}
         return (row.param.dtype, row.param.device) == (row.dtype, row.device) and (
-            row.refused == why_not_native(row.param, group, row.backend)
+            row.refused == why_not_native(row.param, group, row.backend, row.matrices)
         )
 
     def new_step(self, scale: LossScale, clip: ClipOptions, *, waits: bool) -> Step:

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from ..orthogonal import Matrices, matrices_in_memory
 from ..row import Row
 from ..tensors import is_dense, is_plain, is_sharded, local, same_strides
 from .step import Step
@@ -41,8 +42,11 @@ class Plan(Protocol):
     def norms(self) -> list[tuple[int, float, float, float]]: ...
 
 
-def why_not_native(param: Tensor, group: dict[str, Any], backend: str) -> str | None:
-    """Why a parameter of this group cannot go through a native backend; None if it can."""
+def why_not_native(param: Tensor, group: dict[str, Any], backend: str, matrices: Matrices | None) -> str | None:
+    """Why a parameter of this group cannot go through a native backend; None if it can.
+
+    ``matrices``: those that it is, if its direction is made orthogonal.
+    """
     if backend not in NATIVE_BACKENDS:
         return f"its backend is {backend}"
     if not is_plain(type(local(param))):
@@ -50,7 +54,7 @@ def why_not_native(param: Tensor, group: dict[str, Any], backend: str) -> str | 
         return f"it is {kind}{type(local(param)).__name__}, not plain memory"
     if param.dtype not in NATIVE_DTYPES:
         return f"its dtype is {param.dtype}"
-    if group["differentiable"]:
+    if group.get("differentiable"):
         return "its group is differentiable"
     if param.layout != torch.strided or param.is_inference():
         return "it is an inference or a sparse tensor"
@@ -58,6 +62,10 @@ def why_not_native(param: Tensor, group: dict[str, Any], backend: str) -> str | 
         return "it is a view whose negation is pending"
     if not is_dense(local(param)):
         return f"its strides {tuple(local(param).stride())} leave gaps in memory or overlap"
+    if matrices is not None and backend == "cuda":
+        return f"the {backend} backend makes no directions orthogonal yet"
+    if matrices is not None and matrices_in_memory(local(param), matrices) is None:
+        return f"its strides {tuple(local(param).stride())} part the numbers of a matrix that is made orthogonal"
     return None
 
 

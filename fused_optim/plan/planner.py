@@ -11,7 +11,7 @@ import torch
 
 from .. import backends, extension
 from ..backends import FallbackLog
-from ..hyperparameters import LIMITS, check_group
+from ..hyperparameters import LIMITS
 from ..options.clip import GLOBAL_NORM, NORM
 from ..options.options import Options
 from ..parameters import Place, parameters
@@ -32,6 +32,7 @@ from ..tensors import (
 )
 from ..trust_ratio import TrustRatio
 from .built_plan import BuiltPlan, is_on_device, rows_on_devices
+from .directions import Directions, Settings
 from .plan import Plan, why_not_native
 from .python_plan import PythonPlan
 from .read_groups import ReadForTriton
@@ -57,6 +58,8 @@ def build_plan(
     """
     groups = [{**defaults, **group} for group in param_groups]
     options.factors.check(groups)
+    for index, group in enumerate(groups) if rule.keys_of_directions else ():
+        rule.check_group(index, group, defaults)
     rows = []
     for place in parameters(groups):
         row, passed_over = row_of(place, rule, options)
@@ -78,6 +81,8 @@ def build_plan(
         total_only = not measures and options.clip.kind == GLOBAL_NORM
         takes_maximum = any("grad_max" in rule.norms(group) for group in groups)
         shards = shards_of(rows, total_only=total_only, takes_maximum=takes_maximum)
+    settings = Settings(param_groups, rule.keys_of_directions) if rule.keys_of_directions else None
+    directions = Directions.of(rows, groups, rule)
     native = make_plan(
         rows,
         rules,
@@ -85,10 +90,19 @@ def build_plan(
         defaults,
         rule.structural_keys,
         rule.trust_ratio if has_trust_ratio else None,
-        check=partial(check_group, defaults=defaults, choices=rule.choices),
+        check=partial(rule.check_group, defaults=defaults),
         has_direction=rule.has_direction,
     )
-    return BuiltPlan(rows, native, shards, measures=measures, reduces=reduces, same_rows=same_rows)
+    return BuiltPlan(
+        rows,
+        native,
+        shards,
+        measures=measures,
+        reduces=reduces,
+        same_rows=same_rows,
+        directions=directions,
+        settings=settings,
+    )
 
 
 def check_flattened(place: Place, rule: Rule, options: Options) -> None:
@@ -117,7 +131,8 @@ def row_of(place: Place, rule: Rule, options: Options) -> tuple[Row, str | None]
     lr_scale, weight_decay_scale, clips, has_trust_ratio = options.factors.of(place)
     if rule.exempt(place.group, param):
         weight_decay_scale = has_trust_ratio = 0.0
-    refused = why_not_native(param, place.group, backend)
+    matrices = rule.matrices(place)
+    refused = why_not_native(param, place.group, backend, matrices)
     row = Row(
         group=place.group_index,
         param_ref=weakref.ref(param),
@@ -133,6 +148,7 @@ def row_of(place: Place, rule: Rule, options: Options) -> tuple[Row, str | None]
         backend=backend,
         refused=refused,
         own_name=place.own_name,
+        matrices=matrices,
     )
     return row, passed_over
 

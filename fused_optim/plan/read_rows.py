@@ -36,6 +36,8 @@ class RowReader:
         assert memory is not None
         self.memory = memory
         self.numel = local(row.param).numel()
+        # Of a direction that is kept between two passes, the plan's own.
+        self.direction = memory._replace(address=row.direction_address, dtype=row.direction_dtype)
         self.sharded = is_sharded(row.param)
         self.tensor_columns = {FIRST_STATE + i for i, per_tensor in enumerate(self.per_tensor) if per_tensor}
         self.columns = [*(FIRST_STATE + i for i in range(len(rule.states))), *([MASTER] if row.master else ())]
@@ -142,6 +144,8 @@ class ReadRows:
                 continue
             self.active[index] = True
             self.grads.append(reader.param.grad)
+            if reader.row.direction_address:
+                columns[reader.row.direction_column] = reader.direction
             for column, memory in enumerate(columns):
                 self.addresses[column][index] = 0 if memory is None else memory.address
                 self.dtypes[column][index] = 0 if memory is None else memory.dtype

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from ..backends import logger
-from ..hyperparameters import check_group, is_number, plain_number, shown
+from ..hyperparameters import is_number, plain_number, shown
 from ..options.options import Options
 from ..parameters import Place, parameters
 from ..rule import Rule
@@ -125,7 +125,7 @@ def admit(
                 "state[i]['exp_avg_sq'] = norm ** 2, where norm is its element of group['exp_avg_sq'][0] (float16) or "
                 "[1] (float32)"
             )
-        check_group(index, saved, defaults, rule.choices, of=" of the state dict")
+        rule.check_group(index, saved, defaults, of=" of the state dict")
         rule.trust_ratio({**defaults, **saved})  # which has limits of its own
         names = rule.state_names({**defaults, **saved})
         for position, (param, key) in enumerate(zip(group["params"], saved["params"])):

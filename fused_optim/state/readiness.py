@@ -8,7 +8,6 @@ from typing import Any
 from torch import Tensor
 
 from ..backends import FallbackLog
-from ..hyperparameters import check_group
 from ..options.options import Options
 from ..row import Row
 from ..rule import Rule
@@ -36,7 +35,7 @@ def make_ready(
         RuntimeError, TypeError, ValueError: what cannot be used; the text names it, and nothing has changed.
     """
     for index, group in groups.items():
-        check_group(index, group, defaults, rule.choices)
+        rule.check_group(index, group, defaults)
         rule.trust_ratio(group)  # which has limits of its own
     for row in rows:
         states.check_grad(row, groups[row.group], rule, options)

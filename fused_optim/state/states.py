@@ -45,7 +45,7 @@ def check_writable(param: Tensor, group: dict[str, Any], name: str) -> None:
         raise RuntimeError(f"{name} is an inference tensor; create it outside of torch.inference_mode(), or clone it")
     if is_expanded(param):
         raise RuntimeError(f"{name} is expanded: several of its elements are one number in memory; make it contiguous")
-    if group["differentiable"] and torch.is_grad_enabled() and param.is_leaf and param.requires_grad:
+    if group.get("differentiable") and torch.is_grad_enabled() and param.is_leaf and param.requires_grad:
         raise RuntimeError(
             f"{name} is a leaf that requires grad, which a differentiable step cannot write; give the optimizer a clone"
         )
@@ -72,7 +72,7 @@ def check_grad(row: Row, group: dict[str, Any], rule: Rule, options: Options) ->
                 "step it with torch.optim.SparseAdam"
             )
         trusts = row.has_trust_ratio and rule.trust_ratio(group) is not None
-        reason = sparse.why_refused(grad, trusts=trusts, differentiable=bool(group["differentiable"]))
+        reason = sparse.why_refused(grad, trusts=trusts, differentiable=bool(group.get("differentiable")))
         if reason is not None:
             raise RuntimeError(f"{name} cannot take the sparse gradient of {row.name}: {reason}")
     if not (param.is_floating_point() or param.is_complex()):

@@ -568,6 +568,7 @@ OURS: dict[str, Callable[..., Any]] = {
     "LARS": fused_optim.LARS,
     "LAMB": fused_optim.LAMB,
     "Lion": fused_optim.Lion,
+    "Muon": fused_optim.Muon,
     "NovoGrad": fused_optim.NovoGrad,
 }
 THEIRS = {name: getattr(torch.optim, name) for name in torch.optim.__all__ if name not in ("Optimizer", "LBFGS")}

@@ -293,6 +293,7 @@ OF_RULES: dict[str, Callable[..., Any]] = {
     "LARS": lambda params, **o: fused_optim.LARS(params, weight_decay=0.1, **o),
     "LAMB": fused_optim.LAMB,
     "Lion": fused_optim.Lion,
+    "Muon": lambda params, **o: fused_optim.Muon(params, use_muon="auto", **o),
     "NovoGrad": fused_optim.NovoGrad,
     "LARC": lambda params, **o: fused_optim.LARC(fused_optim.AdamW(params, **o)).optimizer,
 }
@@ -308,6 +309,8 @@ def test_a_hyperparameter_out_of_range_in_a_group_is_refused_as_by_the_construct
     """In the second of two groups, before anything in the first has changed: the same words from every backend."""
     key, value, text = OUT_OF_RANGE[bad]
     params = new_params(shapes=FEW, device=device_of(backend))
+    if rule == "Muon":
+        params = new_params(shapes=[(2, 3), (3, 4), (5, 2)], device=device_of(backend))
     optimizer = OF_RULES[rule]([{"params": params[:2]}, {"params": params[2:]}], backend=backend)
     if key not in optimizer.defaults:
         return

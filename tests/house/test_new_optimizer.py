@@ -16,7 +16,7 @@ from support.sources import ROOT
 ADDED = ("csrc/rules/{}.h", "kernels/rules/{}.py", "fused_optim/optimizers/{}.py")
 CHANGED = {
     "csrc/rules/all.h": (
-        ("Lamb, Lion>", "Lamb, Lion, Cub>"),
+        ("Lamb, Lion, Muon>", "Lamb, Lion, Muon, Cub>"),
         ('#include "lamb.h"', '#include "cub.h"\n#include "lamb.h"'),
     ),
     "fused_optim/__init__.py": (
@@ -28,7 +28,7 @@ CHANGED = {
             "CASES = (\n",
             'CASES = (\n    Case(Cub, {"default": {}, "decay": {"weight_decay": 0.125}, "all": {"maximize": True}}),\n',
         ),
-        ("    Lion,\n    NovoGrad,\n", "    Cub,\n    Lion,\n    NovoGrad,\n"),
+        ("    Lion,\n    Muon,\n", "    Cub,\n    Lion,\n    Muon,\n"),
     ),
 }
 

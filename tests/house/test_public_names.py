@@ -13,7 +13,7 @@ from support.sources import sources
 import fused_optim
 from fused_optim.options import texts
 
-OPTIMIZERS = ("Adam", "AdamW", "AdamWDL", "SGD", "NovoGrad", "LARC", "LARS", "LAMB", "Lion")
+OPTIMIZERS = ("Adam", "AdamW", "AdamWDL", "SGD", "NovoGrad", "LARC", "LARS", "LAMB", "Lion", "Muon")
 OURS = {
     "backend": None,
     "lr_scale": None,

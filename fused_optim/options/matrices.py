@@ -1,0 +1,75 @@
+"""Which parameters are matrices, and how, where an optimizer makes the directions of matrices orthogonal."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..orthogonal import Matrices
+from ..parameters import Place
+from .scales import ScaleColumn
+
+
+@dataclass
+class MatrixOptions:
+    """What such an optimizer was told beyond hyperparameters and what every optimizer takes."""
+
+    default: bool | str  # of groups that do not say whether they are matrices: True, False or "auto"
+    others: dict[str, Any] = field(default_factory=dict)  # hyperparameters of groups that are none
+    heads: ScaleColumn = field(default_factory=lambda: ScaleColumn("heads", None))
+    flatten: bool | None = None
+    dtype: torch.dtype | None = None
+    resolved: bool = False  # the heads of the constructor's parameters are known
+
+    def of(self, place: Place) -> Matrices:
+        """How a parameter is matrices.
+
+        Raises:
+            ValueError: it is none, or cannot be split into its heads; the text names it.
+        """
+        shape, name = tuple(place.param.shape), place.name
+        check_matrix(place.param, name)
+        flatten = place.group.get("flatten", self.flatten)
+        flatten = len(shape) > 3 if flatten is None else flatten
+        batch, rows, columns = 1, shape[0], prod(shape[1:])
+        if not flatten and len(shape) > 2:
+            batch, rows, columns = prod(shape[:-2]), shape[-2], shape[-1]
+        heads = self.heads.of(place.own_name, name, place.param)
+        if heads != int(heads) or heads < 1 or rows % int(heads) != 0:
+            raise ValueError(
+                f"heads of {name} is {heads:g}, into which the {rows} rows of its shape {shape} cannot be split; give "
+                "the number of equal parts of dimension 0, as 3 * num_heads for a fused weight of query, key and value"
+            )
+        return Matrices(batch * int(heads), rows // int(heads), columns)
+
+
+def is_matrix(param: Tensor) -> bool:
+    """Whether a parameter is a matrix or several: two of its dimensions are larger than 1."""
+    return sum(size > 1 for size in param.shape) >= 2 and not param.is_complex()
+
+
+def check_matrix(param: Tensor, name: str) -> None:
+    """Refuse what cannot be made orthogonal.
+
+    Raises:
+        ValueError: a vector, a complex or a sharded parameter; the text names it and the remedy.
+    """
+    if param.ndim < 2:
+        raise ValueError(
+            f"only parameters of 2 or more dimensions are matrices, and {name} has shape {tuple(param.shape)}; give "
+            "it to a group with use_muon=False, or make the optimizer with use_muon='auto'"
+        )
+    if param.is_complex():
+        raise ValueError(
+            f"complex matrices are not supported, and {name} has dtype {param.dtype}; give it to a group with "
+            "use_muon=False"
+        )
+    if any(not placement.is_replicate() for placement in getattr(param, "placements", ())):
+        raise ValueError(
+            f"{name} is a DTensor with the placements {param.placements}, of which no process has a whole matrix; "  # type: ignore[attr-defined]
+            "give it to a group with use_muon=False"
+        )
