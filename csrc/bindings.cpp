@@ -167,6 +167,11 @@ PYBIND11_MODULE(_C, module) {
   module.def("table_fields", &table_fields);
   module.def("cpu_capability", [] { return requested_kernels()->capability; });
   module.def("has_openmp", &has_openmp);
+  module.def("knows_exchange_api", [](const py::object& capsule) {
+    const dlpack::ExchangeApi* api = nullptr;
+    if (!known_exchange_api(capsule.ptr(), api)) throw py::error_already_set();
+    return api != nullptr;
+  });
   module.def("why_no_cuda", &why_no_cuda);
   module.def("cuda_launches", &cuda_launches);
 }

@@ -11,6 +11,7 @@ import torch
 
 from . import extension
 from .backends import AUTOMATIC, choose, why_missing
+from .tensors import negative_bit
 
 __version__ = extension.version
 
@@ -20,6 +21,16 @@ def _installed(distribution: str) -> str:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
         return "not installed"
+
+
+def _reader() -> str:
+    """What tells the compiled plan where a tensor lies, and why it is not the fast one."""
+    assert extension._C is not None
+    api = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
+    if extension._C.knows_exchange_api(api):
+        return "DLPack's C exchange API"
+    why = "has none; 2.10 and newer have one" if api is None else "has one of another version"
+    return f"a Python function, slower than DLPack's C exchange API: torch {torch.__version__} {why}"
 
 
 def show_config(*, file: TextIO | None = None) -> None:
@@ -50,6 +61,13 @@ def show_config(*, file: TextIO | None = None) -> None:
             ("extension", f"compiled by {info['compiler']}, {cuda}"),
             ("cpu capability", f"{extension._C.cpu_capability()} of {info['cpu_capabilities']}"),
             ("cpu threads", "torch's OpenMP runtime" if extension._C.has_openmp() else "std::thread"),
+            ("tensor reader", _reader()),
+            (
+                "pending negations",
+                "a bit that is read in each tensor"
+                if negative_bit()
+                else "each tensor is asked, slower: the bit was not found in this torch",
+            ),
         ]
     for device in AUTOMATIC:
         present = device == "cpu" or torch.cuda.is_available()

@@ -27,10 +27,10 @@ NUMBERS = ("lr", "weight decay", "bytes")
 def describe(optimizer: Any, *, file: TextIO | None = None) -> None:
     """Print a table of what an optimizer does to each parameter, before or during training.
 
-    One line a parameter: its shape and dtype; the learning rate (``lr`` of its group times its ``lr_scale``); the
-    weight decay (of its group times its ``weight_decay_scale``); its states with their dtypes, and their bytes; the
-    backend that serves it. States that do not exist yet are those that the first step makes. Of a DTensor the bytes are
-    those of this process.
+    Above the table stand the options that are not the default, clipping among them. Then one line a parameter: its
+    shape and dtype; the learning rate (``lr`` of its group times its ``lr_scale``); the weight decay (of its group
+    times its ``weight_decay_scale``); its states with their dtypes, and their bytes; the backend that serves it. States
+    that do not exist yet are those that the first step makes. Of a DTensor the bytes are those of this process.
 
     Args:
         optimizer: an optimizer of this package; a wrapper around one that has it as ``optimizer``, as accelerate's;
@@ -47,6 +47,7 @@ def describe(optimizer: Any, *, file: TextIO | None = None) -> None:
         ...     model.named_parameters(), weight_decay_scale=fused_optim.matrices_only, backend="eager")
         >>> fused_optim.describe(optimizer)
         AdamW: 2 parameters of 10 elements in 1 group; 88 bytes of state
+        weight_decay_scale: matrices_only
         parameter  shape   dtype       lr  weight decay  state                               bytes  backend
         weight     (2, 4)  float32  0.001          0.01  float32: exp_avg, exp_avg_sq, step     68  eager
         bias       (2,)    float32  0.001             0  float32: exp_avg, exp_avg_sq, step     20  eager
@@ -69,6 +70,9 @@ def describe(optimizer: Any, *, file: TextIO | None = None) -> None:
         f"group{'s' * (groups != 1)}; {total:,} bytes of state",
         file=out,
     )
+    if isinstance(optimizer, FusedOptimizer):
+        for line in [*optimizer.options.shown(), *_foreign_keys(optimizer)]:
+            print(line, file=out)
     rows = [HEADINGS, *lines]
     widths = [max(len(row[column]) for row in rows) for column in range(len(HEADINGS))]
     for row in rows:
@@ -77,6 +81,17 @@ def describe(optimizer: Any, *, file: TextIO | None = None) -> None:
             for heading, cell, width in zip(HEADINGS, row, widths)
         )
         print("  ".join(cells).rstrip(), file=out)
+
+
+def _foreign_keys(optimizer: FusedOptimizer) -> Iterator[str]:
+    """What stands in groups under the name of an argument of ours, and is another library's."""
+    groups = [index for index, group in enumerate(optimizer.param_groups) if "lr_scale" in group]
+    if groups:
+        yield (
+            f"param_groups[{groups[0]}]['lr_scale']"
+            + (f" and {len(groups) - 1} more" if len(groups) > 1 else "")
+            + ": timm's key, which timm's schedulers multiply into 'lr'; it is not this optimizer's argument lr_scale"
+        )
 
 
 def _lines(optimizer: Any) -> Iterator[tuple[str, ...]]:

@@ -39,6 +39,7 @@ from .rule import Rule
 from .shards import Exchange
 from .state import checkpoint, masters
 from .state.readiness import make_ready
+from .state.states import state_dtype_of
 from .tensors import is_flattened, lasting
 from .trust_ratio import TrustRatio
 
@@ -137,8 +138,15 @@ class FusedOptimizer(Rule, torch.optim.Optimizer):
         places = list(parameters(self.param_groups))
         factors = Factors.of_arguments(lr_scale, weight_decay_scale, grad_clip, exclude)
         factors.resolve(places)
-        for place in places:
-            masters.key_for(place.param, master_weights, place.name)
+        masters_of = [masters.key_for(place.param, master_weights, place.name) for place in places]
+        if master_weights is not None and not any(masters_of):
+            what = f"master_weights={master_weights!r} has no effect: no parameter is float16 or bfloat16"
+            self._kept.log.once("master_weights", "%s: %s", what)
+        elif state_dtype is not None and all(
+            state_dtype_of(place.param, state_dtype) != state_dtype for place in places
+        ):
+            what = f"state_dtype={state_dtype} has no effect: no parameter is float16 or bfloat16"
+            self._kept.log.once("state_dtype", "%s: %s", what)
         options.factors = factors
         for place in places:
             check_flattened(place, self, options)
@@ -226,7 +234,9 @@ class FusedOptimizer(Rule, torch.optim.Optimizer):
             raise
 
     def __repr__(self) -> str:
-        return f"{super().__repr__()[:-1]}backend: {self.backend}\n)"
+        forced = " (forced)" if self.options.backend is not None else ""
+        lines = [f"backend: {self.backend}{forced}", *self.options.shown()]
+        return "\n".join([super().__repr__()[:-1].rstrip("\n"), *lines, ")"])
 
     # One step ---------------------------------------------------------------------------------------------------
 

@@ -43,16 +43,21 @@ bool read_negative_bit(PyObject* object, NegativeBit& out) {
 
 }  // namespace
 
+bool known_exchange_api(PyObject* capsule, const dlpack::ExchangeApi*& api) {
+  api = nullptr;
+  if (capsule == Py_None) return true;
+  const auto* found =
+      static_cast<const dlpack::ExchangeApi*>(PyCapsule_GetPointer(capsule, dlpack::kCapsuleName));
+  if (found == nullptr) return false;
+  // Of another ABI nothing is used: the slow way is right whatever the version.
+  const bool known = found->header.version.major == dlpack::kMajorVersion;
+  if (known && found->dltensor_from_py_object_no_sync != nullptr) api = found;
+  return true;
+}
+
 bool TensorReader::open(PyObject* capsule, PyObject* kind_of, PyObject* same_placement, PyObject* describe,
                         PyObject* current_stream, PyObject* negative_bit) {
-  if (capsule != Py_None) {
-    api_ = static_cast<const dlpack::ExchangeApi*>(PyCapsule_GetPointer(capsule, dlpack::kCapsuleName));
-    if (api_ == nullptr) return false;
-    if (api_->header.version.major != dlpack::kMajorVersion ||
-        api_->dltensor_from_py_object_no_sync == nullptr) {
-      api_ = nullptr;  // another ABI: the slow way is right whatever the version
-    }
-  }
+  if (!known_exchange_api(capsule, api_)) return false;
   if (negative_bit != Py_None && !read_negative_bit(negative_bit, negative_bit_)) return false;
   Py_INCREF(kind_of);
   kind_of_ = kind_of;

@@ -47,6 +47,10 @@ enum class TensorKind : uint8_t {
   sharded,  // a DTensor: its memory is that of its local tensor
 };
 
+// The table of functions in a capsule, torch.Tensor.__dlpack_c_exchange_api__ or None; null where there is none that
+// this code knows. False with a Python error set.
+bool known_exchange_api(PyObject* capsule, const dlpack::ExchangeApi*& api);
+
 class TensorReader {
  public:
   // `capsule`: torch.Tensor.__dlpack_c_exchange_api__ or None. `kind_of(type)` returns a TensorKind

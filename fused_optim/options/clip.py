@@ -46,6 +46,13 @@ class GradClip:
         # The optimizer has asked it already; a lambda must not make the optimizer unpicklable.
         return {**self.__dict__, "need_clip": None}
 
+    def __repr__(self) -> str:
+        """As it was made."""
+        by_value = self.options.kind == VALUE
+        numbers = [self.options.max, self.options.min] if by_value else [self.options.norm]
+        need_clip = [] if self.need_clip is None else [f"need_clip={getattr(self.need_clip, '__name__', '...')}"]
+        return f"{type(self).__name__}({', '.join([*map(str, numbers), *need_clip])})"
+
 
 def _threshold(name: str, value: float) -> float:
     number = float(value)

@@ -103,3 +103,18 @@ class Options:
     @property
     def clip(self) -> ClipOptions:
         return NO_CLIP if self.grad_clip is None else self.grad_clip.options
+
+    def shown(self) -> list[str]:
+        """Every option that is not its default, as ``name: value``; the trust ratio is shown by who has attached it."""
+        implied = torch.float32 if self.master_weights is not None else None
+        factors = {"lr_scale": self.factors.lr, "weight_decay_scale": self.factors.weight_decay}
+        if self.trust_ratio is None:  # otherwise LARC's
+            factors["exclude"] = self.factors.has_trust_ratio
+        found = {
+            "grad_clip": (self.grad_clip, None),
+            "master_weights": (self.master_weights, None),
+            "state_dtype": (self.state_dtype, implied),
+            "lazy_mode": (self.lazy_mode, False),
+        }
+        shown = [f"{name}: {value}" for name, (value, default) in found.items() if value != default]
+        return shown + [f"{name}: {column!r}" for name, column in factors.items() if column.asks]

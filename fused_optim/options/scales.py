@@ -47,6 +47,7 @@ def excluded(exclude: Exclude | None) -> Scale | None:
         def included(name: str, param: Tensor) -> float:
             return 0.0 if function(name, param) else 1.0
 
+        included.__name__ = getattr(exclude, "__name__", "a function")
         included.needs_name = getattr(exclude, "needs_name", True)  # type: ignore[attr-defined]
         return included
     if isinstance(exclude, str) or not all(isinstance(pattern, str) for pattern in exclude):
@@ -162,6 +163,17 @@ class ScaleColumn:
     def forget_the_dead(self) -> None:
         self.values.forget_the_dead()
 
+    def __repr__(self) -> str:
+        """What was given, in a few words."""
+        source = self.source
+        if source is None:
+            return "the factors that were pickled" if self.lost_source else "1.0"
+        if callable(source):
+            return getattr(source, "__name__", type(source).__name__).replace("<lambda>", "a function")
+        if isinstance(source, Mapping) and self.has_patterns and len(source) <= 4:
+            return repr(list(source) if self.argument == "exclude" else dict(source))
+        return f"{len(source)} {'entries' if isinstance(source, Mapping) else 'factors'}"
+
     def _ask(self, name: str | None, place: str, param: Tensor) -> float:
         source = self.source
         if source is None:
@@ -231,6 +243,9 @@ class ScaleProduct(ScaleColumn):
     @property
     def asks(self) -> bool:
         return any(column.asks for column in self.columns)
+
+    def __repr__(self) -> str:
+        return " times ".join(f"{column.argument} ({column!r})" for column in self.columns if column.asks)
 
     def knows(self, param: Tensor) -> bool:
         return all(column.knows(param) for column in self.columns)

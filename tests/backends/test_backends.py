@@ -11,7 +11,7 @@ import torch
 from torch.nn import Parameter
 
 import fused_optim
-from fused_optim import backends, extension
+from fused_optim import backends, config, extension
 
 
 def test_cpu_tensors_go_through_the_cpu_backend() -> None:
@@ -81,6 +81,29 @@ def test_show_config_names_versions_and_backends(monkeypatch: pytest.MonkeyPatch
     for word in (fused_optim.__version__, torch.__version__, "cpu tensors"):
         assert word in out.getvalue()
     assert re.search("no triton backend +the reason", out.getvalue())
+
+
+class OldTensor(torch.Tensor):
+    """torch's before it had the exchange API."""
+
+    __dlpack_c_exchange_api__ = None
+
+
+@pytest.mark.parametrize("has_api", [True, False])
+def test_show_config_says_which_reader_serves_and_why(monkeypatch: pytest.MonkeyPatch, has_api: bool) -> None:
+    found = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
+    if not has_api:
+        monkeypatch.setattr(torch, "Tensor", OldTensor)
+        monkeypatch.setattr(config, "negative_bit", lambda: None)
+    out = io.StringIO()
+    fused_optim.show_config(file=out)
+    if has_api and found is not None:
+        assert re.search("^tensor reader +DLPack's C exchange API$", out.getvalue(), re.MULTILINE)
+    else:
+        why = f"a Python function, slower than DLPack's C exchange API: torch {torch.__version__} has none"
+        assert re.search(f"^tensor reader +{re.escape(why)}", out.getvalue(), re.MULTILINE)
+    asked = "a bit that" if has_api else "each tensor is asked, slower"
+    assert re.search(f"^pending negations +{asked}", out.getvalue(), re.MULTILINE)
 
 
 @pytest.mark.interpreted

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import pickle
 import re
 from types import SimpleNamespace
 from typing import Any
@@ -20,8 +21,11 @@ def table(optimizer: Any) -> tuple[str, list[dict[str, str]]]:
     """The first line, and a dict a parameter."""
     file = io.StringIO()
     describe(optimizer, file=file)
-    title, headings, *lines = file.getvalue().splitlines()
+    title, *lines = file.getvalue().splitlines()
     assert file.getvalue().endswith("\n")
+    while not lines[0].startswith("parameter  "):  # what stands above the table
+        lines.pop(0)
+    headings, *lines = lines
     # Columns are at least two spaces apart; no cell holds two spaces.
     keys = re.split(r"  +", headings.strip())
     return title, [dict(zip(keys, re.split(r"  +", line.strip()), strict=True)) for line in lines]
@@ -155,3 +159,94 @@ def test_columns_are_aligned_and_it_prints_to_the_terminal(capsys: pytest.Captur
 def test_what_is_no_optimizer_is_refused() -> None:
     with pytest.raises(TypeError, match="describe takes an optimizer with param_groups, got Linear"):
         describe(torch.nn.Linear(2, 2))
+
+
+def everything(name: str, param: Tensor) -> bool:
+    return True
+
+
+SHOWN: dict[str, tuple[dict[str, Any], list[str]]] = {
+    "nothing": ({}, []),
+    "global norm": (
+        {"grad_clip": fused_optim.ClipGradByGlobalNorm(1.0)},
+        ["grad_clip: ClipGradByGlobalNorm(1.0)"],
+    ),
+    "norm": (
+        {"grad_clip": fused_optim.ClipGradByNorm(2.0, need_clip=everything)},
+        ["grad_clip: ClipGradByNorm(2.0, need_clip=everything)"],
+    ),
+    "value": ({"grad_clip": fused_optim.ClipGradByValue(3.0, -1.0)}, ["grad_clip: ClipGradByValue(3.0, -1.0)"]),
+    "masters": ({"master_weights": "split"}, ["master_weights: split"]),
+    "states": ({"state_dtype": torch.float32}, ["state_dtype: torch.float32"]),
+    "both": (
+        {"master_weights": "split", "state_dtype": torch.bfloat16},
+        ["master_weights: split", "state_dtype: torch.bfloat16"],
+    ),
+    "patterns": ({"lr_scale": {"0.*": 0.5}}, ["lr_scale: {'0.*': 0.5}"]),
+    "sequence": ({"lr_scale": [1.0, 0.5, 0.25]}, ["lr_scale: 3 factors"]),
+    "functions": (
+        {"lr_scale": lambda name, param: 0.5, "weight_decay_scale": fused_optim.matrices_only},
+        ["lr_scale: a function", "weight_decay_scale: matrices_only"],
+    ),
+    "lazy": ({"lazy_mode": True}, ["lazy_mode: True"]),
+}
+
+
+@pytest.mark.parametrize("case", SHOWN)
+def test_repr_and_the_table_show_every_option_that_is_not_the_default(case: str) -> None:
+    options, lines = SHOWN[case]
+    optimizer = fused_optim.AdamW(named(torch.bfloat16), **options)
+    text = repr(optimizer).splitlines()
+    assert text[text.index("backend: cpu") + 1 :] == [*lines, ")"]
+    out = io.StringIO()
+    describe(optimizer, file=out)
+    assert out.getvalue().splitlines()[1 : 1 + len(lines)] == lines
+    forced = repr(fused_optim.AdamW(named(torch.bfloat16), backend="eager", **options)).splitlines()
+    assert forced[forced.index("backend: eager (forced)") + 1 :] == [*lines, ")"]
+
+
+def test_exclusions_show() -> None:
+    optimizer = fused_optim.LAMB(named(torch.float32), exclude=["*.bias", "scale"])
+    assert "exclude: ['*.bias', 'scale']" in repr(optimizer).splitlines()
+
+
+def test_a_pickled_function_shows_as_what_is_left_of_it() -> None:
+    optimizer = fused_optim.AdamW(named(torch.float32), lr_scale=everything)
+    assert "lr_scale: the factors that were pickled" in repr(pickle.loads(pickle.dumps(optimizer))).splitlines()
+
+
+def test_ratios_of_layers_show_in_the_options() -> None:
+    layers = [(f"encoder.layers.{layer}.weight", Parameter(torch.ones(2, 2))) for layer in range(2)]
+    optimizer = fused_optim.AdamWDL(layers, 1.0, layerwise_decay=0.5, n_layers=2, lr_scale={"*": 0.5})
+    (line,) = [line for line in repr(optimizer).splitlines() if line.startswith("lr_scale")]
+    assert "lr_scale ({'*': 0.5})" in line
+    assert " times " in line
+
+
+def test_a_group_key_of_timm_is_marked() -> None:
+    groups = [{"params": [param], "lr_scale": 0.5} for _, param in named(torch.float32)]
+    out = io.StringIO()
+    describe(fused_optim.AdamW(groups), file=out)
+    line = "param_groups[0]['lr_scale'] and 2 more: timm's key, which timm's schedulers multiply into 'lr'; it is not "
+    assert line + "this optimizer's argument lr_scale" in out.getvalue().splitlines()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "options", "said"),
+    [
+        (torch.float32, {"master_weights": "split"}, "master_weights='split'"),
+        (torch.float64, {"master_weights": "float32"}, "master_weights='float32'"),
+        (torch.float32, {"state_dtype": torch.bfloat16}, "state_dtype=torch.bfloat16"),
+        (torch.float32, {"state_dtype": torch.float32}, None),
+        (torch.bfloat16, {"master_weights": "split"}, None),
+        (torch.bfloat16, {"state_dtype": torch.bfloat16}, None),
+    ],
+)
+def test_an_option_without_effect_is_said_once(
+    caplog: pytest.LogCaptureFixture, dtype: torch.dtype, options: dict[str, Any], said: str | None
+) -> None:
+    optimizer = fused_optim.AdamW(named(dtype), **options)
+    optimizer.add_param_group({"params": [("more", Parameter(torch.ones(2, dtype=dtype)))]})
+    lines = [record.getMessage() for record in caplog.records]
+    expected = f"AdamW: {said} has no effect: no parameter is float16 or bfloat16"
+    assert lines == ([] if said is None else [expected])
