@@ -2,6 +2,7 @@
 // tensor is computed here, once, in double; the same code runs on the host and on the device.
 #pragma once
 
+#include "codec.h"
 #include "row.h"
 #include "rules/all.h"
 #include "rules/trust_ratio.h"
@@ -64,9 +65,10 @@ struct Record {
   typename Rule::template Scalars<T> scalars;
 };
 
-// Room for the Record of any rule.
+// Room for the Record of any rule, and the key of the row's random words at this step: see key_of.
 struct alignas(64) ScalarsRecord {
   unsigned char bytes[kScalarsBytes];
+  uint32_t key;
 };
 
 inline namespace FO_INSTRUCTION_SET {
@@ -144,6 +146,16 @@ FO_HOST_DEVICE inline void store_number(const Row& row, int index, double value)
   } else {
     *static_cast<float*>(address) = static_cast<float>(value);
   }
+}
+
+// The key of a row's random words at this step; after prepare_row, once, since it counts the steps of a row
+// whose rule does not. The first per-tensor state of every rule is `step`.
+FO_HOST_DEVICE inline uint32_t key_of(const Row& row) {
+  if (!row.draws) return 0;
+  auto* counter = reinterpret_cast<float*>(row.counter);
+  if (counter != nullptr) *counter = *counter + 1;
+  const double step = counter != nullptr ? *counter : load_number(row, kFirstState);
+  return random_key(row.seed, static_cast<uint32_t>(static_cast<int64_t>(step)), row.place);
 }
 
 template <class Rule>

@@ -147,3 +147,7 @@ class FallbackLog:
         if kind not in self._said:
             self._said.add(kind)
             logger.warning(message, self._name, *arguments)
+
+    def tells(self, message: str, *arguments: str) -> None:
+        """Say what a user has asked for in part only; ``message`` begins with the name."""
+        logger.info(message, self._name, *arguments)

@@ -17,7 +17,7 @@ from .parameters import parameters
 from .plan.planner import row_of
 from .row import Row
 from .rule import Rule
-from .state import masters, states
+from .state import codec, formats, masters, states
 from .tensors import local
 
 HEADINGS = ("parameter", "shape", "dtype", "lr", "weight decay", "state", "bytes", "backend")
@@ -96,7 +96,8 @@ def _foreign_keys(optimizer: FusedOptimizer) -> Iterator[str]:
 
 def _lines(optimizer: Any) -> Iterator[tuple[str, ...]]:
     defaults = optimizer.defaults if isinstance(optimizer, FusedOptimizer) else {}
-    for place in parameters([{**defaults, **group} for group in optimizer.param_groups]):
+    places = parameters([{**defaults, **group} for group in optimizer.param_groups])
+    for index, place in enumerate(places):
         group, param = place.group, place.param
         lr_scale = weight_decay_scale = 1.0
         backend = "-"
@@ -104,7 +105,7 @@ def _lines(optimizer: Any) -> Iterator[tuple[str, ...]]:
         found = {key: value for key, value in tensors.items() if isinstance(value, Tensor)}
         state = [(key, value.dtype, local(value).numel()) for key, value in found.items()]
         if isinstance(optimizer, FusedOptimizer):
-            row, _ = row_of(place, optimizer, optimizer.options)
+            row, _ = row_of(place, optimizer, optimizer.options, index)
             lr_scale, weight_decay_scale = row.lr_scale, row.weight_decay_scale
             backend = row.backend if row.native else "eager"
             first = _first_state(optimizer, optimizer.options, group, row)
@@ -128,11 +129,14 @@ def _first_state(
     param = row.param
     numel = 0 if is_lazy(param) else local(param).numel()
     for key in rule.state_names(group):
-        yield key, states.state_dtype_of(param, options.state_dtype), numel
-    for key in rule.tensor_state_names(group):
+        dtype = formats.format_of(key, param, options)
+        yield key, dtype, numel
+        if dtype in formats.CODES.values():
+            yield formats.scale_key(key), torch.uint8, numel // codec.GROUP
+    for key in states.number_names(row, group, rule):
         yield key, states.number_dtype(key, param), 1
-    if row.master is not None:
-        yield row.master, masters.DTYPES[row.master], numel
+    if row.master is not None and options.master_weights is not None:
+        yield row.master, masters.DTYPES[options.master_weights], numel
 
 
 def _state_cell(state: Iterable[tuple[str, torch.dtype, int]]) -> str:

@@ -12,7 +12,7 @@ One step, `_step` below:
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -26,9 +26,9 @@ from .eager.steps import NO_STEPS, EagerSteps
 from .norms import LastStep, Norms, global_norm
 from .options.clip import GLOBAL_NORM, GradClip
 from .options.matrices import MatrixOptions
-from .options.options import Factors, Options
+from .options.options import Factors, Options, StateDtype, check_rounding, check_state_dtype, checked_seed
 from .options.scales import Exclude, Scale, ScaleColumn
-from .parameters import parameters
+from .parameters import Place, parameters
 from .plan.built_plan import BuiltPlan
 from .plan.loss_scale import LossScale
 from .plan.plan import why_refused
@@ -37,9 +37,8 @@ from .plan.step import Step
 from .row import Row
 from .rule import Rule
 from .shards import Exchange
-from .state import checkpoint, masters
+from .state import checkpoint, formats, masters
 from .state.readiness import make_ready
-from .state.states import state_dtype_of
 from .tensors import is_flattened, lasting
 from .trust_ratio import TrustRatio
 
@@ -58,6 +57,7 @@ class Kept:
         self.supports_scaling: bool | None = None  # what a user has set `_step_supports_amp_scaling` to
         self.loading: dict[str, Any] | None = None  # the checkpoint that is being loaded
         self.stepping = threading.Lock()
+        self.built = False  # the constructor is done: groups come by `add_param_group` now
 
 
 class FusedOptimizer(Rule, torch.optim.Optimizer):
@@ -76,17 +76,19 @@ class FusedOptimizer(Rule, torch.optim.Optimizer):
             parameters. Default None: 1.0.
         grad_clip: `ClipGradByGlobalNorm`, `ClipGradByNorm` or `ClipGradByValue`; default None: no clipping.
         master_weights: ``"float32"`` keeps a float32 master of each 16-bit parameter in the state, ``"split"`` the 16
-            bits that a bfloat16 parameter lacks of it. Default None: none.
-        state_dtype: dtype of the element states of 16-bit parameters, as ``torch.float32``; default None: the
-            parameter's, as in torch, or float32 where there are master weights.
+            bits that a bfloat16 parameter lacks of it, ``"split8"`` the upper 8 of them. Default None: none.
+        state_dtype: how the element states are kept: a dtype, ``"8bit"``, or a mapping to those by the names of
+            states; default None: in the parameter's dtype, as in torch, or float32 where there are master weights.
+        rounding: how what is stored in 16 bits is rounded: ``"nearest"`` or ``"stochastic"``.
+        seed: of all random words, an integer of 32 bits.
         exclude: what takes no part in a trust ratio: a callable ``(name, param) -> bool`` or a sequence of name
             patterns.
         matrices: which parameters are matrices, and how. Default None: there are none.
 
     Raises:
-        ValueError: an unknown backend, one that takes none of the parameters, another ``state_dtype`` or
-            ``master_weights`` than those, a factor that is negative or not finite, a pattern that matches nothing, a
-            missing name.
+        ValueError: an unknown backend, one that takes none of the parameters; another ``state_dtype``,
+            ``master_weights``, ``rounding`` or ``seed`` than those; a factor that is negative or not finite, a pattern
+            that matches nothing, a missing name.
         TypeError: a scale, a factor or a clip of the wrong kind.
         RuntimeError: a forced backend is not available here; the text says why.
     """
@@ -110,14 +112,16 @@ class FusedOptimizer(Rule, torch.optim.Optimizer):
         weight_decay_scale: Scale | ScaleColumn | None = None,
         grad_clip: GradClip | None = None,
         master_weights: str | None = None,
-        state_dtype: torch.dtype | None = None,
+        state_dtype: StateDtype | None = None,
+        rounding: str = "nearest",
+        seed: int = 0,
         exclude: Exclude | None = None,
         lazy_mode: bool = False,
         matrices: MatrixOptions | None = None,
     ) -> None:
         forced = backends.requested(backend)
-        if state_dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
-            raise ValueError(f"state_dtype={state_dtype} is not torch.float32, torch.bfloat16 or torch.float16")
+        check_state_dtype(state_dtype)
+        check_rounding(rounding)
         masters.check_option(master_weights)
         if grad_clip is not None and not isinstance(grad_clip, GradClip):
             raise TypeError(
@@ -125,8 +129,10 @@ class FusedOptimizer(Rule, torch.optim.Optimizer):
             )
         options = Options(
             backend=forced,
-            state_dtype=torch.float32 if master_weights is not None and state_dtype is None else state_dtype,
+            state_dtype=dict(state_dtype) if isinstance(state_dtype, Mapping) else state_dtype,
             master_weights=master_weights,
+            rounding=rounding,
+            seed=checked_seed(seed),
             grad_clip=grad_clip,
             lazy_mode=lazy_mode,
             matrices=matrices,
@@ -142,14 +148,32 @@ class FusedOptimizer(Rule, torch.optim.Optimizer):
         if master_weights is not None and not any(masters_of):
             what = f"master_weights={master_weights!r} has no effect: no parameter is float16 or bfloat16"
             self._kept.log.once("master_weights", "%s: %s", what)
-        elif state_dtype is not None and all(
-            state_dtype_of(place.param, state_dtype) != state_dtype for place in places
-        ):
-            what = f"state_dtype={state_dtype} has no effect: no parameter is float16 or bfloat16"
-            self._kept.log.once("state_dtype", "%s: %s", what)
         options.factors = factors
+        self._check_state_names()
+        self._say_what_is_wider(places)
         for place in places:
             check_flattened(place, self, options)
+        self._kept.built = True
+
+    def _check_state_names(self) -> None:
+        groups = [{**self.defaults, **group} for group in self.param_groups]
+        names = {name for group in groups for name in self.state_names(group)}
+        numbers = {name for group in groups for name in self.tensor_state_names(group)}
+        formats.check_names(self.options.state_dtype, names, numbers)
+
+    def _say_what_is_wider(self, places: Sequence[Place]) -> None:
+        """Say once which states were to be codes of a byte and cannot be."""
+        found = []
+        for place in places:
+            reasons: dict[str, list[str]] = {}
+            for name in self.state_names({**self.defaults, **place.group}):
+                reason = formats.why_wider(name, place.param, self.options, place.name)
+                if reason is not None:
+                    reasons.setdefault(reason, []).append(name)
+            found += [f"{', '.join(names)} of {place.name}: {reason}" for reason, names in reasons.items()]
+        if found:
+            more = f"; and {len(found) - 20} more" if len(found) > 20 else ""
+            self._kept.log.tells("%s: states that are kept wider than 8 bits: %s", "; ".join(found[:20]) + more)
 
     @property
     def options(self) -> Options:
@@ -229,9 +253,12 @@ class FusedOptimizer(Rule, torch.optim.Optimizer):
             for place in parameters(self.param_groups, first=index):
                 self.options.factors.of(place)
                 masters.key_for(place.param, self.options.master_weights, place.name)
+                formats.why_wider("", place.param, self.options, place.name)
         except Exception:  # a function of the user's may raise anything
             del self.param_groups[index]
             raise
+        if self._kept.built:
+            self._say_what_is_wider(list(parameters(self.param_groups, first=index)))
 
     def __repr__(self) -> str:
         forced = " (forced)" if self.options.backend is not None else ""
@@ -403,10 +430,11 @@ class FusedOptimizer(Rule, torch.optim.Optimizer):
         No step needs this: an element that was written, through ``param.data`` too, counts as it is.
         """
         for place in parameters(self.param_groups):
-            key = masters.key_for(place.param, self.options.master_weights, place.name)
-            if key is not None and key in self.state.get(place.param, {}):
+            option = self.options.master_weights
+            key = masters.key_for(place.param, option, place.name)
+            if option is not None and key in self.state.get(place.param, {}):
                 with lasting():
-                    self.state[place.param][key] = masters.build(place.param, key)
+                    self.state[place.param][key] = masters.build(place.param, option)
 
     # Checkpoints ------------------------------------------------------------------------------------------------
 
@@ -425,6 +453,16 @@ class FusedOptimizer(Rule, torch.optim.Optimizer):
         state_dict = super().state_dict()
         checkpoint.remember_scales(self.param_groups, self.options, state_dict)
         return state_dict
+
+    @torch._disable_dynamo
+    def state_dict_for_torch(self) -> dict[str, Any]:
+        """The state and the groups as the ``torch.optim`` namesake loads them, whatever ``state_dtype`` and
+        ``master_weights`` are: 8-bit states as the float32 numbers that they stand for, and no master weights.
+
+        Raises:
+            KeyError: as `state_dict`.
+        """
+        return checkpoint.as_torch(self.param_groups, self, self.state_dict())
 
     @torch._disable_dynamo
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -463,6 +501,7 @@ class FusedOptimizer(Rule, torch.optim.Optimizer):
             self._kept.options = self.options if options is None else options
         elif options is not None:
             self._kept = Kept(options, type(self).__name__)
+            self._kept.built = True
         else:
             raise TypeError(
                 f"this pickle of a whole {type(self).__name__} was written by an earlier version and cannot be read; "

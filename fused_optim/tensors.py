@@ -21,7 +21,9 @@ _DLPACK_CODES = {
     torch.float16: (2, 16),
     torch.float32: (2, 32),
     torch.float64: (2, 64),
-    torch.int16: (0, 16),  # the remainder of a split master weight
+    torch.int16: (0, 16),  # remainders of split master weights, and codes of 8-bit states
+    torch.int8: (0, 8),
+    torch.uint8: (1, 8),
 }
 _DLPACK_DEVICES = {"cpu": 1, "cuda": 2}
 

@@ -50,7 +50,7 @@ ROW = (
 )
 
 # How a number lies in memory, as `DType` in csrc/row.h numbers it.
-NONE, FLOAT32, FLOAT64, BFLOAT16, FLOAT16, REMAINDER = map(tl.constexpr, range(6))
+NONE, FLOAT32, FLOAT64, BFLOAT16, FLOAT16, REMAINDER, INT8, UINT8 = map(tl.constexpr, range(8))
 # Columns of a row: param, grad, master weight where there is one, then the rule's states in the rule's order.
 PARAM, GRAD, MASTER, FIRST_STATE = map(tl.constexpr, range(4))
 COLUMNS = FIRST_STATE.value + MAX_STATES

@@ -8,11 +8,7 @@
 // standard container is used.
 #include "cpu/kernels.h"
 
-#if defined(__AVX2__)
-#include <immintrin.h>
-#endif
-
-#include "storage.h"
+#include "cpu/tiles.h"
 
 #define FO_STRINGIFY_(a) #a
 #define FO_STRINGIFY(a) FO_STRINGIFY_(a)
@@ -20,192 +16,16 @@
 namespace fused_optim {
 namespace {
 
-// Elements of a tile. Scratch tiles lie an odd number of cache lines apart: a power of two would put them
-// all, and page-aligned tensors with them, into the same few sets of the first-level cache (half the speed,
-// measured).
-constexpr int64_t kTile = 512;
-constexpr int64_t kScratch = kTile + 48;
-
-template <class Storage, class T>
-void widen(const Storage* in, T* __restrict out, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) out[i] = static_cast<T>(load(in[i]));
-}
-
-template <class Storage, class T>
-void narrow(const T* __restrict in, Storage* out, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) store(out[i], static_cast<float>(in[i]));
-}
-
-#if defined(__F16C__)
-// The processor's own conversions: the compiler does not find them, and the portable ones take three times as
-// long.
-void widen(const float16* in, float* __restrict out, int64_t n) {
-  int64_t i = 0;
-#if defined(__AVX512F__)
-  for (; i + 16 <= n; i += 16) {
-    _mm512_storeu_ps(out + i, _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(in + i))));
-  }
-#endif
-  for (; i + 8 <= n; i += 8) {
-    _mm256_storeu_ps(out + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(in + i))));
-  }
-  for (; i < n; ++i) out[i] = load(in[i]);
-}
-
-void narrow(const float* __restrict in, float16* out, int64_t n) {
-  int64_t i = 0;
-#if defined(__AVX512F__)
-  for (; i + 16 <= n; i += 16) {
-    const __m256i rounded =
-        _mm512_cvtps_ph(_mm512_loadu_ps(in + i), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + i), rounded);
-  }
-#endif
-  for (; i + 8 <= n; i += 8) {
-    const __m128i rounded =
-        _mm256_cvtps_ph(_mm256_loadu_ps(in + i), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(out + i), rounded);
-  }
-  for (; i < n; ++i) store(out[i], in[i]);
-}
-#endif
-
-// The tile of a column as T: the memory itself, or a widened copy in scratch.
-template <class T>
-T* load_tile(const Row& row, int index, int64_t begin, int64_t n, T* scratch) {
-  switch (row.dtype[index]) {
-    case DType::float32:
-      if constexpr (sizeof(T) == 4) return column<float>(row, index) + begin;
-      widen(column<float>(row, index) + begin, scratch, n);
-      return scratch;
-    case DType::float64:
-      if constexpr (sizeof(T) == 8) return column<double>(row, index) + begin;
-      widen(column<double>(row, index) + begin, scratch, n);
-      return scratch;
-    case DType::bfloat16:
-      widen(column<bfloat16>(row, index) + begin, scratch, n);
-      return scratch;
-    case DType::float16:
-      widen(column<float16>(row, index) + begin, scratch, n);
-      return scratch;
-    case DType::none:
-    case DType::remainder:
-      break;
-  }
-  return scratch;
-}
-
-// Where a tile of a column is written that nobody reads before: the memory itself, or scratch.
-template <class T>
-T* room_for_tile(const Row& row, int index, int64_t begin, T* scratch) {
-  const bool in_place = row.dtype[index] == (sizeof(T) == 8 ? DType::float64 : DType::float32);
-  return in_place ? column<T>(row, index) + begin : scratch;
-}
-
-// Rounds a scratch tile back to its column; nothing to do where the tile was the memory itself.
-template <class T>
-void store_tile(const Row& row, int index, int64_t begin, int64_t n, const T* tile) {
-  switch (row.dtype[index]) {
-    case DType::float32:
-      if constexpr (sizeof(T) == 8) narrow(tile, column<float>(row, index) + begin, n);
-      break;
-    case DType::bfloat16:
-      narrow(tile, column<bfloat16>(row, index) + begin, n);
-      break;
-    case DType::float16:
-      narrow(tile, column<float16>(row, index) + begin, n);
-      break;
-    case DType::float64:  // the directions of float32 parameters
-      if constexpr (sizeof(T) == 4) narrow(tile, column<double>(row, index) + begin, n);
-      break;
-    case DType::none:
-    case DType::remainder:
-      break;
-  }
-}
-
-template <class Param>
-bool all_round_to(const Param* param, const float* master, int64_t n) {
-  int differ = 0;
-  for (int64_t i = 0; i < n; ++i) differ |= !rounds_to(param[i], master[i]);
-  return differ == 0;
-}
-
-#if defined(__F16C__)
-bool all_round_to(const float16* param, const float* master, int64_t n) {
-  float16 rounded[kTile];
-  narrow(master, rounded, n);
-  int differ = 0;
-  for (int64_t i = 0; i < n; ++i) differ |= rounded[i].bits ^ param[i].bits;
-  return differ == 0;
-}
-#endif
-
-// A tile of a float32 master weight: the memory itself, or a copy in which each element that does not round
-// to its parameter has been replaced by that.
-template <class Param>
-float* load_master_tile(const Row& row, int64_t begin, int64_t n, float* scratch) {
-  const Param* param = column<Param>(row, kParam) + begin;
-  float* master = column<float>(row, kMaster) + begin;
-  if (all_round_to(param, master, n)) return master;
-  for (int64_t i = 0; i < n; ++i) scratch[i] = load_master(param[i], master[i]);
-  return scratch;
-}
-
-// The tile that a rule updates: the master weight where there is one, otherwise the parameter.
-template <class T>
-T* load_param(const Row& row, int64_t begin, int64_t n, T* scratch) {
-  if constexpr (sizeof(T) == 4) {  // a float64 parameter has no master weight
-    if (row.dtype[kMaster] == DType::remainder) {
-      const bfloat16* param = column<bfloat16>(row, kParam) + begin;
-      const int16_t* remainder = column<int16_t>(row, kMaster) + begin;
-      for (int64_t i = 0; i < n; ++i) scratch[i] = load_split(param[i], remainder[i]);
-      return scratch;
-    }
-    if (row.dtype[kMaster] == DType::float32) {
-      return row.dtype[kParam] == DType::bfloat16 ? load_master_tile<bfloat16>(row, begin, n, scratch)
-                                                  : load_master_tile<float16>(row, begin, n, scratch);
-    }
-  }
-  return load_tile<T>(row, kParam, begin, n, scratch);
-}
-
-template <class Storage>
-void narrow_ties_away(const float* __restrict in, Storage* out, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) store_ties_away(out[i], in[i]);
-}
-
-template <class T>
-void store_param(const Row& row, int64_t begin, int64_t n, const T* tile) {
-  if constexpr (sizeof(T) == 4) {
-    if (row.dtype[kMaster] == DType::remainder) {
-      bfloat16* param = column<bfloat16>(row, kParam) + begin;
-      int16_t* remainder = column<int16_t>(row, kMaster) + begin;
-      for (int64_t i = 0; i < n; ++i) store_split(param[i], remainder[i], tile[i]);
-      return;
-    }
-    if (row.dtype[kMaster] == DType::float32) {
-      float* master = column<float>(row, kMaster) + begin;
-      if (tile != master) __builtin_memcpy(master, tile, static_cast<size_t>(n) * sizeof(float));
-      if (row.dtype[kParam] == DType::bfloat16) {
-        narrow_ties_away(tile, column<bfloat16>(row, kParam) + begin, n);
-      } else {
-        narrow_ties_away(tile, column<float16>(row, kParam) + begin, n);
-      }
-      return;
-    }
-  }
-  store_tile<T>(row, kParam, begin, n, tile);
-}
-
 // A rule without states has no array of length 0 in C++.
 constexpr int at_least_one(int count) { return count > 0 ? count : 1; }
 
 // The element loop. Conversions stand in the same loop as the mathematics, so that they run in the shadow of
-// its root and division; where all columns are T they are nothing.
-template <class Rule, class T, int kStates, class Param, class Grad, class State>
+// its root and division; where all columns are T they are nothing. roots: if kRoots, those of the second
+// state as it will be encoded, which most rules have taken anyway.
+template <class Rule, class T, int kStates, bool kRoots = false, class Param, class Grad, class State>
 void update(Param* __restrict param, const Grad* __restrict grad,
-            State* const (&states)[at_least_one(kStates)], const Record<Rule, T>& record, int64_t n) {
+            State* const (&states)[at_least_one(kStates)], const Record<Rule, T>& record, int64_t n,
+            float* __restrict roots = nullptr) {
   static_assert(kStates <= 3, "spell out one more __restrict pointer");
   const Record<Rule, T> s = record;
   State* __restrict state0 = states[0];
@@ -222,6 +42,7 @@ void update(Param* __restrict param, const Grad* __restrict grad,
     if constexpr (kStates > 0) store(state0[i], state[0]);
     if constexpr (kStates > 1) store(state1[i], state[1]);
     if constexpr (kStates > 2) store(state2[i], state[2]);
+    if constexpr (kRoots) roots[i] = RootCode::magnitude(state[1]);
   }
 }
 
@@ -235,32 +56,40 @@ void update_in_place(const Row& row, const Record<Rule, float>& record, int64_t 
                                record, n);
 }
 
-// Asks for the next tile of every 16-bit column while this one is computed: the processor's prefetchers lose
-// the thread where a row is walked in short runs of each column in turn. Wider columns are better off without
-// (a quarter slower with it, measured).
-void prefetch_tile(const Row& row, int64_t begin, int64_t end) {
-  const int64_t last = begin + kTile < end ? begin + kTile : end;
-  for (int c = 0; c < kColumns; ++c) {
-    if (size_of(row.dtype[c]) != 2) continue;
-    const char* base = column<const char>(row, c);
-    for (int64_t byte = begin * 2; byte < last * 2; byte += 64) __builtin_prefetch(base + byte, 1);
+// bfloat16 rows with a master of 24 bits and float32 states, likewise, of elements whose places have the same
+// upper half.
+template <class Rule, int kStates>
+void update_split8(const Row& row, const Record<Rule, float>& record, uint32_t of_upper, int64_t begin,
+                   int64_t n) {
+  static_assert(kStates <= 3, "spell out one more __restrict pointer");
+  constexpr int kFirst = kFirstState + per_tensor_states<Rule>();
+  const Record<Rule, float> s = record;
+  bfloat16* __restrict param = column<bfloat16>(row, kParam) + begin;
+  int8_t* __restrict remainder = column<int8_t>(row, kMaster) + begin;
+  const bfloat16* __restrict grad = column<bfloat16>(row, kGrad) + begin;
+  float* __restrict state0 = column<float>(row, kFirst) + begin;
+  float* __restrict state1 = column<float>(row, kFirst + (kStates > 1 ? 1 : 0)) + begin;
+  float* __restrict state2 = column<float>(row, kFirst + (kStates > 2 ? 2 : 0)) + begin;
+  const auto lower = static_cast<uint32_t>(row.first + begin);
+  for (int32_t i = 0; i < static_cast<int32_t>(n); ++i) {
+    float state[at_least_one(kStates)];
+    if constexpr (kStates > 0) state[0] = state0[i];
+    if constexpr (kStates > 1) state[1] = state1[i];
+    if constexpr (kStates > 2) state[2] = state2[i];
+    float value = load_split8(param[i], remainder[i]);
+    Rule::update(value, transform(s.grad, load(grad[i]), value), state, s.scalars);
+    store_split8(param[i], remainder[i], value, random_word(of_upper, lower + static_cast<uint32_t>(i)));
+    if constexpr (kStates > 0) state0[i] = state[0];
+    if constexpr (kStates > 1) state1[i] = state[1];
+    if constexpr (kStates > 2) state2[i] = state[2];
   }
-}
-
-// Asks for the next tile of a column whose neighbours are in the cache: it is then the only one to wait for,
-// and the processor's prefetchers do not run far enough ahead of it.
-void prefetch_column(const Row& row, int index, int64_t begin, int64_t end) {
-  const int64_t last = begin + kTile < end ? begin + kTile : end;
-  const int64_t size = size_of(row.dtype[index]);
-  const char* base = column<const char>(row, index);
-  for (int64_t byte = begin * size; byte < last * size; byte += 64) __builtin_prefetch(base + byte, 0, 2);
 }
 
 // The tiles of a row's states.
 template <class T, int kStates>
 void load_states(const Row& row, int first, int64_t begin, int64_t n,
                  T (&scratch)[at_least_one(kStates)][kScratch], T* (&states)[at_least_one(kStates)]) {
-  for (int k = 0; k < kStates; ++k) states[k] = load_tile<T>(row, first + k, begin, n, scratch[k]);
+  for (int k = 0; k < kStates; ++k) states[k] = load_state_tile<T>(row, first + k, begin, n, scratch[k]);
 }
 
 template <class Rule, class T>
@@ -272,7 +101,7 @@ void apply(const Row& row, const ScalarsRecord& bytes, int64_t begin, int64_t en
     const DType param = row.dtype[kParam];
     DType states = kStates > 0 ? row.dtype[kFirst] : param;
     for (int k = 1; k < kStates; ++k) states = row.dtype[kFirst + k] == states ? states : DType::none;
-    if (row.dtype[kMaster] == DType::none && row.dtype[kGrad] == param) {
+    if (row.dtype[kMaster] == DType::none && row.dtype[kGrad] == param && !row.draws) {
       const int64_t n = end - begin;
       if (param == DType::bfloat16 && states == DType::bfloat16) {
         return update_in_place<Rule, kStates, bfloat16, bfloat16>(row, record, begin, n);
@@ -281,12 +110,23 @@ void apply(const Row& row, const ScalarsRecord& bytes, int64_t begin, int64_t en
         return update_in_place<Rule, kStates, bfloat16, float>(row, record, begin, n);
       }
     }
+    if (row.dtype[kMaster] == DType::int8 && row.dtype[kGrad] == DType::bfloat16 &&
+        (kStates == 0 || states == DType::float32)) {
+      return for_each_upper(row, bytes.key, begin, end - begin,
+                            [&](uint32_t of_upper, int64_t at, int64_t n) {
+                              update_split8<Rule, kStates>(row, record, of_upper, begin + at, n);
+                            });
+    }
   }
   alignas(64) T scratch[2][kScratch];
   alignas(64) T state_scratch[at_least_one(kStates)][kScratch];
+  alignas(64) uint32_t words[kTile];
+  constexpr bool kCanHaveRoots = sizeof(T) == 4 && kStates > 1;
+  alignas(64) float roots[kCanHaveRoots ? kTile : 1];
   for (int64_t i = begin; i < end; i += kTile) {
     const int64_t n = end - i < kTile ? end - i : kTile;
     prefetch_tile(row, i + kTile, end);
+    if (row.draws) draw_words(row, bytes.key, i, n, words);
     if (only_states) {
       for (int k = 0; k < kStates; ++k) prefetch_column(row, kFirst + k, i + kTile, end);
     }
@@ -294,9 +134,17 @@ void apply(const Row& row, const ScalarsRecord& bytes, int64_t begin, int64_t en
     const T* grad = load_tile<T>(row, kGrad, i, n, scratch[1]);
     T* states[at_least_one(kStates)] = {};
     load_states<T, kStates>(row, kFirst, i, n, state_scratch, states);
-    update<Rule, T, kStates>(param, grad, states, record, n);
-    store_param<T>(row, i, n, param);
-    for (int k = 0; k < kStates; ++k) store_tile<T>(row, kFirst + k, i, n, states[k]);
+    bool knows_roots = false;
+    if constexpr (kCanHaveRoots) knows_roots = row.dtype[kFirst + 1] == DType::uint8;
+    if (knows_roots) {
+      update<Rule, T, kStates, kCanHaveRoots>(param, grad, states, record, n, roots);
+    } else {
+      update<Rule, T, kStates>(param, grad, states, record, n);
+    }
+    store_param<T>(row, i, n, param, words);
+    for (int k = 0; k < kStates; ++k) {
+      store_state_tile<T>(row, kFirst + k, i, n, states[k], words, knows_roots && k == 1 ? roots : nullptr);
+    }
   }
 }
 
@@ -462,25 +310,28 @@ Norms accumulate(const Row& row, const ScalarsRecord& bytes, int64_t begin, int6
   const auto& record = *reinterpret_cast<const Record<Rule, T>*>(bytes.bytes);
   alignas(64) T scratch[3][kScratch];
   alignas(64) T state_scratch[kStates][kScratch];
+  alignas(64) uint32_t words[kTile];
   Norms norms{};
   if constexpr (Rule::kKeepsDirection) {
     for (int64_t i = begin; i < end; i += kTile) {
       const int64_t n = end - i < kTile ? end - i : kTile;
       prefetch_tile(row, i + kTile, end);
+      if (row.draws) draw_words(row, bytes.key, i, n, words);
       const T* grad = load_tile<T>(row, kGrad, i, n, scratch[1]);
       // Only a coupled weight decay asks for the parameter.
       const T* param = record.grad.weight_decay != 0 ? load_param<T>(row, i, n, scratch[0]) : grad;
-      T* buffer = load_tile<T>(row, kFirst, i, n, state_scratch[0]);
+      T* buffer = load_state_tile<T>(row, kFirst, i, n, state_scratch[0]);
       T* direction = room_for_tile<T>(row, kFirst + 1, i, state_scratch[1]);
       accumulate_tile<false, Rule, T>(param, grad, buffer, direction, record, scratch[2], n);
-      store_tile<T>(row, kFirst, i, n, buffer);
-      store_tile<T>(row, kFirst + 1, i, n, direction);
+      store_state_tile<T>(row, kFirst, i, n, buffer, words);
+      store_direction_tile<T>(row, kFirst + 1, i, n, direction);
     }
     return norms;
   }
   for (int64_t i = begin; i < end; i += kTile) {
     const int64_t n = end - i < kTile ? end - i : kTile;
     prefetch_tile(row, i + kTile, end);
+    if (row.draws) draw_words(row, bytes.key, i, n, words);
     const T* param = load_param<T>(row, i, n, scratch[0]);
     const T* grad = load_tile<T>(row, kGrad, i, n, scratch[1]);
     T* states[kStates];
@@ -490,7 +341,7 @@ Norms accumulate(const Row& row, const ScalarsRecord& bytes, int64_t begin, int6
       accumulate_tile<true, Rule, T>(param, grad, states[0], states[1], record, direction, n);
     } else {
       accumulate_tile<false, Rule, T>(param, grad, states[0], states[1], record, direction, n);
-      for (int k = 0; k < kStates; ++k) store_tile<T>(row, kFirst + k, i, n, states[k]);
+      for (int k = 0; k < kStates; ++k) store_state_tile<T>(row, kFirst + k, i, n, states[k], words);
       load_states<T, kStates>(row, kFirst, i, n, state_scratch, states);  // as they were rounded
       direction_tile<Rule, T>(param, states[0], states[1], record, direction, n);
     }
@@ -506,13 +357,15 @@ void move_tile(T* __restrict param, T step_size, const T* __restrict direction, 
 }
 
 template <class T>
-void move(const Row& row, double step_size, const void* directions) {
+void move(const Row& row, const ScalarsRecord& bytes, double step_size, const void* directions) {
   alignas(64) T scratch[kScratch];
+  alignas(64) uint32_t words[kTile];
   for (int64_t i = 0; i < row.numel; i += kTile) {
     const int64_t n = row.numel - i < kTile ? row.numel - i : kTile;
+    if (row.draws) draw_words(row, bytes.key, i, n, words);
     T* param = load_param<T>(row, i, n, scratch);
     move_tile(param, static_cast<T>(step_size), static_cast<const T*>(directions) + i, n);
-    store_param<T>(row, i, n, param);
+    store_param<T>(row, i, n, param, words);
   }
 }
 
@@ -524,9 +377,11 @@ void apply_direction(const Row& row, const ScalarsRecord& bytes, int64_t begin, 
   const auto& record = *reinterpret_cast<const Record<Rule, T>*>(bytes.bytes);
   alignas(64) T scratch[2][kScratch];
   alignas(64) T state_scratch[kStates][kScratch];
+  alignas(64) uint32_t words[kTile];
   for (int64_t i = begin; i < end; i += kTile) {
     const int64_t n = end - i < kTile ? end - i : kTile;
     prefetch_tile(row, i + kTile, end);
+    if (row.draws) draw_words(row, bytes.key, i, n, words);
     T* param = load_param<T>(row, i, n, scratch[0]);
     T* states[kStates];
     if constexpr (Rule::kKeepsDirection) {
@@ -536,7 +391,7 @@ void apply_direction(const Row& row, const ScalarsRecord& bytes, int64_t begin, 
     }
     direction_tile<Rule, T>(param, states[0], states[1], record, scratch[1], n);
     move_tile(param, record.scalars.step_size, scratch[1], n);
-    store_param<T>(row, i, n, param);
+    store_param<T>(row, i, n, param, words);
   }
 }
 

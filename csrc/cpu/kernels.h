@@ -19,7 +19,8 @@ using AccumulateFunction = Norms (*)(const Row& row, const ScalarsRecord& record
                                      void* directions);
 
 // The second pass over a whole row whose directions the first has kept.
-using MoveFunction = void (*)(const Row& row, double step_size, const void* directions);
+using MoveFunction = void (*)(const Row& row, const ScalarsRecord& record, double step_size,
+                              const void* directions);
 
 // The sums over elements [begin, end) of a row that `needs` names. non_finite: set where it asks for that and
 // an element of the gradient is infinite or NaN.

@@ -228,6 +228,7 @@ void prepare_of(const CpuStep& step, size_t r, double global_norm) {
   prepare_functions(Rules{}, row)
       .prepare(row, group_of(step, r), step.options, step.norms[r], global_norm, step.records[r],
                step.measured[r]);
+  step.records[r].key = key_of(row);
 }
 
 double prepare_direction_of(const CpuStep& step, size_t r) {
@@ -246,7 +247,8 @@ void apply_direction_of(const CpuStep& step, size_t r) {
   if (directions.size() < needed) directions.resize(needed);
   step.norms[r] = accumulate_row(step, r, 0, row.numel, directions.data());
   const double step_size = prepare_direction_of(step, r);
-  (in_double ? step.kernels.move_double : step.kernels.move_float)(row, step_size, directions.data());
+  const auto move = in_double ? step.kernels.move_double : step.kernels.move_float;
+  move(row, step.records[r], step_size, directions.data());
 }
 
 // The sums that `sum(row index, begin, end)` gives for the rows that `takes` names, pieces added in their
@@ -320,6 +322,7 @@ void prepare_rows(const CpuStep& step, double global_norm, const Takes& takes) {
     if (alike) {
       for (int i = 0; i < per_tensor; ++i) store_number(row, kFirstState + i, known.state_after[i]);
       step.records[r] = step.records[known.index];
+      step.records[r].key = key_of(row);
       continue;
     }
     prepare_of(step, r, global_norm);

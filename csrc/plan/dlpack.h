@@ -10,7 +10,7 @@ constexpr uint32_t kMajorVersion = 1;
 constexpr const char* kCapsuleName = "dlpack_exchange_api";
 
 enum DeviceType : int32_t { kCPU = 1, kCUDA = 2, kROCM = 10 };
-enum TypeCode : uint8_t { kInt = 0, kFloat = 2, kBfloat = 4 };
+enum TypeCode : uint8_t { kInt = 0, kUInt = 1, kFloat = 2, kBfloat = 4 };
 
 struct Device {
   int32_t device_type;

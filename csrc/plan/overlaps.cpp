@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "codec.h"
 #include "plan/rule_names.h"
 
 namespace fused_optim {
@@ -25,6 +26,11 @@ void find_overlaps(const std::vector<Row>& rows, std::vector<HostRow>& hosts) {
                          static_cast<uint64_t>(size_of(rows[r].dtype[c]));
       if (bytes != 0) ranges.push_back({rows[r].address[c], rows[r].address[c] + bytes, r});
     }
+    const auto groups = static_cast<uint64_t>(rows[r].numel / kGroup);
+    for (const uint64_t scale : rows[r].scale) {
+      if (scale != 0 && groups != 0) ranges.push_back({scale, scale + groups, r});
+    }
+    if (rows[r].counter != 0) ranges.push_back({rows[r].counter, rows[r].counter + sizeof(float), r});
   }
   std::sort(ranges.begin(), ranges.end(), [](const Range& a, const Range& b) { return a.begin < b.begin; });
   size_t widest = 0;  // the range that reaches furthest among those before

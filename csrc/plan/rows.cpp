@@ -2,6 +2,7 @@
 
 #include <unordered_map>
 
+#include "codec.h"
 #include "plan/attributes.h"
 #include "plan/rule_names.h"
 
@@ -11,6 +12,18 @@ namespace {
 PyObject* grad_name() {
   static PyObject* const name = intern("grad");
   return name;
+}
+
+DType dtype_numbered(PyObject* number) { return static_cast<DType>(PyLong_AsLong(number)); }
+
+// Whether a tensor's elements lie in their order, and each index of its first dimension holds whole groups.
+bool holds_whole_groups(const TensorView& view) {
+  int64_t expected = 1;
+  for (int i = view.ndim - 1; i >= 0; --i) {
+    if (view.shape[i] != 1 && view.strides[i] != expected) return false;
+    if (i > 0) expected *= view.shape[i];
+  }
+  return view.ndim > 0 && expected % kGroup == 0;
 }
 
 }  // namespace
@@ -27,6 +40,14 @@ bool RowReader::add(PyObject* object, HostRow& host, Row& row) {
   static PyObject* const direction_column = intern("direction_column");
   static PyObject* const direction_address = intern("direction_address");
   static PyObject* const direction_dtype = intern("direction_dtype");
+  static PyObject* const master_format = intern("master_format");
+  static PyObject* const formats = intern("formats");
+  static PyObject* const draws = intern("draws");
+  static PyObject* const counts = intern("counts");
+  static PyObject* const stochastic = intern("stochastic");
+  static PyObject* const seed = intern("seed");
+  static PyObject* const place = intern("place");
+  static PyObject* const first = intern("first");
   bool native = false;
   int32_t column = 0, dtype = 0;
   uint64_t address = 0;
@@ -44,6 +65,20 @@ bool RowReader::add(PyObject* object, HostRow& host, Row& row) {
     const char* text = key == Py_None ? nullptr : PyUnicode_AsUTF8(key);
     if (text != nullptr) host.master_key = intern(text);
   });
+  attributes.read(master_format, [&](PyObject* value) { host.master_format = dtype_numbered(value); });
+  attributes.read(formats, [&](PyObject* values) {
+    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(values) && i < kMaxStates; ++i) {
+      host.formats[i] = dtype_numbered(PyTuple_GET_ITEM(values, i));
+    }
+  });
+  attributes.read(draws, row.draws);
+  attributes.read(counts, host.counts);
+  attributes.read(stochastic, row.stochastic);
+  attributes.read(seed,
+                  [&](PyObject* value) { row.seed = static_cast<uint32_t>(PyLong_AsUnsignedLong(value)); });
+  attributes.read(place,
+                  [&](PyObject* value) { row.place = static_cast<uint32_t>(PyLong_AsUnsignedLong(value)); });
+  attributes.read(first, [&](PyObject* value) { row.first = PyLong_AsLongLong(value); });
   const Owned owned_param(attributes.good() ? PyObject_GetAttr(object, param_name) : nullptr);
   PyObject* const param = owned_param.get();
   if (param == nullptr) return false;
@@ -79,6 +114,7 @@ bool RowReader::add(PyObject* object, HostRow& host, Row& row) {
     row.dtype[kParam] = view.dtype;
     row.numel = 1;
     for (int i = 0; i < view.ndim; ++i) row.numel *= view.shape[i];
+    host.holds_groups = row.numel == 0 || holds_whole_groups(view);
   }
   host.param = param;
   host.param_ref = PyWeakref_NewRef(param, nullptr);
@@ -159,10 +195,11 @@ const char* RowReader::refresh(HostRow& host, Row& row, PyObject* state) {
 }
 
 const char* RowReader::read_states(HostRow& host, Row& row, PyObject* state) {
-  if (names_of_rule(row.rule).state_names.empty() && host.master_key == nullptr) return nullptr;
+  static PyObject* const step_name = intern("step");
+  const RuleNames& rule = names_of_rule(row.rule);
+  if (rule.state_names.empty() && host.master_key == nullptr && !host.counts) return nullptr;
   PyObject* states = find_state(host, state);
   if (states == nullptr || !PyDict_Check(states)) return "state";
-  const RuleNames& rule = names_of_rule(row.rule);
   Py_ssize_t position = 0;
   bool in_order = true;
   const auto next = [&](PyObject* name) -> PyObject* {
@@ -170,49 +207,96 @@ const char* RowReader::read_states(HostRow& host, Row& row, PyObject* state) {
     in_order = in_order && PyDict_Next(states, &position, &key, &value) && key == name;
     return in_order ? value : PyDict_GetItemWithError(states, name);
   };
+  TensorView view;
+  if (host.counts) {
+    const char* reason = read_number(host, next(step_name), view);
+    if (reason != nullptr || view.dtype != DType::float32) return "state";
+    put(row.counter, view.address);
+  }
+  const DType* format = host.formats;
   for (size_t i = 0; i < rule.state_names.size(); ++i) {
+    const int column = kFirstState + static_cast<int>(i);
     PyObject* value = next(rule.state_names[i]);
-    const char* reason = read_state(host, row, kFirstState + static_cast<int>(i), rule.per_tensor[i], value);
+    if (rule.per_tensor[i]) {
+      const char* reason = read_number(host, value, view);
+      if (reason != nullptr) return reason;
+      put(row.address[column], view.address);
+      row.dtype[column] = view.dtype;
+      continue;
+    }
+    const char* reason = read_state(host, row, column, *format++, value);
     if (reason != nullptr) return reason;
+    uint64_t scale = 0;
+    if (is_byte(row.dtype[column])) {
+      reason = read_scale(host, row, next(rule.scale_names[i]), &scale);
+      if (reason != nullptr) return reason;
+    }
+    put(row.scale[i], scale);
   }
   if (host.master_key == nullptr) return nullptr;
-  return read_state(host, row, kMaster, false, next(host.master_key));
+  return read_state(host, row, kMaster, host.master_format, next(host.master_key));
 }
 
-const char* RowReader::read_state(const HostRow& host, Row& row, int column, bool per_tensor,
-                                  PyObject* value) {
-  TensorView view;
-  if (value == nullptr ||
-      !(per_tensor ? reader_.read(value, view) : read_column(host, column, value, view))) {
+bool RowReader::is_on_device_of(const HostRow& host, const TensorView& view) const {
+  return view.device.device_type == host.device.device_type && view.device.device_id == host.device.device_id;
+}
+
+void RowReader::put(uint64_t& address, uint64_t found) {
+  if (address == found) return;
+  address = found;
+  written_moved_ = true;
+}
+
+// A state of one number a tensor.
+const char* RowReader::read_number(const HostRow& host, PyObject* value, TensorView& view) const {
+  if (value == nullptr || !reader_.read(value, view)) {
     PyErr_Clear();
     return "state";
   }
-  if (per_tensor) {
-    if (view.device.device_type != host.device.device_type ||
-        view.device.device_id != host.device.device_id) {
-      return "state";
-    }
-    for (int i = 0; i < view.ndim; ++i) {
-      if (view.shape[i] != 1) return "state";
-    }
-    if (view.dtype != DType::float32 && view.dtype != DType::float64) return "state";
-  } else {
-    if (!same_layout(host, view)) return "state";
-    const DType param = row.dtype[kParam];
-    const bool narrow =
-        size_of(param) == 2;  // 16-bit parameters may have wider states; others have their own dtype
-    const bool number =
-        is_number(view.dtype) && (narrow ? view.dtype != DType::float64 : view.dtype == param);
-    const bool master =
-        view.dtype == DType::float32 || (view.dtype == DType::remainder && param == DType::bfloat16);
-    if (column == kMaster ? !master : !number) return "state";
+  if (!is_on_device_of(host, view)) return "state";
+  for (int i = 0; i < view.ndim; ++i) {
+    if (view.shape[i] != 1) return "state";
   }
-  if (view.address == 0 && (per_tensor || row.numel != 0)) return "state";
-  if (row.address[column] != view.address) {
-    row.address[column] = view.address;
-    written_moved_ = true;
+  const bool number = view.dtype == DType::float32 || view.dtype == DType::float64;
+  return number && view.address != 0 ? nullptr : "state";
+}
+
+// A state of a number an element, or the master weight. format: of a new one; a 16-bit parameter may have
+// other numbers.
+const char* RowReader::read_state(const HostRow& host, Row& row, int column, DType format, PyObject* value) {
+  TensorView view;
+  if (value == nullptr || !read_column(host, column, value, view)) {
+    PyErr_Clear();
+    return "state";
   }
+  if (!same_layout(host, view)) return "state";
+  const bool other_number = column != kMaster && size_of(row.dtype[kParam]) == 2 && is_number(view.dtype) &&
+                            view.dtype != DType::float64;
+  if (view.dtype != format && !other_number) return "state";
+  if (column != kMaster && is_byte(view.dtype) && !(row.draws && host.holds_groups)) return "state";
+  if (view.address == 0 && row.numel != 0) return "state";
+  put(row.address[column], view.address);
   row.dtype[column] = view.dtype;
+  return nullptr;
+}
+
+// The scales of a state's codes: a byte a group, in their order, of the part that this process has.
+const char* RowReader::read_scale(const HostRow& host, const Row& row, PyObject* value, uint64_t* address) {
+  TensorView view;
+  PyObject* spec;
+  if (value == nullptr ||
+      !(host.sharded ? reader_.read_local(value, view, &spec) : reader_.read(value, view))) {
+    PyErr_Clear();
+    return "state";
+  }
+  const int64_t rows = layouts_[host.layout];
+  const bool fits = view.dtype == DType::uint8 && is_on_device_of(host, view) && view.ndim == 2 &&
+                    view.shape[0] == rows && view.shape[0] * view.shape[1] * kGroup == row.numel;
+  if (!fits) return "state";
+  const bool in_order = (view.strides[1] == 1 || view.shape[1] == 1) &&
+                        (view.strides[0] == view.shape[1] || view.shape[0] == 1);
+  if (row.numel != 0 && (!in_order || view.address == 0)) return "state";
+  *address = view.address;
   return nullptr;
 }
 

@@ -24,6 +24,10 @@ struct HostRow {
   bool is_triton = false;  // Triton steps it
   bool sharded = false;    // its tensors are DTensors
   bool overlapping = false;
+  bool counts = false;             // its rule counts no steps, and its random words need a count
+  bool holds_groups = false;       // its elements lie in their order, and its rows hold whole groups of codes
+  DType formats[kMaxStates] = {};  // of its states of a number an element, where they are new
+  DType master_format = DType::none;
   int32_t ndim = 0;
   size_t layout = 0;  // where the reader keeps its shape and strides
   size_t specs = 0;   // of a sharded row: where the reader keeps those of its columns
@@ -64,7 +68,11 @@ class RowReader {
 
  private:
   const char* read_states(HostRow& host, Row& row, PyObject* state);
-  const char* read_state(const HostRow& host, Row& row, int column, bool per_tensor, PyObject* value);
+  const char* read_number(const HostRow& host, PyObject* value, TensorView& view) const;
+  const char* read_state(const HostRow& host, Row& row, int column, DType format, PyObject* value);
+  const char* read_scale(const HostRow& host, const Row& row, PyObject* value, uint64_t* address);
+  bool is_on_device_of(const HostRow& host, const TensorView& view) const;
+  void put(uint64_t& address, uint64_t found);
   PyObject* find_state(HostRow& host, PyObject* state);
   void locate_states(PyObject* state);
   bool read_column(const HostRow& host, int column, PyObject* object, TensorView& view);

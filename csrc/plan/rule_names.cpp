@@ -9,9 +9,10 @@ namespace {
 
 template <class R>
 RuleNames names_of() {
-  RuleNames names{R::kName, {}, {}, {}};
+  RuleNames names{R::kName, {}, {}, {}, {}};
   for (int i = 0; i < parameter_states<R>(); ++i) {
     names.state_names.push_back(intern(R::kStates[i].name));
+    names.scale_names.push_back(intern((std::string(R::kStates[i].name) + "_scale").c_str()));
     names.per_tensor.push_back(R::kStates[i].per_tensor);
   }
   for (const HyperField& field : R::kHyper) names.hyper.push_back({intern(field.key), field});

@@ -15,6 +15,7 @@ namespace fused_optim {
 struct RuleNames {
   std::string name;
   std::vector<PyObject*> state_names;
+  std::vector<PyObject*> scale_names;  // of the scales of those states, where they are codes
   std::vector<bool> per_tensor;
   struct Hyper {
     PyObject* key;

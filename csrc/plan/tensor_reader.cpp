@@ -13,6 +13,8 @@ DType dtype_of(uint8_t code, uint8_t bits) {
   if (code == dlpack::kFloat && bits == 16) return DType::float16;
   if (code == dlpack::kFloat && bits == 64) return DType::float64;
   if (code == dlpack::kInt && bits == 16) return DType::remainder;
+  if (code == dlpack::kInt && bits == 8) return DType::int8;
+  if (code == dlpack::kUInt && bits == 8) return DType::uint8;
   return DType::none;
 }
 

@@ -26,7 +26,9 @@ struct TensorView {
 };
 
 // Whether a rule computes with it.
-inline bool is_number(DType dtype) { return dtype != DType::none && dtype != DType::remainder; }
+inline bool is_number(DType dtype) {
+  return dtype != DType::none && dtype != DType::remainder && !is_byte(dtype);
+}
 
 inline bool is_same(const dlpack::Device& device, const dlpack::Device& other) {
   return device.device_type == other.device_type && device.device_id == other.device_id;
@@ -47,8 +49,8 @@ enum class TensorKind : uint8_t {
   sharded,  // a DTensor: its memory is that of its local tensor
 };
 
-// The table of functions in a capsule, torch.Tensor.__dlpack_c_exchange_api__ or None; null where there is none that
-// this code knows. False with a Python error set.
+// The table of functions in a capsule, torch.Tensor.__dlpack_c_exchange_api__ or None; null where there is
+// none that this code knows. False with a Python error set.
 bool known_exchange_api(PyObject* capsule, const dlpack::ExchangeApi*& api);
 
 class TensorReader {

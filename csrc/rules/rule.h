@@ -5,7 +5,7 @@
 // kName: its name, by which Python asks for it.
 //
 // kStates, kStateCount: the per-parameter states in column order, under torch's names; the per-tensor ones
-// (`step`) come first. kStateCount says how many of the listed ones it has.
+// come first, of them `step`. kStateCount says how many of the listed ones it has.
 //
 // Hyper, kHyper: the hyperparameters of a group, all doubles, and where each stands in a param group.
 //
@@ -77,7 +77,7 @@ enum Need : unsigned {
 // Limits that the tables are laid out for; static_asserts hold the rules to them.
 constexpr int kMaxHyper = 15;
 constexpr int kMaxPerTensorStates = 3;
-constexpr int kScalarsBytes = 192;
+constexpr int kScalarsBytes = 184;  // a record has a cache line's multiple with its key
 
 // What prepare knows of one tensor, and what it may say to the mechanism.
 struct TensorContext {

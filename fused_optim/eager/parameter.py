@@ -16,11 +16,54 @@ from torch import Tensor
 
 from ..arithmetic import Number, where
 from ..hyperparameters import is_sequence, plain_number
+from ..options.options import NARROW
 from ..orthogonal import Matrices, orthogonalize_
 from ..rule import Rule, TensorContext
-from ..state import masters
-from ..tensors import is_plain
+from ..state import codec, formats, masters
+from ..tensors import is_dense, is_plain
 from ..trust_ratio import IN_NORM, OUTSIDE, SKIP, TrustRatio
+
+
+class Randomness(NamedTuple):
+    """Where the random words of one row's step come from; see `Row`."""
+
+    seed: int
+    place: int
+    first: int
+    counts: bool
+    stochastic: bool
+    listed: Tensor | None = None  # the rows along dimension 0 that are stepped, where it is not all of them
+
+
+class Words:
+    """The random words of a step of one row: a 32-bit word for each element, by its place in the whole tensor."""
+
+    def __init__(self, randomness: Randomness, step: Number, device: torch.device) -> None:
+        self._randomness = randomness
+        self._key = codec.random_key(randomness.seed, step, randomness.place, device)
+        self._known: dict[tuple[int, ...], Tensor] = {}
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """The words of a tensor's elements, which are counted in the order in which they lie in memory."""
+        words = self._known.get(tensor.stride())
+        if words is None:
+            words = self._known[tensor.stride()] = codec.random_words(self._places(tensor), self._key)
+        return words
+
+    def round(self, value: Tensor, stored: Tensor) -> Tensor:
+        """Numbers as they are to be stored, where they are rounded by random words and not by the store itself."""
+        if not self._randomness.stochastic or stored.dtype not in NARROW:
+            return value
+        return codec.round_stochastically(value.to(torch.float32), stored.dtype, self.of(stored))
+
+    def _places(self, tensor: Tensor) -> Tensor:
+        first, listed = self._randomness.first, self._randomness.listed
+        if listed is not None:
+            row = math.prod(tensor.shape[1:])
+            in_row = torch.arange(row, device=tensor.device)
+            return (first + listed.unsqueeze(1) * row + in_row).view(tensor.shape)
+        places = torch.arange(first, first + tensor.numel(), device=tensor.device)
+        return places.as_strided(tensor.shape, tensor.stride()) if is_dense(tensor) else places.view(tensor.shape)
 
 
 class MeasuredNorms(NamedTuple):
@@ -80,6 +123,27 @@ def _real(tensor: Tensor) -> Tensor:
     return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
 
 
+def _load(state: dict[str, Tensor], name: str, dtype: torch.dtype, copy: bool = False) -> Tensor:
+    """A state as numbers of the compute dtype."""
+    if formats.is_code(state[name]):
+        return codec.decode(state[name], state[formats.scale_key(name)]).to(dtype)
+    return _real(state[name]).to(dtype, copy=copy)
+
+
+def _rounded(state: dict[str, Tensor], values: dict[str, Tensor], words: Words | None) -> dict[str, Tensor]:
+    """New states as they are stored, codes with their scales."""
+    stored: dict[str, Tensor] = {}
+    for name, value in values.items():
+        before = state[name]
+        if formats.is_code(before):
+            assert words is not None
+            encoded = codec.encode(value.to(torch.float32), before.dtype, words.of(before))
+            stored[name], stored[formats.scale_key(name)] = encoded
+        else:
+            stored[name] = (value if words is None else words.round(value, before)).to(_real(before).dtype)
+    return stored
+
+
 def _store(tensor: Tensor, value: Tensor) -> None:
     """Write numbers of `_real` back: not through `_real` itself, which has resolved a conjugation by a copy."""
     tensor.copy_(torch.view_as_complex(value.contiguous()) if tensor.is_complex() else value)
@@ -137,13 +201,14 @@ def step_eager(
     bounds: tuple[float, float] | None,
     master: str | None,
     matrices: Matrices | None,
+    randomness: Randomness | None,
 ) -> EagerStep:
     """Update one parameter and its states in place.
 
     ``names``: the states of an element each; ``number_names``: those of one number. ``clips``: by a norm. ``bounds``:
     what gradient elements are clamped to. ``master``: the state key of the master weight. ``matrices``: those that the
-    parameter is, if its direction is made orthogonal. Between two phases nothing of the size of the parameter is kept,
-    but for a rule with a direction.
+    parameter is, if its direction is made orthogonal. ``randomness``: None where nothing rounds by random words.
+    Between two phases nothing of the size of the parameter is kept, but for a rule with a direction.
     """
     differentiable = bool(group.get("differentiable"))
     iteration = None if matrices is None else rule.iteration(group, matrices, param.dtype)
@@ -173,7 +238,7 @@ def step_eager(
         del measured
     norms, coefficient = yield norms
     # A clone where autograd records: it keeps what it saved safe from the stores below.
-    wide = {name: _real(state[name]).to(dtype, copy=differentiable) for name in names}
+    wide = {name: _load(state, name, dtype, copy=differentiable) for name in names}
     whole = (_real(param) if master is None else masters.read(param, state, master)).to(dtype, copy=differentiable)
     tensor = TensorContext(
         state={n: state[n].reshape(()).to(torch.float64) if keep else float(state[n]) for n in number_names},
@@ -193,6 +258,11 @@ def step_eager(
         state[name].copy_(
             value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64, device="cpu")
         )
+    words: Words | None = None
+    if randomness is not None:
+        if randomness.counts:
+            state["step"].add_(1)
+        words = Words(randomness, state["step"].reshape(()) if keep else float(state["step"]), param.device)
     for name, value in vars(s).items():
         if isinstance(value, Tensor):
             setattr(s, name, value.to(dtype))
@@ -204,9 +274,8 @@ def step_eager(
         grad = grad + _as(tensor.coupled_weight_decay, dtype) * whole
     if rule.has_direction:
         rule.accumulate(grad, wide, s)
-        wide = {
-            name: value.to(_real(state[name]).dtype).to(dtype) for name, value in wide.items()
-        }  # as they are stored
+        stored = _rounded(state, wide, words)
+        wide = {name: _load(stored, name, dtype) for name in wide}
         direction = rule.direction(whole, wide, s)
         norms, _ = yield TensorNorms(param_norm=_norm(whole, keep), direction_norm=_norm(direction, keep))
         tensor.param_norm, tensor.direction_norm = norms.param_norm, norms.direction_norm
@@ -218,14 +287,16 @@ def step_eager(
         orthogonal = orthogonalize_(directions.view(matrices), iteration).view(whole.shape).to(dtype)
         direction = rule.direction(whole, {"direction": orthogonal}, s)
         result = whole - s.step_size * direction
+        stored = _rounded(state, wide, words)
     else:
         result = rule.update(whole, grad, wide, s)
-    for name, value in wide.items():
+        stored = _rounded(state, wide, words)
+    for name, value in stored.items():
         _store(state[name], value)
     if master is None:
-        _store(param, result)
+        _store(param, result if words is None else words.round(result, param))
     else:
-        masters.write(param, state, master, result)
+        masters.write(param, state, master, result, None if words is None else words.of(param))
     param_norm = tensor.param_norm if trust is not None or rule.has_direction else math.nan
     return MeasuredNorms(grad_norm, param_norm, tensor.trust_ratio) if measures or rule.has_direction else None
 

@@ -13,8 +13,9 @@ from ..options.clip import GLOBAL_NORM, NO_CLIP, NORM, VALUE, ClipOptions
 from ..row import NORMS, Row
 from ..rule import Rule
 from ..shards import Shards
+from ..state.formats import scale_key
 from ..tensors import is_sharded, local
-from .parameter import EagerStep, MeasuredNorms, TensorNorms, step_eager
+from .parameter import EagerStep, MeasuredNorms, Randomness, TensorNorms, step_eager
 from .sparse import listed_rows
 
 
@@ -114,7 +115,8 @@ class EagerSteps:
     def _begin(self, row: Row, grad_scale: float) -> EagerStep:
         group = self._groups[row.group]
         names = self._rule.state_names(group)
-        with self._tensors(row, names if row.master is None else (*names, row.master)) as (param, grad, state):
+        columns = (*names, *filter(self._states.get(row.param, {}).__contains__, map(scale_key, names)))
+        with self._tensors(row, columns if row.master is None else (*columns, row.master)) as (param, grad, state):
             measured = yield from step_eager(
                 self._rule,
                 group,
@@ -131,8 +133,14 @@ class EagerSteps:
                 bounds=(self._clip.min, self._clip.max) if row.clipped and self._clip.kind == VALUE else None,
                 master=row.master,
                 matrices=row.matrices,
+                randomness=self._randomness(row) if row.draws else None,
             )
         return measured
+
+    def _randomness(self, row: Row) -> Randomness:
+        coalesced = self._coalesced.get(row.param)
+        listed = None if coalesced is None else coalesced._indices()[0]
+        return Randomness(row.seed, row.place, row.first, row.counts, row.stochastic, listed)
 
     @contextmanager
     def _tensors(self, row: Row, columns: tuple[str, ...]) -> Iterator[tuple[Tensor, Tensor, dict[str, Tensor]]]:

@@ -13,6 +13,7 @@ from torch.optim.optimizer import ParamsT
 from ..arithmetic import one_minus_power, square_root
 from ..optimizer import FusedOptimizer
 from ..options.clip import GradClip
+from ..options.options import StateDtype
 from ..options.peers import refuse_peer_arguments
 from ..options.scales import Scale
 from ..options.texts import explains_options
@@ -153,7 +154,9 @@ class Adam(FusedOptimizer):
         weight_decay_scale: Scale | None = None,
         grad_clip: GradClip | None = None,
         master_weights: str | None = None,
-        state_dtype: torch.dtype | None = None,
+        state_dtype: StateDtype | None = None,
+        rounding: str = "nearest",
+        seed: int = 0,
     ) -> None:
         torch_optimizer = TorchAdam(
             [torch.zeros(0)],
@@ -178,6 +181,8 @@ class Adam(FusedOptimizer):
             grad_clip=grad_clip,
             master_weights=master_weights,
             state_dtype=state_dtype,
+            rounding=rounding,
+            seed=seed,
             lazy_mode=lazy_mode,
         )
 
@@ -267,7 +272,9 @@ class AdamW(Adam):
         weight_decay_scale: Scale | None = None,
         grad_clip: GradClip | None = None,
         master_weights: str | None = None,
-        state_dtype: torch.dtype | None = None,
+        state_dtype: StateDtype | None = None,
+        rounding: str = "nearest",
+        seed: int = 0,
     ) -> None:
         super().__init__(
             params,
@@ -289,6 +296,8 @@ class AdamW(Adam):
             grad_clip=grad_clip,
             master_weights=master_weights,
             state_dtype=state_dtype,
+            rounding=rounding,
+            seed=seed,
         )
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -15,6 +15,7 @@ from torch.optim.optimizer import ParamsT
 
 from ..backends import logger
 from ..options.clip import GradClip
+from ..options.options import StateDtype
 from ..options.peers import refuse_peer_arguments
 from ..options.scales import Scale, ScaleColumn, ScaleProduct, column_of, plain_name
 from ..options.texts import explains_options
@@ -256,9 +257,6 @@ class AdamWDL(AdamW):
         multi_precision: Paddle's word for ``master_weights="float32"``; a ``master_weights`` given beside it counts.
         lr_scale, weight_decay_scale: factors per parameter, as :class:`AdamW` takes them. They multiply with the
             ratios of ``set_param_lr_fun`` and with the mask of ``apply_decay_param_fun``. Default None: 1.0.
-        master_weights: ``"float32"``, ``"split"`` or None, as :class:`AdamW` takes it.
-        state_dtype: dtype of the states of bfloat16 and float16 parameters; default None: the parameter's, or float32
-            where there are master weights.
 
     Paddle's ``name`` is a prefix of its variables' names, which torch's states do not have. Its auxiliary variables
     are the entries of ``optimizer.state``. Its static graph has no counterpart: ``torch.compile`` goes around the step.
@@ -320,7 +318,9 @@ class AdamWDL(AdamW):
         weight_decay_scale: Scale | None = None,
         grad_clip: GradClip | None = None,
         master_weights: str | None = None,
-        state_dtype: torch.dtype | None = None,
+        state_dtype: StateDtype | None = None,
+        rounding: str = "nearest",
+        seed: int = 0,
     ) -> None:
         ratios = LayerRatios(layerwise_decay, n_layers, set_param_lr_fun, name_dict)
         mask = decay_mask(apply_decay_param_fun)
@@ -335,6 +335,8 @@ class AdamWDL(AdamW):
             grad_clip=grad_clip,
             master_weights="float32" if multi_precision and master_weights is None else master_weights,
             state_dtype=state_dtype,
+            rounding=rounding,
+            seed=seed,
         )
         # fmt: on
         if decay_scaling != "scaled":  # a key that torch does not have, for those alone who need it

@@ -5,7 +5,6 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
@@ -13,6 +12,7 @@ from ..arithmetic import Number, divide, one_minus_power, square_root, where
 from ..hyperparameters import check_arguments
 from ..optimizer import FusedOptimizer
 from ..options.clip import ClipGradByGlobalNorm, GradClip
+from ..options.options import StateDtype
 from ..options.peers import refuse_peer_arguments
 from ..options.scales import Exclude, Scale
 from ..options.texts import explains_options
@@ -160,7 +160,9 @@ class LAMB(FusedOptimizer):
         weight_decay_scale: Scale | None = None,
         grad_clip: GradClip | None = None,
         master_weights: str | None = None,
-        state_dtype: torch.dtype | None = None,
+        state_dtype: StateDtype | None = None,
+        rounding: str = "nearest",
+        seed: int = 0,
     ) -> None:
         check_arguments(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
         if variant not in VARIANTS:
@@ -197,6 +199,8 @@ class LAMB(FusedOptimizer):
             grad_clip=grad_clip if max_grad_norm is None else ClipGradByGlobalNorm(max_grad_norm),
             master_weights=master_weights,
             state_dtype=state_dtype,
+            rounding=rounding,
+            seed=seed,
         )
 
     def rule(self, group: dict[str, Any]) -> str:

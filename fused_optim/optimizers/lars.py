@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from ..hyperparameters import check_arguments, check_limits
 from ..options.clip import ClipGradByGlobalNorm, ClipGradByNorm, GradClip
+from ..options.options import StateDtype
 from ..options.peers import refuse_peer_arguments
 from ..options.scales import Exclude, Scale
 from ..options.texts import explains_options
@@ -106,7 +106,9 @@ class LARS(MomentumOptimizer):
         weight_decay_scale: Scale | None = None,
         grad_clip: GradClip | None = None,
         master_weights: str | None = None,
-        state_dtype: torch.dtype | None = None,
+        state_dtype: StateDtype | None = None,
+        rounding: str = "nearest",
+        seed: int = 0,
     ) -> None:
         if variant not in VARIANTS:
             raise ValueError(f"variant={variant!r} is none of LARS's: {', '.join(VARIANTS)}")
@@ -143,6 +145,8 @@ class LARS(MomentumOptimizer):
             grad_clip=grad_clip,
             master_weights=master_weights,
             state_dtype=state_dtype,
+            rounding=rounding,
+            seed=seed,
         )
 
     def trust_ratio(self, group: dict[str, Any]) -> TrustRatio | None:

@@ -12,6 +12,7 @@ from torch.optim.optimizer import ParamsT
 from ..hyperparameters import check_arguments
 from ..optimizer import FusedOptimizer
 from ..options.clip import GradClip
+from ..options.options import StateDtype
 from ..options.peers import refuse_peer_arguments
 from ..options.scales import Scale
 from ..options.texts import explains_options
@@ -100,7 +101,9 @@ class Lion(FusedOptimizer):
         weight_decay_scale: Scale | None = None,
         grad_clip: GradClip | None = None,
         master_weights: str | None = None,
-        state_dtype: torch.dtype | None = None,
+        state_dtype: StateDtype | None = None,
+        rounding: str = "nearest",
+        seed: int = 0,
     ) -> None:
         check_arguments(lr=lr, betas=betas, weight_decay=weight_decay)
         defaults = {
@@ -120,6 +123,8 @@ class Lion(FusedOptimizer):
             grad_clip=grad_clip,
             master_weights=master_weights,
             state_dtype=state_dtype,
+            rounding=rounding,
+            seed=seed,
         )
 
     def rule(self, group: dict[str, Any]) -> str:

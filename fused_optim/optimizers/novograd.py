@@ -5,7 +5,6 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
@@ -13,6 +12,7 @@ from ..arithmetic import divide, larger, one_minus_power, square_root, where
 from ..hyperparameters import check_arguments
 from ..optimizer import FusedOptimizer
 from ..options.clip import GradClip
+from ..options.options import StateDtype
 from ..options.peers import refuse_peer_arguments
 from ..options.scales import Scale
 from ..options.texts import explains_options
@@ -270,7 +270,9 @@ class NovoGrad(FusedOptimizer):
         weight_decay_scale: Scale | None = None,
         grad_clip: GradClip | None = None,
         master_weights: str | None = None,
-        state_dtype: torch.dtype | None = None,
+        state_dtype: StateDtype | None = None,
+        rounding: str = "nearest",
+        seed: int = 0,
     ) -> None:
         arguments = locals()
         resolved = resolve(variant, betas, eps, amsgrad, {name: arguments[name] for name in NEUTRAL})
@@ -285,6 +287,8 @@ class NovoGrad(FusedOptimizer):
             grad_clip=grad_clip,
             master_weights=master_weights,
             state_dtype=state_dtype,
+            rounding=rounding,
+            seed=seed,
         )
 
     def rule(self, group: dict[str, Any]) -> str:

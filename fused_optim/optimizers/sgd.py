@@ -13,6 +13,7 @@ from torch.optim.optimizer import ParamsT
 from ..arithmetic import where
 from ..optimizer import FusedOptimizer
 from ..options.clip import GradClip
+from ..options.options import StateDtype
 from ..options.peers import refuse_peer_arguments
 from ..options.scales import Scale
 from ..options.texts import explains_options
@@ -141,7 +142,9 @@ class SGD(MomentumOptimizer):
         weight_decay_scale: Scale | None = None,
         grad_clip: GradClip | None = None,
         master_weights: str | None = None,
-        state_dtype: torch.dtype | None = None,
+        state_dtype: StateDtype | None = None,
+        rounding: str = "nearest",
+        seed: int = 0,
     ) -> None:
         torch_optimizer = TorchSGD(
             [torch.zeros(0)],
@@ -165,4 +168,6 @@ class SGD(MomentumOptimizer):
             grad_clip=grad_clip,
             master_weights=master_weights,
             state_dtype=state_dtype,
+            rounding=rounding,
+            seed=seed,
         )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import operator
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 from typing import Any
@@ -14,6 +15,51 @@ from ..trust_ratio import TrustRatio
 from .clip import NO_CLIP, ClipOptions, GradClip
 from .matrices import MatrixOptions
 from .scales import Exclude, Scale, ScaleColumn, column_of, excluded
+
+StateDtype = torch.dtype | str | Mapping[str, torch.dtype | str]
+EIGHT_BIT = "8bit"
+NARROW = (torch.bfloat16, torch.float16)
+ROUNDINGS = ("nearest", "stochastic")
+
+
+def check_state_dtype(wanted: Any) -> None:
+    """Refuse another ``state_dtype`` than those there are.
+
+    Raises:
+        ValueError: the text names it.
+    """
+    for name, dtype in wanted.items() if isinstance(wanted, Mapping) else (("", wanted),):
+        if dtype not in (None, torch.float32, *NARROW, EIGHT_BIT):
+            of = f" of {name!r}" if isinstance(wanted, Mapping) else ""
+            raise ValueError(
+                f"state_dtype={dtype!r}{of} is not torch.float32, torch.bfloat16, torch.float16 or '8bit', or a "
+                "mapping to those by the names of states"
+            )
+
+
+def checked_seed(seed: Any) -> int:
+    """A seed as an int.
+
+    Raises:
+        ValueError: no integer of 32 bits.
+    """
+    try:
+        number = -1 if isinstance(seed, bool) else operator.index(seed)
+    except TypeError:
+        number = -1
+    if not 0 <= number < 1 << 32:
+        raise ValueError(f"seed={seed!r} is no integer from 0 to 2**32 - 1")
+    return number
+
+
+def check_rounding(rounding: Any) -> None:
+    """Refuse another ``rounding`` than those there are.
+
+    Raises:
+        ValueError: the text names it.
+    """
+    if rounding not in ROUNDINGS:
+        raise ValueError(f"rounding={rounding!r} is not 'nearest' or 'stochastic'")
 
 
 @dataclass
@@ -92,8 +138,10 @@ class Options:
     """The options of one optimizer."""
 
     backend: str | None = None  # the one that is forced
-    state_dtype: torch.dtype | None = None
+    state_dtype: StateDtype | None = None
     master_weights: str | None = None
+    rounding: str = "nearest"
+    seed: int = 0
     grad_clip: GradClip | None = None
     lazy_mode: bool = False
     trust_ratio: TrustRatio | None = None  # of what is around this optimizer
@@ -106,14 +154,15 @@ class Options:
 
     def shown(self) -> list[str]:
         """Every option that is not its default, as ``name: value``; the trust ratio is shown by who has attached it."""
-        implied = torch.float32 if self.master_weights is not None else None
         factors = {"lr_scale": self.factors.lr, "weight_decay_scale": self.factors.weight_decay}
         if self.trust_ratio is None:  # otherwise LARC's
             factors["exclude"] = self.factors.has_trust_ratio
         found = {
             "grad_clip": (self.grad_clip, None),
             "master_weights": (self.master_weights, None),
-            "state_dtype": (self.state_dtype, implied),
+            "state_dtype": (self.state_dtype, None),
+            "rounding": (self.rounding, "nearest"),
+            "seed": (self.seed, 0),
             "lazy_mode": (self.lazy_mode, False),
         }
         shown = [f"{name}: {value}" for name, (value, default) in found.items() if value != default]

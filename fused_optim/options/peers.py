@@ -56,8 +56,8 @@ PEER_ARGUMENTS = (
     ),
     PeerArgument("store_param_remainders", (APEX, TRANSFORMER_ENGINE), "write master_weights='split'"),
     PeerArgument("master_weight_dtype", (TRANSFORMER_ENGINE,), "there is no choice: master_weights are float32"),
-    PeerArgument("exp_avg_dtype", (TRANSFORMER_ENGINE,), "write state_dtype=, which is that of every state"),
-    PeerArgument("exp_avg_sq_dtype", (TRANSFORMER_ENGINE,), "write state_dtype=, which is that of every state"),
+    PeerArgument("exp_avg_dtype", (TRANSFORMER_ENGINE,), "write state_dtype={'exp_avg': ...}"),
+    PeerArgument("exp_avg_sq_dtype", (TRANSFORMER_ENGINE,), "write state_dtype={'exp_avg_sq': ...}"),
     PeerArgument("fp32_optimizer_states", (DEEPSPEED,), "write state_dtype=torch.float32 for True"),
     PeerArgument(
         "use_decoupled_grad",
@@ -89,10 +89,10 @@ PEER_ARGUMENTS = (
     PeerArgument(
         "optim_bits",
         (BITSANDBYTES,),
-        "write state_dtype=torch.bfloat16 for states of 16 bits beside 16-bit parameters; there are none of 8 bits",
+        "write state_dtype='8bit' for 8, None for 32; torch.bfloat16 makes states of 16 bits",
     ),
-    PeerArgument("min_8bit_size", (BITSANDBYTES,), "there is none: no state has 8 bits"),
-    PeerArgument("block_wise", (BITSANDBYTES,), "there is none: no state has 8 bits"),
+    PeerArgument("min_8bit_size", (BITSANDBYTES,), "there is no choice: states of 8 bits have 4,096 elements or more"),
+    PeerArgument("block_wise", (BITSANDBYTES,), "there is no choice: states of 8 bits have a scale for 32 elements"),
     PeerArgument("is_paged", (BITSANDBYTES,), "there is none: a state stays on the device of its parameter"),
     PeerArgument(
         "percentile_clipping",

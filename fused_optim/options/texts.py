@@ -41,11 +41,23 @@ TEXTS: dict[tuple[str, ...], str] = {
     ("master_weights",): """
         master_weights: ``"float32"``: a float32 master of each 16-bit parameter in the state (``master_param``);
             ``"split"``: the 16 bits that a bfloat16 parameter lacks of it (``param_remainder``, int16), the same run
-            bit for bit. Default None: none.
+            bit for bit; ``"split8"``: the upper 8 of those bits (``param_remainder``, int8), a master of 24 bits that
+            is rounded by random words. Default None: none.
     """,
     ("state_dtype",): """
-        state_dtype: dtype of the element states of bfloat16 and float16 parameters, such as ``torch.float32``; default
-            None: the parameter's, as in torch, or float32 where there are master weights.
+        state_dtype: how the states of a number an element are kept: ``torch.float32``, ``torch.bfloat16`` or
+            ``torch.float16``; ``"8bit"``: as codes of a byte (``exp_avg``, int8; ``exp_avg_sq``, uint8) with a scale
+            for 32 of them (``exp_avg_scale``, ``exp_avg_sq_scale``), where the parameter has 4,096 elements or more
+            and rows of a multiple of 32, elsewhere float32; or a mapping to those by the names of states. Default
+            None: the parameter's dtype, as in torch, or float32 where there are master weights.
+    """,
+    ("rounding", "seed"): """
+        rounding: how parameters and states that are stored in 16 bits are rounded: ``"nearest"``, or ``"stochastic"``:
+            up or down, so that the mean over the steps is right; beside master weights the parameters are not. Default
+            ``"nearest"``.
+        seed: of the random words of stochastic rounding, of ``"8bit"`` and of ``"split8"``, from 0 to 2^32 - 1; a word
+            depends on it, on the parameter's place in the optimizer, its step and the element's place in it, and on
+            nothing else. Default 0.
     """,
 }
 

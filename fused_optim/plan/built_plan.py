@@ -81,7 +81,7 @@ class BuiltPlan:
         """Whether a parameter that the native plan does not take still is what the plan was built for."""
         group = {**defaults, **param_groups[row.group]}
         return (row.param.dtype, row.param.device) == (row.dtype, row.device) and (
-            row.refused == why_not_native(row.param, group, row.backend, row.matrices)
+            row.refused == why_not_native(row.param, group, row.backend, row.matrices, draws=row.draws)
         )
 
     def new_step(self, scale: LossScale, clip: ClipOptions, *, waits: bool) -> Step:

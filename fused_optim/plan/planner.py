@@ -15,10 +15,10 @@ from ..hyperparameters import LIMITS
 from ..options.clip import GLOBAL_NORM, NORM
 from ..options.options import Options
 from ..parameters import Place, parameters
-from ..row import Row
+from ..row import DTYPES, Row
 from ..rule import Rule
 from ..shards import Shards, check_placement, check_same_rows, refuse_flattened
-from ..state import masters
+from ..state import formats, masters
 from ..tensors import (
     current_stream,
     describe_tensor,
@@ -61,8 +61,8 @@ def build_plan(
     for index, group in enumerate(groups) if rule.keys_of_directions else ():
         rule.check_group(index, group, defaults)
     rows = []
-    for place in parameters(groups):
-        row, passed_over = row_of(place, rule, options)
+    for index, place in enumerate(parameters(groups)):
+        row, passed_over = row_of(place, rule, options, index)
         if passed_over is not None:
             slower = ", slower than torch.optim's own steps" if row.backend == "eager" else ""
             log.serves(f"parameters on {place.param.device}{slower}", passed_over, served_by=row.backend)
@@ -124,15 +124,20 @@ def check_flattened(place: Place, rule: Rule, options: Options) -> None:
         refuse_flattened(place.name, what, ", or leave grad_clip out and call clip_grad_norm_() of the FSDP module")
 
 
-def row_of(place: Place, rule: Rule, options: Options) -> tuple[Row, str | None]:
-    """The row of a parameter whose group has the defaults in it, and why a better backend is passed over."""
+def row_of(place: Place, rule: Rule, options: Options, index: int) -> tuple[Row, str | None]:
+    """The row of a parameter whose group has the defaults in it, and why a better backend is passed over.
+
+    ``index``: of the parameter among all of the optimizer.
+    """
     param = place.param
     backend, passed_over = backends.choose(param.device, options.backend)
     lr_scale, weight_decay_scale, clips, has_trust_ratio = options.factors.of(place)
     if rule.exempt(place.group, param):
         weight_decay_scale = has_trust_ratio = 0.0
     matrices = rule.matrices(place)
-    refused = why_not_native(param, place.group, backend, matrices)
+    master = masters.key_for(param, options.master_weights, place.name)
+    draws = formats.draws(param, rule.state_names(place.group), options)
+    refused = why_not_native(param, place.group, backend, matrices, draws=draws)
     row = Row(
         group=place.group_index,
         param_ref=weakref.ref(param),
@@ -141,7 +146,7 @@ def row_of(place: Place, rule: Rule, options: Options) -> tuple[Row, str | None]
         native=refused is None,
         clipped=clips != 0,
         has_trust_ratio=has_trust_ratio != 0,
-        master=masters.key_for(param, options.master_weights, place.name),
+        master=master,
         dtype=param.dtype,
         device=param.device,
         name=place.name,
@@ -149,6 +154,14 @@ def row_of(place: Place, rule: Rule, options: Options) -> tuple[Row, str | None]
         refused=refused,
         own_name=place.own_name,
         matrices=matrices,
+        formats=tuple(DTYPES.get(formats.format_of(name, param, options), 0) for name in rule.state_names(place.group)),
+        master_format=0 if master is None else DTYPES[masters.DTYPES[options.master_weights or ""]],
+        draws=draws,
+        counts=draws and "step" not in rule.tensor_state_names(place.group),
+        stochastic=options.rounding == "stochastic",
+        seed=options.seed,
+        place=index,
+        first=formats.first_place(param) if draws else 0,
     )
     return row, passed_over
 

@@ -11,17 +11,19 @@ from ..row import (
     BFLOAT16,
     COLUMNS,
     FIRST_STATE,
+    FLOAT16,
     FLOAT32,
     FLOAT64,
     GRAD,
     MASTER,
     PARAM,
-    REMAINDER,
     SIZES,
     Row,
 )
 from ..tensors import is_sharded, local, same_placement
 from .memory import Memory, lies_as, memory_of, overlapping
+
+NUMBERS = (FLOAT32, FLOAT64, BFLOAT16, FLOAT16)
 
 
 class RowReader:
@@ -40,6 +42,9 @@ class RowReader:
         self.direction = memory._replace(address=row.direction_address, dtype=row.direction_dtype)
         self.sharded = is_sharded(row.param)
         self.tensor_columns = {FIRST_STATE + i for i, per_tensor in enumerate(self.per_tensor) if per_tensor}
+        # Of each of those columns the dtype of a new state; 0 where it is one number.
+        formats = iter(row.formats)
+        self.formats = [0 if per_tensor else next(formats) for _, per_tensor in rule.states] + [row.master_format]
         self.columns = [*(FIRST_STATE + i for i in range(len(rule.states))), *([MASTER] if row.master else ())]
 
     @property
@@ -69,34 +74,32 @@ class RowReader:
             or (grad.address == 0 and self.numel)
         ):
             return "grad"
-        if grad.dtype == REMAINDER or (grad.dtype == FLOAT64 and param.dtype != FLOAT64):
+        if grad.dtype not in NUMBERS or (grad.dtype == FLOAT64 and param.dtype != FLOAT64):
             return "grad"
         out[PARAM], out[GRAD] = param, grad
         if not self.names:
             return None
         if not isinstance(states, Mapping):
             return "state"
-        for name, per_tensor, column in zip(self.names, self.per_tensor, self.columns):
+        for name, per_tensor, wanted, column in zip(self.names, self.per_tensor, self.formats, self.columns):
             value = states.get(name)
             memory = memory_of(value) if per_tensor else self._memory(value)
-            if memory is None or not self._takes(memory, per_tensor, column):
+            if memory is None or not self._takes(memory, per_tensor, wanted, column):
                 return "state"
             out[column] = memory
         return None
 
-    def _takes(self, memory: Memory, per_tensor: bool, column: int) -> bool:
-        """Whether a state is what the kernels read in this column."""
+    def _takes(self, memory: Memory, per_tensor: bool, wanted: int, column: int) -> bool:
+        """Whether a state is what the kernels read in this column; ``wanted``: the dtype of a new one."""
         if memory.device != self.memory.device or (memory.address == 0 and (per_tensor or self.numel)):
             return False
         if per_tensor:
             return all(size == 1 for size in memory.shape) and memory.dtype in (FLOAT32, FLOAT64)
         if not lies_as(memory, self.memory):
             return False
-        param, found = self.memory.dtype, memory.dtype
-        if column == MASTER:
-            return found == FLOAT32 or (found == REMAINDER and param == BFLOAT16)
-        # 16-bit parameters may have wider states; others have their own dtype.
-        return found not in (FLOAT64, REMAINDER) if SIZES[param] == 2 else found == param
+        if column == MASTER or SIZES[self.memory.dtype] != 2:
+            return memory.dtype == wanted
+        return memory.dtype in NUMBERS and memory.dtype != FLOAT64  # 16-bit parameters may have other states
 
     def _memory(self, tensor: Any) -> Memory | None:
         if not self.sharded:

@@ -14,15 +14,8 @@ from ..hyperparameters import is_number, plain_number, shown
 from ..options.options import Options
 from ..parameters import Place, parameters
 from ..rule import Rule
-from . import masters
-from .states import (
-    kept_dtype,
-    like_param,
-    new_number,
-    not_begun,
-    number_of,
-    state_dtype_of,
-)
+from . import foreign, formats, masters
+from .states import REMAINDERS, like_param, new_number, not_begun, number_of
 
 SCALES = "fused_optim_scales"  # key of a state dict: factors that are not 1
 
@@ -84,6 +77,27 @@ def compare_scales(groups: Groups, rule: Rule, options: Options, state_dict: dic
         )
 
 
+def as_torch(groups: Groups, rule: Rule, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """A state dict as ``torch.optim`` would have it: codes as the float32 numbers that they stand for, and nothing of
+    what only this package keeps."""
+    states = dict(state_dict["state"])
+    for position, place in enumerate(parameters(groups)):
+        found = states.get(position)
+        if found is None:
+            continue
+        names = rule.state_names(place.group)
+        ours = {*masters.STATES, *map(formats.scale_key, names), "step"} - {*rule.tensor_state_names(place.group)}
+        state = {key: value for key, value in found.items() if key not in ours}
+        state |= {
+            name: formats.numbers_of(name, found, place.param) for name in names if formats.is_code(found.get(name))
+        }
+        if state:
+            states[position] = state
+        else:
+            del states[position]
+    return {"state": states, "param_groups": state_dict["param_groups"]}
+
+
 def as_ours(state: Any) -> Any:
     """A saved state as it would be here: with the name of a remainder of TransformerEngine's, and Python's numbers in
     place of numpy's, since torch would go through the elements even of an array that has no dimension."""
@@ -133,12 +147,17 @@ def admit(
             place = Place(index, group, position, param).name
             if state is not None and not isinstance(state, Mapping):
                 raise ValueError(f"the state of {place} in the state dict is {shown(state)}, not a dict")
+            if state:
+                try:
+                    state = state_dict["state"][key] = foreign.as_numbers(state, names)
+                except ValueError as error:
+                    raise ValueError(f"the state of {place} in the state dict: {error}") from None
             if not state or not_begun(state, rule):
                 continue
             has_master = masters.key_for(param, options.master_weights, place) is not None
-            for name in (*names, *(masters.DTYPES if has_master else ())):
+            for name in (*names, *(masters.STATES if has_master else ())):
                 if name not in state:
-                    if name in rule.late_states or name in masters.DTYPES:
+                    if name in rule.late_states or name in masters.STATES:
                         continue
                     raise ValueError(f"the state dict has no {name!r} for {place}; it has {sorted(map(str, state))}")
                 shape = tuple(getattr(state[name], "shape", ()))
@@ -146,6 +165,11 @@ def admit(
                     raise ValueError(
                         f"{name!r} of {place} has shape {shape} in the state dict, the parameter {tuple(param.shape)}"
                     )
+                if name in masters.STATES or not formats.is_code(state[name]):
+                    continue
+                reason = formats.why_scales_do_not_fit(name, state, param.shape)
+                if reason is not None:
+                    raise ValueError(f"the state of {place} in the state dict cannot be read: {reason}")
             for name in rule.tensor_state_names({**defaults, **saved}):
                 value = number_of(state, name, saved, rule.missing_step)
                 if not is_number(value) and not (value is None and name in rule.late_states):
@@ -175,17 +199,23 @@ def restore(
             state[name] = new_number(name, 0.0 if value is None else value, param)
         for name in names:
             if isinstance(saved.get(name), Tensor):
-                dtype = kept_dtype(param, saved[name].dtype)
-                if options.state_dtype is not None:
-                    dtype = state_dtype_of(param, options.state_dtype)
-                state[name] = like_param(saved[name], param, dtype)
+                chosen = formats.wanted_of(name, param, options) is not None
+                dtype = formats.format_of(name, param, options)
+                if not chosen:
+                    dtype = formats.kept_format(name, param, saved[name].dtype, options)
+                state |= formats.converted(name, saved, param, dtype)
         if options.master_weights is not None:  # one kind; the step converts the other, or builds it
             master = masters.KEYS[options.master_weights]
-            kept = master if master in saved else next((key for key in masters.DTYPES if key in saved), None)
+            kept = master if master in saved else next((key for key in masters.STATES if key in saved), None)
             if kept is not None:
-                state[kept] = like_param(saved[kept], param, saved[kept].dtype)
+                found, dtype = saved[kept], masters.DTYPES[options.master_weights]
+                if kept == master and found.dtype in REMAINDERS and found.dtype != dtype:
+                    converted = masters.converted(saved, param, options.master_weights)
+                    found = found if converted is None else converted
+                state[kept] = like_param(found, param, found.dtype)
+        left = {*masters.STATES, *map(formats.scale_key, names)}
         for name, value in saved.items():
-            if name not in state and name not in masters.DTYPES and (begun or value is not None):
+            if name not in state and name not in left and (begun or value is not None):
                 state[name] = value.clone() if isinstance(value, Tensor) else value
         if state:
             states[param] = state

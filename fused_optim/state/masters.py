@@ -5,8 +5,9 @@ parameter between two steps is seen, by comparing element by element: a master t
 counts, any other is replaced by the parameter.
 
 `param_remainder` holds the lower 16 bits of the float32 value whose upper 16 bits are the bfloat16 parameter, as a
-signed number to be added. For that the parameter is rounded to nearest with ties away from zero, and both kinds of
-master give the same run, bit for bit.
+signed number to be added, as int16. For that the parameter is rounded to nearest with ties away from zero, and both
+kinds of master give the same run, bit for bit. As int8 it holds the upper 8 of the 16: a master of 24 bits, rounded up
+or down by a random word at each step, so that what a step adds below them is not lost on average.
 """
 
 from __future__ import annotations
@@ -18,18 +19,19 @@ from torch import Tensor
 
 from ..tensors import like, local
 
-KEYS = {"float32": "master_param", "split": "param_remainder"}
-DTYPES = {"master_param": torch.float32, "param_remainder": torch.int16}
+KEYS = {"float32": "master_param", "split": "param_remainder", "split8": "param_remainder"}
+DTYPES = {"float32": torch.float32, "split": torch.int16, "split8": torch.int8}
+STATES = tuple(dict.fromkeys(KEYS.values()))
 
 
 def check_option(option: str | None) -> None:
     """Refuse another ``master_weights`` than those there are.
 
     Raises:
-        ValueError: not ``"float32"``, ``"split"`` or None.
+        ValueError: not ``"float32"``, ``"split"``, ``"split8"`` or None.
     """
     if option is not None and option not in KEYS:
-        raise ValueError(f"master_weights={option!r} is not 'float32', 'split' or None")
+        raise ValueError(f"master_weights={option!r} is not 'float32', 'split', 'split8' or None")
 
 
 def key_for(param: Tensor, option: str | None, name: str) -> str | None:
@@ -40,9 +42,10 @@ def key_for(param: Tensor, option: str | None, name: str) -> str | None:
     """
     if option is None or param.dtype not in (torch.bfloat16, torch.float16):
         return None
-    if option == "split" and param.dtype != torch.bfloat16:
+    if option != "float32" and param.dtype != torch.bfloat16:
+        kept = "the 16 bits" if option == "split" else "8 of the 16 bits"
         raise ValueError(
-            f"master_weights='split' keeps the 16 bits that a bfloat16 parameter lacks, but {name} is {param.dtype}; "
+            f"master_weights={option!r} keeps {kept} that a bfloat16 parameter lacks, but {name} is {param.dtype}; "
             "use master_weights='float32'"
         )
     return KEYS[option]
@@ -68,33 +71,48 @@ def remainder_of(value: Tensor, param: Tensor) -> Tensor:
     return torch.where(torch.isnan(value), torch.zeros_like(difference), difference).to(torch.int16)
 
 
+def remainder8_of(value: Tensor, words: Tensor) -> tuple[Tensor, Tensor]:
+    """A float32 tensor rounded to its upper 24 bits by random words: the bfloat16 parameter and the int8 remainder."""
+    nan = torch.isnan(value)
+    upper = (_bits(value) + (words & 255)) & ~255
+    param = torch.where(nan, torch.full_like(upper, 0x7FC0), (upper + 0x8000) >> 16).to(torch.int16)
+    remainder = (upper - (param.to(torch.int32) << 16)) >> 8
+    return param.view(torch.bfloat16), torch.where(nan, torch.zeros_like(remainder), remainder).to(torch.int8)
+
+
 def read(param: Tensor, state: dict[str, Tensor], key: str) -> Tensor:
     """The float32 number of each element: the master where it belongs to the parameter, elsewhere the parameter."""
     param = param.detach()
+    master = state[key]
     if key == "master_param":
-        whole = state[key]
+        whole = master
         belongs = _bits(round_ties_away(whole, param.dtype)) == _bits(param)
-    else:  # every remainder does, but for those that would make a NaN
-        whole = ((_bits(param).to(torch.int32) << 16) + state[key].to(torch.int32)).view(torch.float32)
+    elif master.dtype == torch.int16:  # every remainder does, but for those that would make a NaN
+        whole = ((_bits(param).to(torch.int32) << 16) + master.to(torch.int32)).view(torch.float32)
         belongs = ~torch.isnan(whole)
+    else:  # a NaN that a remainder of 8 bits makes is not one that it makes alone: none counts beside 0, Inf and NaN
+        whole = ((_bits(param).to(torch.int32) << 16) + (master.to(torch.int32) << 8)).view(torch.float32)
+        belongs = torch.isfinite(param) & (param != 0)
     return torch.where(belongs, whole, param.to(torch.float32))
 
 
-def write(param: Tensor, state: dict[str, Tensor], key: str, value: Tensor) -> None:
-    """Store an updated master and the parameter rounded from it."""
-    rounded = round_ties_away(value, param.dtype)
-    if key == "master_param":
-        state[key].copy_(value)
+def write(param: Tensor, state: dict[str, Tensor], key: str, value: Tensor, words: Tensor | None) -> None:
+    """Store an updated master and the parameter rounded from it; ``words``: for a remainder of 8 bits."""
+    if state[key].dtype == torch.int8:
+        assert words is not None
+        rounded, remainder = remainder8_of(value, words)
+        state[key].copy_(remainder)
     else:
-        state[key].copy_(remainder_of(value, rounded))
+        rounded = round_ties_away(value, param.dtype)
+        state[key].copy_(value if key == "master_param" else remainder_of(value, rounded))
     param.copy_(rounded)
 
 
-def build(param: Tensor, key: str) -> Tensor:
+def build(param: Tensor, option: str) -> Tensor:
     """A new master that agrees with the parameter."""
-    if key == "master_param":
+    if option == "float32":
         return torch.empty_like(param, dtype=torch.float32, requires_grad=False).copy_(param.detach())
-    return torch.zeros_like(param, dtype=torch.int16, requires_grad=False)
+    return torch.zeros_like(param, dtype=DTYPES[option], requires_grad=False)
 
 
 def rename_remainder(state: dict[str, Any]) -> None:
@@ -104,14 +122,22 @@ def rename_remainder(state: dict[str, Any]) -> None:
         state["param_remainder"] = state.pop("master_param")
 
 
-def converted(state: dict[str, Any], param: Tensor, key: str) -> Tensor | None:
-    """The master of kind ``key`` out of a state that has the other kind; None where there is none."""
+def converted(state: dict[str, Any], param: Tensor, option: str) -> Tensor | None:
+    """The master of an option out of a state that has one of another; None where there is none."""
     if param.dtype != torch.bfloat16:
         return None
-    if key == "param_remainder" and isinstance(state.get("master_param"), Tensor):
-        master = local(state["master_param"]).to(param.device)
-        return like(param, remainder_of(master, round_ties_away(master, torch.bfloat16)))
-    if key == "master_param" and isinstance(state.get("param_remainder"), Tensor):
-        remainder = local(state["param_remainder"]).to(param.device)
-        return like(param, read(local(param), {"param_remainder": remainder}, "param_remainder"))
-    return None
+    key = next((key for key in STATES if isinstance(state.get(key), Tensor)), None)
+    if key is None:
+        return None
+    found, part = local(state[key]).to(param.device), local(param).detach()
+    if option == "float32":
+        return like(param, read(part, {key: found}, key))
+    if found.dtype == torch.int8:
+        remainder = found.to(torch.int32) << 8
+    elif key == "param_remainder":
+        remainder = found.to(torch.int32)
+    else:
+        remainder = remainder_of(found, round_ties_away(found, torch.bfloat16)).to(torch.int32)
+    if option == "split8":  # to nearest, beside the parameter as it is
+        remainder = ((remainder + 128) >> 8).clamp_max(127)
+    return like(param, remainder.to(DTYPES[option]))

@@ -14,10 +14,11 @@ from ..options.options import Options
 from ..row import Row
 from ..rule import Rule
 from ..tensors import is_plain, is_sharded, local, same_placement
-from . import masters
+from . import formats, masters
 
 # Why a state is replaced that somebody has made or copied in inference mode.
 INFERENCE = "is an inference tensor, which cannot be written outside of torch.inference_mode()"
+REMAINDERS = (torch.int16, torch.int8)
 
 
 def check_memory(tensor: Tensor, what: str) -> None:
@@ -97,11 +98,16 @@ def check_grad(row: Row, group: dict[str, Any], rule: Rule, options: Options) ->
             f"the gradient of {row.name} has shape {tuple(grad.shape)}, the parameter {tuple(param.shape)}; "
             "call zero_grad() after the parameter was replaced"
         )
+    if row.draws and group["differentiable"]:
+        raise RuntimeError(
+            f"the group of {row.name} is differentiable, which rounding by random words and states of 8 bits are not; "
+            "leave out state_dtype='8bit', master_weights='split8' and rounding='stochastic'"
+        )
     check_writable(param, group, row.name)
 
 
 def check_state(row: Row, state: Any, group: dict[str, Any], rule: Rule) -> None:
-    """Refuse a state that lacks something or has another shape than its parameter.
+    """Refuse a state that lacks something, has another shape than its parameter, or codes without their scales.
 
     Raises:
         RuntimeError: the text names the parameter and the key.
@@ -128,7 +134,12 @@ def check_state(row: Row, state: Any, group: dict[str, Any], rule: Rule) -> None
                 "start it anew"
             )
         check_memory(value, f"state {name!r} of {row.name}")
-    for name in rule.tensor_state_names(group):
+        reason = formats.why_scales_do_not_fit(name, state, row.param.shape) if formats.is_code(value) else None
+        if reason is not None:
+            raise RuntimeError(
+                f"the state of {row.name} cannot be read: {reason}; delete optimizer.state[param] to start it anew"
+            )
+    for name in number_names(row, group, rule):
         value = number_of(state, name, group, rule.missing_step)
         counts = is_number(value) and getattr(value, "dtype", None) != torch.bool
         if not counts and not (value is None and name in rule.late_states):
@@ -144,7 +155,7 @@ def not_begun(state: Mapping[str, Any], rule: Rule) -> bool:
     torch's SGD keeps a momentum_buffer of None where there was no gradient yet, or no momentum; and beside a master
     weight alone there is none before momentum is switched on.
     """
-    present = {name for name, value in state.items() if value is not None and name not in masters.DTYPES}
+    present = {name for name, value in state.items() if value is not None and name not in masters.STATES}
     return bool(rule.states_of_first_step) and not present
 
 
@@ -153,6 +164,11 @@ def number_of(state: Mapping[str, Any], name: str, group: Mapping[str, Any], mis
     if name == "step" and name not in state:
         return group.get("step", missing_step or None)
     return state.get(name)
+
+
+def number_names(row: Row, group: dict[str, Any], rule: Rule) -> tuple[str, ...]:
+    """The states of one number: the rule's, and the count of steps that random words are made from."""
+    return (*rule.tensor_state_names(group), *(("step",) if row.counts else ()))
 
 
 def number_dtype(name: str, param: Tensor) -> torch.dtype:
@@ -166,18 +182,6 @@ def new_number(name: str, value: float | Tensor, param: Tensor) -> Tensor:
     if isinstance(value, Tensor):
         return local(value.detach()).to(device=param.device, dtype=dtype, copy=True).reshape(())
     return torch.full((), float(value), dtype=dtype, device=param.device)
-
-
-def state_dtype_of(param: Tensor, wanted: torch.dtype | None) -> torch.dtype:
-    """The dtype of new element states: the parameter's, or what the user wants for 16-bit parameters."""
-    return wanted if wanted is not None and param.dtype in (torch.bfloat16, torch.float16) else param.dtype
-
-
-def kept_dtype(param: Tensor, found: torch.dtype) -> torch.dtype:
-    """The dtype in which a found or loaded state is kept: its own beside 16-bit parameters, else the parameter's."""
-    if param.dtype in (torch.bfloat16, torch.float16):
-        return found if found in (torch.float32, torch.bfloat16, torch.float16) else torch.float32
-    return param.dtype
 
 
 def like_param(value: Tensor, param: Tensor, dtype: torch.dtype) -> Tensor:
@@ -202,6 +206,21 @@ def why_not_usable(state: Tensor, param: Tensor, dtype: torch.dtype) -> str | No
     if is_expanded(state):
         return "is expanded: several of its elements are one number in memory"
     return INFERENCE if local(state).is_inference() else None
+
+
+def why_scale_not_usable(scale: Tensor, param: Tensor) -> str | None:
+    """The same for the scales of a state's codes."""
+    if scale.device != param.device:
+        return f"has scales on {scale.device}, the parameter is on {param.device}"
+    if is_sharded(param):
+        mesh, placements = param.device_mesh, param.placements  # type: ignore[attr-defined]
+        if not is_sharded(scale) or (scale.device_mesh, scale.placements) != (mesh, placements):  # type: ignore[attr-defined]
+            return "has scales in other processes than the parameter"
+    if not local(scale).is_contiguous():
+        return "has scales that do not lie in their order"
+    return (
+        "has scales that cannot be written outside of torch.inference_mode()" if local(scale).is_inference() else None
+    )
 
 
 def is_expanded(tensor: Tensor) -> bool:
@@ -229,7 +248,7 @@ def repair_state(
     param = row.param
     state = all_states.get(param, {})
     replaced: list[tuple[str, str]] = []
-    for name in rule.tensor_state_names(group):
+    for name in number_names(row, group, rule):
         value = number_of(state, name, group, 0.0 if not_begun(state, rule) else rule.missing_step)
         if not isinstance(state.get(name), Tensor):
             state[name] = new_number(name, 0.0 if value is None else value, param)
@@ -239,20 +258,27 @@ def repair_state(
         if reason is not None:
             replaced.append((name, reason))
             state[name] = new_number(name, value, param)
+    names = [*number_names(row, group, rule)]
     for name in rule.state_names(group):
         value = state.get(name)
         if value is None:
-            dtype = state_dtype_of(param, options.state_dtype)
-            state[name] = torch.zeros_like(param, dtype=dtype, requires_grad=False)
-            continue
-        reason = why_not_usable(value, param, kept_dtype(param, value.dtype))
-        if reason is not None:
-            replaced.append((name, reason))
-            state[name] = like_param(value, param, kept_dtype(param, value.dtype))
-    names = [*rule.tensor_state_names(group), *rule.state_names(group)]
-    if row.master is not None:
+            state |= formats.new_state(param, name, formats.format_of(name, param, options))
+        else:
+            kept = formats.kept_format(name, param, value.dtype, options)
+            reason = why_not_usable(value, param, kept)
+            if reason is None and formats.is_code(value):
+                reason = why_scale_not_usable(state[formats.scale_key(name)], param)
+            if reason is not None:
+                replaced.append((name, reason))
+                state |= formats.converted(name, state, param, kept)
+        if formats.is_code(state[name]):
+            names.append(formats.scale_key(name))
+        else:
+            state.pop(formats.scale_key(name), None)
+        names.append(name)
+    if row.master is not None and options.master_weights is not None:
         names.append(row.master)
-        reason = repair_master(param, state, row.master)
+        reason = repair_master(param, state, row.master, options.master_weights)
         if reason is not None:
             replaced.append((row.master, reason))
     for name in names:
@@ -267,18 +293,19 @@ def repair_state(
     return replaced
 
 
-def repair_master(param: Tensor, state: dict[str, Any], key: str) -> str | None:
-    """Create a master weight, of the other kind if a checkpoint has left that; or replace it, and say why."""
+def repair_master(param: Tensor, state: dict[str, Any], key: str, option: str) -> str | None:
+    """Create a master weight, of another kind if a checkpoint has left that; or replace it, and say why."""
     masters.rename_remainder(state)
-    master, dtype, reason = state.get(key), masters.DTYPES[key], None
-    if not isinstance(master, Tensor) or master.shape != param.shape:
-        master = masters.converted(state, param, key)
-        state[key] = masters.build(param, key) if master is None else like_param(master, param, dtype)
+    master, dtype, reason = state.get(key), masters.DTYPES[option], None
+    is_there = isinstance(master, Tensor) and master.shape == param.shape
+    if not isinstance(master, Tensor) or not is_there or (master.dtype in REMAINDERS and master.dtype != dtype):
+        master = masters.converted(state, param, option)
+        state[key] = masters.build(param, option) if master is None else like_param(master, param, dtype)
     else:
         reason = why_not_usable(master, param, dtype)
         if reason is not None:
             state[key] = like_param(master, param, dtype)
-    for other in masters.DTYPES:
+    for other in masters.STATES:
         if other != key:
             state.pop(other, None)
     return reason

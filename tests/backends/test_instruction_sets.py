@@ -25,6 +25,7 @@ from cases import (
     each_adam,
     each_adam_variant,
     each_dtype,
+    each_kind,
     new_grad,
     new_params,
     set_grads,
@@ -85,6 +86,26 @@ def test_instruction_sets_give_the_same_bits(
         assert extension._C is not None
         assert extension._C.cpu_capability() == name
         results.append(run(case, variant, dtype))
+    for other in results[1:]:
+        assert_same_results(results[0], other)
+
+
+@each_kind
+@each_dtype
+def test_instruction_sets_and_threads_draw_alike(
+    case: Case, dtype: torch.dtype, capability: Callable[[str], None], threads: Callable[[int], None]
+) -> None:
+    """Codes and random words, in rows of several tasks and such that share one."""
+    shapes = ((64, 96), (31, 32), (200, 33), (512, 800), (300_001,))
+    options: dict[str, Any] = {"state_dtype": "8bit", "rounding": "stochastic", "seed": 9}
+    if dtype == torch.bfloat16:
+        options["master_weights"] = "split8"
+    results = []
+    for name in CAPABILITIES:
+        for count in (1, 3):
+            capability(name)
+            threads(count)
+            results.append(run(case, "default", dtype, shapes, 2, **options))
     for other in results[1:]:
         assert_same_results(results[0], other)
 

@@ -236,8 +236,7 @@ def test_a_group_key_of_timm_is_marked() -> None:
     [
         (torch.float32, {"master_weights": "split"}, "master_weights='split'"),
         (torch.float64, {"master_weights": "float32"}, "master_weights='float32'"),
-        (torch.float32, {"state_dtype": torch.bfloat16}, "state_dtype=torch.bfloat16"),
-        (torch.float32, {"state_dtype": torch.float32}, None),
+        (torch.float32, {"state_dtype": torch.bfloat16}, None),
         (torch.bfloat16, {"master_weights": "split"}, None),
         (torch.bfloat16, {"state_dtype": torch.bfloat16}, None),
     ],

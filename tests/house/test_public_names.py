@@ -21,6 +21,8 @@ OURS = {
     "grad_clip": None,
     "master_weights": None,
     "state_dtype": None,
+    "rounding": "nearest",
+    "seed": 0,
 }
 
 

@@ -53,7 +53,7 @@ def whole(optimizer: Any) -> list[Tensor]:
     found = []
     for param in params_of(optimizer):
         state = optimizer.state[param]
-        (key,) = set(state) & set(masters.DTYPES)
+        (key,) = set(state) & set(masters.STATES)
         found.append(masters.read(param, state, key))
     return found
 
@@ -556,4 +556,4 @@ def test_masters_survive_a_checkpoint(saved: str, loaded: str, model_first: bool
     for one, two in zip(whole(optimizer), whole(other), strict=True):
         assert_same_bits(one, two)
     for param in params_of(other):
-        assert set(other.state[param]) & set(masters.DTYPES) == {masters.KEYS[loaded]}
+        assert set(other.state[param]) & set(masters.STATES) == {masters.KEYS[loaded]}
