@@ -184,14 +184,14 @@ constexpr int blocks_at_once(Pass pass, int states) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
   return 2;  // what is the same for a warp takes every thread's registers there
 #endif
-  return sizeof(T) == 8 || pass != Pass::update || states > 2 ? 2 : 3;
+  return sizeof(T) == 8 || pass != Pass::update || states > 2 ? 2 : FO_BLOCKS;
 }
 
 // Vectors of each column that a thread asks for before it waits. The memory of an H200 is busy where each
 // multiprocessor has asked for 48 KB, that of an H100 with 32 KB.
 template <class T, class L>
 constexpr int vectors_in_flight(Pass pass, int states) {
-  constexpr int kBytesInFlight = 48 * 1024;
+  constexpr int kBytesInFlight = FO_KB_IN_FLIGHT * 1024;
   const int bytes = L::kParamBytes + (pass == Pass::move ? 0 : L::kGradBytes) + states * L::kStateBytes;
   const int of_one = blocks_at_once<T>(pass, states) * kThreads * bytes * L::kVector;
   int count = 1;  // a power of 2, as what a tile has is

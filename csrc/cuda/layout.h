@@ -14,21 +14,16 @@
 #include <cstdint>
 #include <vector>
 
+#include "cuda/tuning.h"
 #include "prepare.h"
 #include "row.h"
-
-// Pieces of a row, at most. The tests of the kernels on a host take few, so that a row need not be huge to
-// have pieces of several chunks.
-#if !defined(FO_MOST_PIECES)
-#define FO_MOST_PIECES 4096
-#endif
 
 namespace fused_optim {
 
 constexpr int kWarp = 32;
 constexpr int kWarpsPerBlock = 8;
 constexpr int kThreads = kWarp * kWarpsPerBlock;
-constexpr int kTile = 1024;
+constexpr int kTile = FO_TILE;
 constexpr int kChunk = 32 * 1024;
 constexpr int kSummedByWarp = 4 * 1024;
 constexpr int kMostPieces = FO_MOST_PIECES;

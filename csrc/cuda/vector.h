@@ -13,6 +13,7 @@
 #include <type_traits>
 
 #include "cuda/quick_float.h"
+#include "cuda/tuning.h"
 #include "prepare.h"
 #include "row.h"
 #include "storage.h"
@@ -45,8 +46,8 @@ struct BitsOf<16> {
 template <Reuse kReuse, class Value>
 FO_DEVICE Value load_global(const void* address) {
   using Bits = typename BitsOf<sizeof(Value)>::type;
-  const Bits bits = kReuse == Reuse::soon ? __ldca(static_cast<const Bits*>(address))
-                                          : __ldcs(static_cast<const Bits*>(address));
+  const Bits bits = kReuse == Reuse::soon || !FO_STREAMING ? __ldca(static_cast<const Bits*>(address))
+                                                           : __ldcs(static_cast<const Bits*>(address));
   Value value;
   __builtin_memcpy(&value, &bits, sizeof value);
   return value;
@@ -57,7 +58,7 @@ FO_DEVICE void store_global(void* address, const Value& value) {
   using Bits = typename BitsOf<sizeof(Value)>::type;
   Bits bits;
   __builtin_memcpy(&bits, &value, sizeof value);
-  if constexpr (kReuse == Reuse::soon) {
+  if constexpr (kReuse == Reuse::soon || !FO_STREAMING) {
     __stwb(static_cast<Bits*>(address), bits);
   } else {
     __stcs(static_cast<Bits*>(address), bits);
