@@ -33,6 +33,7 @@ class Case:
     theirs: Callable[[], Stepper]
     default_device: str | None = None  # torch.set_default_device while stepping
     bytes_per_element: int | None = None  # what the memory must move at least, where that is the limit
+    cold: bool = False  # before each step the caches are used for other things, as a training does
 
 
 def new_groups(groups: int, tensors: int, numel: int, dtype: torch.dtype = torch.float32) -> Groups:
@@ -52,7 +53,13 @@ def elements_of(optimizer: Any) -> int:
 
 
 def adamw(
-    name: str, groups: int, tensors: int, numel: int, dtype: torch.dtype = torch.float32, device: str | None = None
+    name: str,
+    groups: int,
+    tensors: int,
+    numel: int,
+    dtype: torch.dtype = torch.float32,
+    device: str | None = None,
+    cold: bool = False,
 ) -> Case:
     def make() -> Groups:
         return new_groups(groups, tensors, numel, dtype)
@@ -63,6 +70,7 @@ def adamw(
         lambda: fused_optim.AdamW(make()),
         lambda: torch.optim.AdamW(make(), fused=True),
         device,
+        cold=cold,
     )
 
 
@@ -193,6 +201,9 @@ CASES = {
         adamw("150 tensors, 1 group, default device set", 1, 150, 16, device="cpu"),
         adamw("465 groups of 1 tensor, default device set", 465, 1, 16, device="cpu"),
         adamw("1000 tensors, 50 groups, default device set", 50, 20, 16, device="cpu"),
+        adamw("150 tensors, 1 group, cold caches", 1, 150, 16, cold=True),
+        adamw("1000 tensors, 50 groups, cold caches", 50, 20, 16, cold=True),
+        adamw("1500 tensors, 1 group, cold caches", 1, 1500, 16, cold=True),
         adamw("8 x 8M float32", 1, 8, 8_000_000),
         adamw("8 x 8M bfloat16", 1, 8, 8_000_000, torch.bfloat16),
         Case("8 x 8M float32, global-norm clip", "clip_grad_norm_ + torch.optim.AdamW(fused=True)", clipped, Clipped),

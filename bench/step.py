@@ -21,6 +21,15 @@ def seconds_of(step: Callable[[], Any], repeats: int) -> float:
     return (time.perf_counter() - start) / repeats
 
 
+OTHER_BYTES = 64 * 1024 * 1024  # touched before a cold step
+
+
+def cold_seconds_of(step: Callable[[], Any], other: torch.Tensor) -> float:
+    """Of one step after the caches have been used for other things."""
+    other.add_(1.0)
+    return seconds_of(step, 1)
+
+
 def copy_seconds(elements: int) -> Callable[[], float]:
     """A copy of one float32 column, into memory that is there: 8 bytes an element."""
     source, target = torch.ones(elements), torch.ones(elements)
@@ -36,6 +45,7 @@ def time_half(case: Case, rounds: int, ours_first: bool) -> tuple[list[tuple[flo
     elements = elements_of(ours)
     # Blocks of steps, as timeit makes them: the figure is the step's own cost, not that of the caches between.
     repeats = max(1, 320_000 // elements)
+    other = torch.ones(OTHER_BYTES // 4) if case.cold else None
     copy = None if case.bytes_per_element is None else copy_seconds(elements)
     both = (ours, theirs) if ours_first else (theirs, ours)
     measured = []
@@ -44,7 +54,12 @@ def time_half(case: Case, rounds: int, ours_first: bool) -> tuple[list[tuple[flo
         for optimizer in both:
             seconds_of(optimizer.step, 3)
         for _ in range(rounds):
-            seconds = {id(optimizer): seconds_of(optimizer.step, repeats) for optimizer in both}
+            seconds = {
+                id(optimizer): seconds_of(optimizer.step, repeats)
+                if other is None
+                else cold_seconds_of(optimizer.step, other)
+                for optimizer in both
+            }
             measured.append((seconds[id(ours)], seconds[id(theirs)], copy() if copy is not None else 0.0))
     finally:
         torch.set_default_device(None)
