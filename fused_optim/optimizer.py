@@ -42,6 +42,9 @@ from .state.readiness import make_ready
 from .tensors import is_flattened, lasting
 from .trust_ratio import TrustRatio
 
+# No rows, or no groups.
+NOTHING: dict[int, Any] = {}
+
 
 class Kept:
     """What an optimizer keeps between steps. It is made once and never replaced: wrappers that copy an optimizer's
@@ -314,25 +317,19 @@ class FusedOptimizer(Rule, torch.optim.Optimizer):
         self._step()
 
     def _step(self) -> None:
-        if not self._kept.stepping.acquire(blocking=False):
-            raise RuntimeError("step() of one optimizer was called from two threads at once")
-        try:
-            self._step_alone()
-        finally:
-            self._kept.stepping.release()
-
-    def _step_alone(self) -> None:
         """One step of every row that has a gradient. Until `apply`, nothing is written but new states."""
         kept, scale, eager = self._kept, LossScale.of(self), NO_STEPS
-        plan = kept.plan or self._new_plan()
-        if plan.waits and scale.stops():  # what only one device steps reads found_inf there
-            return
-        # A torch function mode, as torch.set_default_device sets one, would make reading `.grad` 20 times slower.
-        with torch._C.DisableTorchFunction():
-            try:
+        if not kept.stepping.acquire(False):
+            raise RuntimeError("step() of one optimizer was called from two threads at once")
+        try:
+            asked = (kept.plan or self._new_plan()).waits
+            if asked and scale.stops():  # what only one device steps reads found_inf there
+                return
+            # A torch function mode, as torch.set_default_device sets one, would make reading `.grad` 20 times slower.
+            with torch._C.DisableTorchFunction():
                 plan, rows, groups = self._ready()
                 waits = plan.waits or bool(rows)
-                if waits and scale.stops():
+                if waits and not asked and scale.stops():
                     return
                 step = plan.new_step(scale, kept.options.clip, waits=waits)
                 if rows:
@@ -349,24 +346,26 @@ class FusedOptimizer(Rule, torch.optim.Optimizer):
                         scale.found()
                         return
                 self._update(plan, step, eager, scale)
-            finally:  # nothing of the parameters and gradients that the refresh has found is held any longer
-                if kept.plan is not None:
-                    kept.plan.native.release()
-                if eager is not NO_STEPS:
-                    eager.close()
+        finally:  # nothing of the parameters and gradients that the refresh has found is held any longer
+            if kept.plan is not None:
+                kept.plan.native.release()
+            if eager is not NO_STEPS:
+                eager.close()
+            kept.stepping.release()
 
     def _update(self, plan: BuiltPlan, step: Step, eager: EagerSteps, scale: LossScale) -> None:
         """The part of a step that writes."""
+        native = plan.native
         if eager is not NO_STEPS:
             eager.step(step.global_norm or 0.0, plan.shards.values())
-        if plan.buffers and plan.native.captured():
-            self._kept.captures.append((plan, plan.native.written(), [buffers.alive for buffers in plan.buffers]))
+        if plan.buffers and native.captured():
+            self._kept.captures.append((plan, native.written(), [buffers.alive for buffers in plan.buffers]))
         if plan.directions is not None:
             step.exchange = plan.directions
-        plan.native.apply(step)
+        native.apply(step)
         if eager is not NO_STEPS:
             eager.finish()
-        written = plan.native.written()
+        written = native.written()
         grad_norm: float | Tensor | None = None
         if step.clip.kind == GLOBAL_NORM:
             grad_norm = plan.buffers[0].grad_norm if step.global_norm is None else step.global_norm
@@ -411,7 +410,7 @@ class FusedOptimizer(Rule, torch.optim.Optimizer):
         if plan.buffers and plan.native.captured():
             plan.check_capture(found, self.param_groups, self)
         if not found:
-            return plan, {}, {}
+            return plan, NOTHING, NOTHING
         rows = [plan.rows[index] for index, _ in found]
         groups = {row.group: {**self.defaults, **self.param_groups[row.group]} for row in rows}
         make_ready(rows, groups, self.state, self, self.options, self.defaults, self._kept.log)
