@@ -76,11 +76,13 @@ std::unique_ptr<Plan> make_plan(const py::list& rules, const py::list& rows, con
                                 const py::object& exchange_api, const py::object& kind_of,
                                 const py::object& same_placement, const py::object& describe,
                                 const py::object& current_stream, const py::object& negative_bit,
-                                const py::object& make_room, const py::object& trust_ratio,
-                                const py::dict& limits, const py::object& check) {
+                                const py::object& tensor_shim, const py::object& make_room,
+                                const py::object& trust_ratio, const py::dict& limits,
+                                const py::object& check) {
   auto plan = std::make_unique<Plan>();
   if (!plan->open(exchange_api.ptr(), kind_of.ptr(), same_placement.ptr(), describe.ptr(),
-                  current_stream.ptr(), negative_bit.ptr(), make_room.ptr(), requested_kernels()) ||
+                  current_stream.ptr(), negative_bit.ptr(), tensor_shim.ptr(), make_room.ptr(),
+                  requested_kernels()) ||
       !plan->build(rules.ptr(), rows.ptr(), triton_rows.ptr(), defaults.ptr(), structural.ptr(),
                    trust_ratio.ptr(), limits.ptr(), check.ptr())) {
     throw py::error_already_set();
@@ -135,8 +137,8 @@ PYBIND11_MODULE(_C, module) {
            py::arg("triton_rows") = py::list(), py::arg("defaults"), py::arg("structural"),
            py::arg("exchange_api"), py::arg("kind_of"), py::arg("same_placement"), py::arg("describe"),
            py::arg("current_stream") = py::none(), py::arg("negative_bit") = py::none(),
-           py::arg("make_room") = py::none(), py::arg("trust_ratio") = py::none(),
-           py::arg("limits") = py::dict(), py::arg("check") = py::none())
+           py::arg("tensor_shim") = py::none(), py::arg("make_room") = py::none(),
+           py::arg("trust_ratio") = py::none(), py::arg("limits") = py::dict(), py::arg("check") = py::none())
       .def("refresh",
            [](Plan& plan, const py::object& param_groups, const py::object& state) {
              return owned(plan.refresh(param_groups.ptr(), state.ptr()));

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from .plan.step import Step
 from .row import Row
-from .tensors import NegativeBit
+from .tensors import NegativeBit, TensorShim
 from .trust_ratio import TrustRatio
 
 class Plan:
@@ -23,6 +23,7 @@ class Plan:
         describe: Callable[[Tensor], tuple[int, int, int, int, int, tuple[int, ...], tuple[int, ...]] | None],
         current_stream: Callable[[int], int] | None = None,
         negative_bit: NegativeBit | None = None,
+        tensor_shim: TensorShim | None = None,
         make_room: Callable[[], None] | None = None,
         trust_ratio: Callable[[dict[str, Any]], TrustRatio | None] | None = None,
         limits: dict[str, tuple[float, float]] = ...,

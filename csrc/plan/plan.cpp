@@ -6,12 +6,13 @@
 namespace fused_optim {
 
 bool Plan::open(PyObject* exchange_api, PyObject* kind_of, PyObject* same_placement, PyObject* describe,
-                PyObject* current_stream, PyObject* negative_bit, PyObject* make_room,
+                PyObject* current_stream, PyObject* negative_bit, PyObject* tensor_shim, PyObject* make_room,
                 const CpuKernels* kernels) {
   kernels_ = kernels;
   Py_INCREF(make_room);
   make_room_ = make_room;
-  return reader_.open(exchange_api, kind_of, same_placement, describe, current_stream, negative_bit);
+  return reader_.open(exchange_api, kind_of, same_placement, describe, current_stream, negative_bit,
+                      tensor_shim);
 }
 
 bool Plan::build(PyObject* rules, PyObject* rows, PyObject* triton_rows, PyObject* defaults,
@@ -82,7 +83,7 @@ PyObject* Plan::refresh(PyObject* param_groups, PyObject* state) {
     PyObject** items = PySequence_Fast_ITEMS(params);
     for (const size_t end = r + group_reader_.row_count(g); r < end; ++r) {
       HostRow& host = hosts_[r];
-      if (*items++ != host.param || !RowReader::is_alive(host) || Py_TYPE(host.param) != host.type) {
+      if (*items++ != host.param || row_reader_.any_has_died() || Py_TYPE(host.param) != host.type) {
         leave(nullptr);
         Py_RETURN_NONE;
       }

@@ -37,7 +37,8 @@ class Plan {
   // make_room: None, or called where a device has no memory left: gives back what torch holds and does not
   // use.
   bool open(PyObject* exchange_api, PyObject* kind_of, PyObject* same_placement, PyObject* describe,
-            PyObject* current_stream, PyObject* negative_bit, PyObject* make_room, const CpuKernels* kernels);
+            PyObject* current_stream, PyObject* negative_bit, PyObject* tensor_shim, PyObject* make_room,
+            const CpuKernels* kernels);
 
   // rules: the rule's name of each group. rows: the Row (fused_optim/row.py) of each parameter, in the order
   // of the groups. triton_rows: for each device the indices of its rows that Triton steps; this plan only

@@ -1,5 +1,6 @@
 #include "plan/rows.h"
 
+#include <memory>
 #include <unordered_map>
 
 #include "codec.h"
@@ -26,7 +27,27 @@ bool holds_whole_groups(const TensorView& view) {
   return view.ndim > 0 && expected % kGroup == 0;
 }
 
+// Notes the death of a parameter where the plan looks.
+PyObject* note_death(PyObject* capsule, PyObject*) {
+  *static_cast<bool*>(PyCapsule_GetPointer(capsule, nullptr)) = true;
+  Py_RETURN_NONE;
+}
+
+PyMethodDef note_death_method{"note_death", note_death, METH_O, nullptr};
+
 }  // namespace
+
+// Its memory is the capsule's: a weak reference that somebody else has found may outlive the plan.
+PyObject* RowReader::death_callback() {
+  if (death_callback_ != nullptr) return death_callback_;
+  auto has_died = std::make_unique<bool>(false);
+  const Owned capsule(PyCapsule_New(has_died.get(), nullptr, [](PyObject* object) {
+    delete static_cast<bool*>(PyCapsule_GetPointer(object, nullptr));
+  }));
+  if (!capsule) return nullptr;
+  has_died_ = has_died.release();
+  return death_callback_ = PyCFunction_New(&note_death_method, capsule.get());
+}
 
 bool RowReader::add(PyObject* object, HostRow& host, Row& row) {
   static PyObject* const group = intern("group");
@@ -116,21 +137,12 @@ bool RowReader::add(PyObject* object, HostRow& host, Row& row) {
     for (int i = 0; i < view.ndim; ++i) row.numel *= view.shape[i];
     host.holds_groups = row.numel == 0 || holds_whole_groups(view);
   }
+  PyObject* const callback = death_callback();
+  if (callback == nullptr) return false;
   host.param = param;
-  host.param_ref = PyWeakref_NewRef(param, nullptr);
+  host.param_ref = PyWeakref_NewRef(param, callback);
   if (host.param_ref == nullptr) return false;
   return true;
-}
-
-bool RowReader::is_alive(const HostRow& host) {
-#if PY_VERSION_HEX >= 0x030D0000
-  PyObject* param = nullptr;
-  const bool alive = PyWeakref_GetRef(host.param_ref, &param) == 1;
-  Py_XDECREF(param);
-  return alive;
-#else
-  return PyWeakref_GET_OBJECT(host.param_ref) == host.param;
-#endif
 }
 
 // torch's getter called directly: 15 ns less than through the attribute lookup.
@@ -200,6 +212,7 @@ const char* RowReader::read_states(HostRow& host, Row& row, PyObject* state) {
   if (rule.state_names.empty() && host.master_key == nullptr && !host.counts) return nullptr;
   PyObject* states = find_state(host, state);
   if (states == nullptr || !PyDict_Check(states)) return "state";
+  reader_.pass_dict(states);
   Py_ssize_t position = 0;
   bool in_order = true;
   const auto next = [&](PyObject* name) -> PyObject* {
@@ -330,6 +343,7 @@ void RowReader::locate_states(PyObject* state) {
 
 int RowReader::traverse(visitproc visit, void* arg) const {
   for (PyObject* spec : specs_) Py_VISIT(spec);
+  Py_VISIT(death_callback_);
   return 0;
 }
 
@@ -337,6 +351,8 @@ void RowReader::clear() {
   std::vector<PyObject*> specs;
   specs.swap(specs_);
   for (PyObject* spec : specs) Py_XDECREF(spec);
+  has_died_ = nullptr;
+  Py_CLEAR(death_callback_);
 }
 
 }  // namespace fused_optim

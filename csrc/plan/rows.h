@@ -14,7 +14,7 @@ namespace fused_optim {
 // What the host knows of a row beside the numbers that kernels read.
 struct HostRow {
   PyObject* param = nullptr;                   // borrowed, and compared only, unless it is held
-  PyObject* param_ref = nullptr;               // weak: says whether that still is the parameter
+  PyObject* param_ref = nullptr;               // weak: tells the reader when the parameter dies
   PyObject* grad = nullptr;                    // held from refresh() to release(), and
   bool held = false;                           // so is the parameter, if it has one
   PyTypeObject* type = nullptr;                // of the parameter; borrowed, compared only
@@ -44,10 +44,13 @@ class RowReader {
   bool add(PyObject* object, HostRow& host, Row& row);
 
   // A new refresh.
-  void begin() { states_located_ = false; }
+  void begin() {
+    states_located_ = false;
+    reader_.begin();
+  }
 
-  // Whether the row's parameter lives: another one may have its address.
-  static bool is_alive(const HostRow& host);
+  // Whether a parameter has died: another one may have its address.
+  bool any_has_died() const { return has_died_ != nullptr && *has_died_; }
 
   // A new reference; null with a Python error set.
   static PyObject* grad_of(const HostRow& host);
@@ -75,13 +78,16 @@ class RowReader {
   void put(uint64_t& address, uint64_t found);
   PyObject* find_state(HostRow& host, PyObject* state);
   void locate_states(PyObject* state);
+  PyObject* death_callback();
   bool read_column(const HostRow& host, int column, PyObject* object, TensorView& view);
   bool same_layout(const HostRow& host, const TensorView& view) const;
 
   TensorReader& reader_;
   std::vector<HostRow>& hosts_;
   std::vector<int64_t> layouts_;
-  std::vector<PyObject*> specs_;  // of the DTensors that sharded rows have accepted: kColumns a row
+  std::vector<PyObject*> specs_;        // of the DTensors that sharded rows have accepted: kColumns a row
+  PyObject* death_callback_ = nullptr;  // of all weak references
+  const bool* has_died_ = nullptr;      // what it writes
   bool written_moved_ = false;
   bool states_located_ = false;
 };

@@ -43,6 +43,38 @@ bool read_negative_bit(PyObject* object, NegativeBit& out) {
   return attributes.good();
 }
 
+template <class Function>
+void read_function(Attributes& attributes, const char* name, Function& out) {
+  uint64_t address = 0;
+  attributes.read(intern(name), address);
+  out = reinterpret_cast<Function>(address);
+}
+
+bool read_shim(PyObject* object, TensorShim& out) {
+  Attributes attributes(object);
+  attributes.read(intern("handle"), out.handle);
+  attributes.read(intern("storage"), out.storage);
+  attributes.read(intern("strided"), out.strided);
+  attributes.read(intern("cpu"), out.cpu);
+  attributes.read(intern("cuda"), out.cuda);
+  read_function(attributes, "dtype", out.dtype);
+  read_function(attributes, "device_type", out.device_type);
+  read_function(attributes, "device_index", out.device_index);
+  read_function(attributes, "dim", out.dim);
+  read_function(attributes, "storage_size", out.storage_size);
+  read_function(attributes, "data_ptr", out.data_ptr);
+  read_function(attributes, "sizes", out.sizes);
+  read_function(attributes, "strides", out.strides);
+  attributes.read(intern("dtypes"), [&](PyObject* numbers) {
+    char* bytes;
+    Py_ssize_t count;
+    if (PyBytes_AsStringAndSize(numbers, &bytes, &count) != 0) return;
+    for (Py_ssize_t i = 0; i < count; ++i) out.dtypes.push_back(static_cast<DType>(bytes[i]));
+  });
+  read_function(attributes, "layout", out.layout);
+  return attributes.good();
+}
+
 }  // namespace
 
 bool known_exchange_api(PyObject* capsule, const dlpack::ExchangeApi*& api) {
@@ -58,9 +90,10 @@ bool known_exchange_api(PyObject* capsule, const dlpack::ExchangeApi*& api) {
 }
 
 bool TensorReader::open(PyObject* capsule, PyObject* kind_of, PyObject* same_placement, PyObject* describe,
-                        PyObject* current_stream, PyObject* negative_bit) {
+                        PyObject* current_stream, PyObject* negative_bit, PyObject* tensor_shim) {
   if (!known_exchange_api(capsule, api_)) return false;
   if (negative_bit != Py_None && !read_negative_bit(negative_bit, negative_bit_)) return false;
+  if (tensor_shim != Py_None && !read_shim(tensor_shim, shim_)) return false;
   Py_INCREF(kind_of);
   kind_of_ = kind_of;
   Py_INCREF(same_placement);
@@ -119,7 +152,34 @@ int TensorReader::same_placement(PyObject* spec, PyObject* other) const {
   return truth;
 }
 
+// False: the shim has no answer, or none without an exception within torch: the tensor is not strided.
+bool TensorReader::read_by_shim(PyObject* object, TensorView& view) {
+  const auto* const start = reinterpret_cast<const char*>(object);
+  const char* const tensor = start + shim_.handle;
+  const char *impl, *storage;
+  std::memcpy(&impl, tensor, sizeof impl);
+  std::memcpy(&storage, impl + shim_.storage, sizeof storage);
+  trail_.pass({start, impl, storage});
+  int32_t layout, dtype, device, index = 0;
+  int64_t size, dim;
+  if (shim_.layout(tensor, &layout) != 0 || layout != shim_.strided) return false;
+  if (shim_.device_type(tensor, &device) != 0 || (device != shim_.cpu && device != shim_.cuda)) return false;
+  if (shim_.dtype(tensor, &dtype) != 0 || shim_.dim(tensor, &dim) != 0 ||
+      shim_.storage_size(tensor, &size) != 0 || shim_.data_ptr(tensor, &view.address) != 0 ||
+      shim_.sizes(tensor, &view.shape) != 0 || shim_.strides(tensor, &view.strides) != 0 ||
+      (device == shim_.cuda && shim_.device_index(tensor, &index) != 0)) {
+    return false;
+  }
+  if (size == 0) view.address = 0;  // memory that was taken away: the offset alone would be left
+  view.device = {device == shim_.cpu ? dlpack::kCPU : dlpack::kCUDA, index};
+  const auto number = static_cast<size_t>(dtype);
+  view.dtype = number < shim_.dtypes.size() ? shim_.dtypes[number] : DType::none;
+  view.ndim = static_cast<int32_t>(dim);
+  return true;
+}
+
 bool TensorReader::read_plain(PyObject* object, TensorView& view) {
+  if (shim_.layout != nullptr && read_by_shim(object, view)) return !is_negative(object);
   if (api_ == nullptr) return read_slowly(object, view);
   dlpack::Tensor tensor;
   if (api_->dltensor_from_py_object_no_sync(object, &tensor) != 0) {

@@ -29,6 +29,7 @@ from ..tensors import (
     make_room,
     negative_bit,
     same_placement,
+    tensor_shim,
 )
 from ..trust_ratio import TrustRatio
 from .built_plan import BuiltPlan, is_on_device, rows_on_devices
@@ -210,6 +211,7 @@ def make_plan(
             current_stream=current_stream,
             make_room=make_room,
             negative_bit=negative_bit(),
+            tensor_shim=tensor_shim(),
             trust_ratio=trust_ratio,
             limits=LIMITS,
             check=check,

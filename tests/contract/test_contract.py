@@ -47,6 +47,7 @@ from torch.optim.optimizer import (
 )
 
 import fused_optim
+from fused_optim.plan import planner
 
 FEW = [(5,), (3, 4), ()]
 
@@ -915,11 +916,12 @@ def test_two_optimizers_in_two_threads(case: Case, backend: str) -> None:
 def test_torch_without_the_exchange_api(
     case: Case, dtype: torch.dtype, backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Torch before 2.10: addresses come by a Python callable, and the bits are the same."""
+    """Torch before 2.10, and without the C shim: addresses come by a Python callable, and the bits are the same."""
     params = new_params(dtype, device=device_of(backend))
     optimizer = case.make(params, "all", backend=backend)
     train(optimizer, params, 3)
     monkeypatch.delattr(torch.Tensor, "__dlpack_c_exchange_api__")
+    monkeypatch.setattr(planner, "tensor_shim", lambda: None)
     twins = new_params(dtype, device=device_of(backend))
     other = case.make(twins, "all", backend=backend)
     train(other, twins, 3)
@@ -930,6 +932,7 @@ def test_torch_without_the_exchange_api(
 @each_kind
 def test_odd_layouts_without_the_exchange_api(case: Case, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(torch.Tensor, "__dlpack_c_exchange_api__")
+    monkeypatch.setattr(planner, "tensor_shim", lambda: None)
     results = []
     for choice in (backend, "eager"):
         base = torch.linspace(-1, 1, 64).view(8, 8)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -295,6 +297,93 @@ def test_a_plan_that_does_not_know_where_the_negation_is(monkeypatch: pytest.Mon
         one.step()
         other.step()
     assert_same_snapshots(snapshot(one), snapshot(other))
+
+
+def test_torchs_shim_says_of_every_tensor_what_python_does() -> None:
+    shim = tensors.tensor_shim()
+    assert shim is not None
+    assert shim.storage != 0
+    functions = {
+        name: ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.c_void_p, ctypes.c_void_p)(getattr(shim, name))
+        for name in tensors.SHIM_FUNCTIONS
+    }
+    for dtype in (*DTYPES, torch.int16):
+        for base in (torch.zeros(()), torch.zeros(1, 3), torch.zeros(3, 4, 5), torch.zeros((1,) * 9)):
+            tensor = base.to(dtype)
+            for one in (
+                tensor,
+                Parameter(tensor, requires_grad=False),
+                tensor.reshape(-1)[1:],
+                torch._neg_view(tensor),
+            ):
+                if one.untyped_storage().nbytes():
+                    assert tensors._answers(functions, one, shim)
+    assert shim == tensors.tensor_shim.__wrapped__()
+    with FakeTensorMode(), torch.device("meta"), torch.inference_mode():
+        assert shim == tensors.tensor_shim.__wrapped__()
+
+
+@pytest.mark.parametrize("lacks", ["library", "function", "truth"])
+def test_a_torch_whose_shim_cannot_be_used(lacks: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is absent, lacks a function, or says something else: the exchange API answers, with the same bits."""
+    if lacks == "library":
+        monkeypatch.setattr(ctypes, "CDLL", lambda *args, **kwargs: (_ for _ in ()).throw(OSError("not there")))
+    elif lacks == "function":
+        monkeypatch.setattr(ctypes, "CDLL", lambda *args, **kwargs: SimpleNamespace())
+    else:
+        monkeypatch.setattr(tensors, "_answers", lambda functions, tensor, shim: tensor.ndim != 7)
+    assert tensors.tensor_shim.__wrapped__() is None
+    monkeypatch.setattr(planner, "tensor_shim", tensors.tensor_shim.__wrapped__)
+    param, twin = Parameter(values((40,))), Parameter(values((40,)))
+    one, other = fused_optim.AdamW([param], backend="cpu"), fused_optim.AdamW([twin], backend="eager")
+    for step in range(3):
+        param.grad, twin.grad = new_grad(param, step), new_grad(param, step)
+        one.step()
+        other.step()
+    assert_same_snapshots(snapshot(one), snapshot(other))
+
+
+def test_the_shim_is_asked_nothing_at_which_it_throws(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some versions of torch print the exception: not of a sparse gradient."""
+    shim = tensors.tensor_shim()
+    assert shim is not None
+    answer = ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.c_void_p, ctypes.c_void_p)
+    found: list[int] = []
+
+    def recorded(address: int) -> Any:
+        def ask(tensor: int, out: int) -> int:
+            found.append(answer(address)(tensor, out))
+            return found[-1]
+
+        return answer(ask)
+
+    asked = {name: recorded(getattr(shim, name)) for name in tensors.SHIM_FUNCTIONS}
+    addresses = {name: ctypes.cast(function, ctypes.c_void_p).value for name, function in asked.items()}
+    monkeypatch.setattr(planner, "tensor_shim", lambda: shim._replace(**addresses))
+    params = [Parameter(torch.ones(4)) for _ in range(2)]
+    optimizer = fused_optim.AdamW(params, backend="cpu")
+    for param in params:
+        param.grad = torch.ones(4)
+    optimizer.step()
+    assert len(found) > 10 * len(tensors.SHIM_FUNCTIONS)
+    params[0].grad = torch.ones(4).to_sparse()
+    with pytest.raises(RuntimeError, match="sparse"):
+        optimizer.step()
+    assert set(found) == {0}
+
+
+@pytest.mark.parametrize("what", ["param", "grad", "exp_avg"])
+def test_a_view_of_memory_that_was_taken_away_is_refused(what: str) -> None:
+    """As FSDP frees it: at an offset the address is not 0, and there is nothing."""
+    whole = {name: torch.ones(12) for name in ("param", "grad", "exp_avg")}
+    param = Parameter(whole["param"][4:8])
+    optimizer = fused_optim.AdamW([param], backend="cpu")
+    param.grad = whole["grad"][4:8]
+    optimizer.step()
+    optimizer.state[param]["exp_avg"] = whole["exp_avg"][4:8]
+    whole[what].untyped_storage().resize_(0)
+    with pytest.raises((RuntimeError, ValueError), match=r"params'\]\[0\]"):
+        optimizer.step()
 
 
 # Shape, and the strides of parameter and gradient, as convolutions under channels_last make them, and others.

@@ -29,7 +29,13 @@ def cuda_phases(shim: OnHost) -> Iterator[None]:
         if not cuda.chosen:
             return real.Plan(**options)
         return shim.module.Plan(
-            **{**options, "exchange_api": None, "describe": as_device_memory, "current_stream": lambda index: 0}
+            **{
+                **options,
+                "exchange_api": None,
+                "tensor_shim": None,
+                "describe": as_device_memory,
+                "current_stream": lambda index: 0,
+            }
         )
 
     real = extension._C
