@@ -123,7 +123,7 @@ profile() {
 }
 
 prepare() {
-  local variant name
+  local variant name status=0
   rm -rf "$work"
   mkdir -p "$work/wheels" "$work/variants"
   "$base_python" -m pip download --quiet --disable-pip-version-check --no-deps --only-binary=:all: --python-version 3.12 \
@@ -133,10 +133,10 @@ prepare() {
     name=${variant%% *}
     # shellcheck disable=SC2086 # the options are words
     nvcc "${nvcc_flags[@]}" -arch="${GPU_DAY_ARCH:-sm_90}" -DVARIANT="\"$variant\"" ${variant#"$name"} \
-      scripts/gpu_variants.cu csrc/cuda/apply.cu csrc/cuda/layout.cpp -o "$work/variants/$name" || exit 1
-    echo "$variant"
+      scripts/gpu_variants.cu csrc/cuda/apply.cu csrc/cuda/layout.cpp -o "$work/variants/$name" && echo "$variant" || { echo "not built: $variant" >&2; status=1; }
   done
   du -sh "$work"
+  return $status
 }
 
 first() {

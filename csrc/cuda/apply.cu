@@ -195,7 +195,8 @@ constexpr int vectors_in_flight(Pass pass, int states) {
   const int bytes = L::kParamBytes + (pass == Pass::move ? 0 : L::kGradBytes) + states * L::kStateBytes;
   const int of_one = blocks_at_once<T>(pass, states) * kThreads * bytes * L::kVector;
   int count = 1;  // a power of 2, as what a tile has is
-  while (sizeof(T) == 4 && count * of_one < kBytesInFlight) count *= 2;
+  constexpr int kMost = kTile / kWarp / L::kVector;
+  while (sizeof(T) == 4 && count * of_one < kBytesInFlight && count < kMost) count *= 2;
   return count;
 }
 
