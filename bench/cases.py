@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, Protocol
@@ -189,6 +189,23 @@ def convolutions() -> list[Parameter]:
     return params
 
 
+def matrices(shapes: Iterable[tuple[int, int]]) -> list[Parameter]:
+    generator = torch.Generator().manual_seed(0)
+    params = [Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
+    for param in params:
+        param.grad = torch.randn(param.shape, generator=generator)
+    return params
+
+
+def small_matrices() -> list[Parameter]:
+    """As many as a model of 41 blocks has, in proportions of a transformer's, so small that the host's time shows."""
+    return matrices([(12, 4), (4, 4), (16, 4), (4, 16)] * 40 + [(8, 4), (4, 8)] * 2)
+
+
+def blocks_of_gpt2() -> list[Parameter]:
+    return matrices([(3 * 768, 768), (768, 768), (4 * 768, 768), (768, 4 * 768)] * 2)
+
+
 MOMENTUM: dict[str, Any] = {"lr": 1e-3, "momentum": 0.9, "weight_decay": 1e-4}
 LAMB: dict[str, Any] = {"lr": 1e-3, "weight_decay": 0.01, "max_grad_norm": None}
 
@@ -259,6 +276,24 @@ CASES = {
             lambda: fused_optim.LAMB(speech_model(), **LAMB),
             lambda: timm("lamb", "Lamb")(speech_model(), **LAMB),
             bytes_per_element=28,
+        ),
+        Case(
+            "Muon, 164 small matrices in 6 shapes",
+            "torch.optim.Muon",
+            lambda: fused_optim.Muon(small_matrices()),
+            lambda: torch.optim.Muon(small_matrices()),
+        ),
+        Case(
+            "Muon, 2 blocks of GPT-2 small",
+            "torch.optim.Muon",
+            lambda: fused_optim.Muon(blocks_of_gpt2()),
+            lambda: torch.optim.Muon(blocks_of_gpt2()),
+        ),
+        Case(
+            "Muon, 2 blocks of GPT-2 small, beside timm",
+            "timm Muon",
+            lambda: fused_optim.Muon(blocks_of_gpt2(), ns_coefficients="quintic"),
+            lambda: timm("muon", "Muon")(blocks_of_gpt2(), weight_decay=0.1, nesterov=True),
         ),
     )
 }

@@ -83,7 +83,7 @@ class Iteration(NamedTuple):
     polynomials: tuple[Polynomial, ...]  # of each step
     eps: float  # the least norm that a matrix is divided by
     scale: float  # of the result
-    dtype: torch.dtype  # of the products, and of the directions between the passes
+    dtype: torch.dtype  # of the products
 
 
 def polynomials_of(ns_coefficients: Any, ns_steps: Any) -> tuple[Polynomial, ...]:
@@ -142,7 +142,7 @@ def orthogonalize_(matrices: Tensor, iteration: Iteration) -> Tensor:
     """Replace each matrix by the polynomials of it, one after the other, times the scale.
 
     Args:
-        matrices: [count, rows, columns], contiguous, of ``iteration.dtype``.
+        matrices: [count, rows, columns], contiguous.
         iteration: see there.
 
     Returns:
@@ -150,6 +150,8 @@ def orthogonalize_(matrices: Tensor, iteration: Iteration) -> Tensor:
     """
     if matrices.numel() == 0:
         return matrices
+    if matrices.dtype != iteration.dtype:
+        return matrices.copy_(orthogonalize_(matrices.to(iteration.dtype), iteration))
     wide = torch.float64 if matrices.dtype == torch.float64 else torch.float32
     norm = torch.linalg.vector_norm(matrices, dim=(-2, -1), keepdim=True, dtype=wide).clamp_(min=iteration.eps)
     if not iteration.polynomials:

@@ -178,6 +178,19 @@ constexpr int element_states() {
   return Rule::kStateCount - per_tensor_states<Rule>();
 }
 
+// Of these, those that a pass reads: the first of two no direction that is kept, the second nothing else.
+template <class Rule>
+constexpr int states_read(Pass pass) {
+  if (!Rule::kKeepsDirection) return element_states<Rule>();
+  return pass == Pass::move ? 1 : element_states<Rule>() - 1;
+}
+
+// Those whose columns a pass has.
+template <class Rule>
+constexpr int states_of(Pass pass) {
+  return Rule::kKeepsDirection && pass == Pass::move ? 1 : element_states<Rule>();
+}
+
 // Blocks that a multiprocessor runs at once: as many as registers allow without a spill.
 template <class T>
 constexpr int blocks_at_once(Pass pass, int states) {
@@ -248,7 +261,7 @@ class Columns {
       if constexpr (kPass != Pass::move) grads[u] = grad_.template fetch<N>(i, plus);
       params[u] = param_.template fetch<N>(i, plus);
 #pragma unroll
-      for (int k = 0; k < kStates; ++k) states[u][k] = state_[k].template fetch<N>(i, plus);
+      for (int k = 0; k < kRead; ++k) states[u][k] = state_[k].template fetch<N>(i, plus);
     }
 #if defined(__CUDA_ARCH__)
     // No load moves behind it. The compiler would have the second vector's wait until the first is computed,
@@ -265,13 +278,13 @@ class Columns {
       param_.widen(params[u], value);
       if constexpr (kPass != Pass::move) grad_.widen(grads[u], grad);
 #pragma unroll
-      for (int k = 0; k < kStates; ++k) state_[k].widen(states[u][k], state[k]);
+      for (int k = 0; k < kRead; ++k) state_[k].widen(states[u][k], state[k]);
       if constexpr (kPass != Pass::move) transform(s.grad, grad, value);
 #pragma unroll
       for (int e = 0; e < N; ++e) {
         Number element[kRoom];
 #pragma unroll
-        for (int k = 0; k < kStates; ++k) element[k] = state[k][e];
+        for (int k = 0; k < kRead; ++k) element[k] = state[k][e];
         if constexpr (kPass == Pass::update) {
           Rule::update(value[e], grad[e], element, s.scalars);
         } else if constexpr (kPass == Pass::accumulate) {
@@ -290,7 +303,7 @@ class Columns {
       bool nan = any_nan(value);
 #pragma unroll
       for (int k = 0; k < kStates; ++k) nan = nan | any_nan(state[k]);
-      if constexpr (kPass == Pass::accumulate) {
+      if constexpr (kMeasures) {
 #pragma unroll
         for (int k = 0; k < kStates; ++k) state_[k].widen(states[u][k], state[k]);
 #pragma unroll
@@ -310,13 +323,13 @@ class Columns {
       // Five addresses are computed anew, not kept since the loads: there are no registers for them.
       if (N > 1 && kCount > 1 && Param::kColumns + kStates > 3) asm("" : "+r"(i));
 #endif
-      if constexpr (kPass == Pass::accumulate) {
+      if constexpr (kMeasures) {
 #pragma unroll
         for (int e = 0; e < N; ++e) {
           sums.direction_sq += static_cast<double>(direction[e]) * static_cast<double>(direction[e]);
           sums.param_sq += static_cast<double>(value[e]) * static_cast<double>(value[e]);
         }
-      } else {
+      } else if constexpr (kPass != Pass::accumulate) {
         param_.template put<N>(i, plus, params[u]);
       }
       if constexpr (kPass != Pass::move) {
@@ -328,7 +341,9 @@ class Columns {
   }
 
  private:
-  static constexpr int kStates = element_states<Rule>();
+  static constexpr int kStates = states_of<Rule>(kPass);
+  static constexpr int kRead = states_read<Rule>(kPass);
+  static constexpr bool kMeasures = kPass == Pass::accumulate && !Rule::kKeepsDirection;
   static constexpr int kRoom = kStates > 0 ? kStates : 1;
   static_assert(kStates <= 3, "spell out one more column");
   // What the first of two passes leaves behind, the second reads.
@@ -387,14 +402,14 @@ FO_DEVICE DirectionSums walk_tile(const Row& row, int first_state, const Record<
     for (int first = 0; first < n; first += kWarp * kElements)
       columns.template walk<T, 1, kElements>(record, first, n, lane, sums);
   } else {
-    constexpr int kStrip = vectors_in_flight<T, L>(kPass, element_states<Rule>()) * kWarp * N;
+    constexpr int kStrip = vectors_in_flight<T, L>(kPass, states_of<Rule>(kPass)) * kWarp * N;
     static_assert(kTile % kStrip == 0, "a tile is a number of strips");
     Record<Rule, Number> numbers;
     static_assert(sizeof numbers == sizeof record, "a record holds numbers only");
     __builtin_memcpy(&numbers, &record, sizeof record);
     uint64_t addresses = row.address[kParam] | row.address[kGrad] | row.address[kMaster];
 #pragma unroll
-    for (int k = 0; k < element_states<Rule>(); ++k) addresses |= row.address[first_state + k];
+    for (int k = 0; k < states_of<Rule>(kPass); ++k) addresses |= row.address[first_state + k];
     const bool whole = n == kTile && addresses % 16 == 0 && has_quick_bounds(numbers.grad);
 #pragma unroll 1
     for (int own = lane * N; own - lane * N < n; own += kStrip) {
@@ -417,7 +432,7 @@ FO_DEVICE DirectionSums walk_tile_as(LayoutList<L, Others...>, uint64_t storages
                                      int first_state, const Record<Rule, T>& record, int64_t begin, int n,
                                      int lane) {
   if constexpr (sizeof...(Others) != 0) {
-    constexpr uint64_t kStorages = L::storages(element_states<Rule>());
+    constexpr uint64_t kStorages = L::storages(states_of<Rule>(kPass));
     if (storages != kStorages) {
       return walk_tile_as<kPass, Rule, T>(LayoutList<Others...>{}, storages, row, first_state, record, begin,
                                           n, lane);
@@ -430,7 +445,8 @@ FO_DEVICE DirectionSums walk_tile_as(LayoutList<L, Others...>, uint64_t storages
 template <Pass kPass, class Rule, class T>
 FO_DEVICE DirectionSums update_tile(const Bucket& bucket, const Extent& extent, int64_t tile, int lane) {
   const Row& row = bucket.rows[extent.row];
-  const uint64_t storages = storages_of(row, bucket.first_state, element_states<Rule>());
+  const int first_state = bucket.first_state + element_states<Rule>() - states_of<Rule>(kPass);
+  const uint64_t storages = storages_of(row, first_state, states_of<Rule>(kPass));
   if (storages == 0) return {0, 0};
   const int64_t begin = (tile - extent.first_tile) * kTile;
   const int64_t left = row.numel - begin;
@@ -439,7 +455,7 @@ FO_DEVICE DirectionSums update_tile(const Bucket& bucket, const Extent& extent, 
   // Said to be aligned, which an array of bytes is not: it would be loaded byte by byte.
   const void* bytes = __builtin_assume_aligned(bucket.records[extent.row].bytes, alignof(ScalarsRecord));
   __builtin_memcpy(&record, bytes, sizeof record);
-  return walk_tile_as<kPass, Rule, T>(Layouts<T, element_states<Rule>()>{}, storages, row, bucket.first_state,
+  return walk_tile_as<kPass, Rule, T>(Layouts<T, states_of<Rule>(kPass)>{}, storages, row, first_state,
                                       record, begin, n, lane);
 }
 
@@ -467,7 +483,7 @@ FO_DEVICE void add_up_block(const Bucket& bucket, const Extent& extent, int64_t 
 }
 
 template <Pass kPass, class Rule, class T>
-__global__ void __launch_bounds__(kThreads, blocks_at_once<T>(kPass, element_states<Rule>()))
+__global__ void __launch_bounds__(kThreads, blocks_at_once<T>(kPass, states_of<Rule>(kPass)))
     apply_kernel(Bucket bucket) {
   const bool skip = bucket.control->skip != 0;  // asked below: the loads until there do not wait for it
   const int warp = static_cast<int>(threadIdx.x) / kWarp;
@@ -482,7 +498,7 @@ __global__ void __launch_bounds__(kThreads, blocks_at_once<T>(kPass, element_sta
   if (skip) return;
   DirectionSums sums{0, 0};
   if (extent.row >= 0) sums = update_tile<kPass, Rule, T>(bucket, extent, tile, lane);
-  if constexpr (kPass == Pass::accumulate) add_up_block(bucket, extent, tile, sums);
+  if constexpr (kPass == Pass::accumulate && !Rule::kKeepsDirection) add_up_block(bucket, extent, tile, sums);
 }
 
 template <class Rule, class T, class... R>

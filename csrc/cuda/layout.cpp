@@ -36,6 +36,12 @@ bool has_direction_of(RuleList<R...>, int rule) {
   return table[rule];
 }
 
+template <class... R>
+bool keeps_direction_of(RuleList<R...>, int rule) {
+  static constexpr bool table[] = {R::kKeepsDirection...};
+  return table[rule];
+}
+
 // The elements of a row's pieces, but for its last.
 int64_t piece_length(int64_t numel) {
   constexpr int64_t kMost = int64_t{kMostPieces} * kChunk;
@@ -63,12 +69,13 @@ TableLayout lay_out(const std::vector<Row>& rows, size_t group_count) {
       std::vector<int32_t> first;
       int64_t tiles = 0;
       const bool has_direction = has_direction_of(Rules{}, rule);
+      const bool measures = has_direction && !keeps_direction_of(Rules{}, rule);
       for (size_t r = 0; r < rows.size(); ++r) {
         const Row& row = rows[r];
         if (row.rule != rule || computes_in_double(row.dtype[kParam]) != in_double) continue;
         const int64_t end = tiles + (row.numel + kTile - 1) / kTile;
         const int32_t first_sum = direction_sums;
-        if (has_direction) {
+        if (measures) {
           if (row.numel != 0) {
             direction_sums += static_cast<int32_t>((end - 1) / kWarpsPerBlock - tiles / kWarpsPerBlock + 1);
           }
@@ -84,6 +91,7 @@ TableLayout lay_out(const std::vector<Row>& rows, size_t group_count) {
         tiles = end;
       }
       if (list.empty()) continue;
+      layout.keeps_directions = layout.keeps_directions || keeps_direction_of(Rules{}, rule);
       list.push_back({tiles, -1, 0});
       for (int i = 1; i < kWarpsPerBlock; ++i) list.push_back({std::numeric_limits<int64_t>::max(), -1, 0});
       layout.buckets.push_back({rule, in_double, static_cast<int64_t>(first.size()),

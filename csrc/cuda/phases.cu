@@ -219,11 +219,13 @@ class CudaPhasesOfDevice final : public CudaPhases {
       launch("the apply phase", accumulate_kernel_of(plan.rule, plan.in_double), plan.blocks, kThreads,
              stream_, bucket(table, plan, reduces));
     }
-    if (step.exchanged != 0 && layout_.direction_count != 0) {
+    double unused;
+    if (layout_.keeps_directions) {
+      if (exchange && !exchange(nullptr, device_, &unused)) return false;
+    } else if (step.exchanged != 0 && layout_.direction_count != 0) {
       clear_totals(table);
       launch_directions(table, step, DirectionPass::add_up);
       copy_totals(reinterpret_cast<void*>(step.exchanged), table.at<Sums>(layout_.sums));
-      double unused;
       if (exchange && !exchange(nullptr, device_, &unused)) return false;
       copy_totals(table.at<Sums>(layout_.sums), reinterpret_cast<const void*>(step.exchanged));
       launch_directions(table, step, DirectionPass::prepare);

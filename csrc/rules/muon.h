@@ -44,8 +44,8 @@ struct Muon {
   }
 
   template <class T>
-  FO_HOST_DEVICE static T direction(T param, const T* state, const Scalars<T>& s) {
-    return s.weight_decay != 0 ? state[1] + s.weight_decay * param : state[1];
+  FO_HOST_DEVICE static T direction(T param, const T* kept, const Scalars<T>& s) {
+    return s.weight_decay != 0 ? *kept + s.weight_decay * param : *kept;
   }
 };
 

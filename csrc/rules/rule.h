@@ -22,7 +22,8 @@
 //
 // kKeepsDirection: of those, a rule whose direction others change between the passes (Muon). Its last state
 // is the room for it, memory of the plan's and none of the parameter's states: accumulate writes it there,
-// and direction finds it there again. No norm is asked for, and prepare says the step_size.
+// and direction receives what it has become in the place of the states. No norm is asked for, and prepare
+// says the step_size.
 //
 // A root or a quotient that is NaN makes a result NaN: a device takes results that are not for sure (see
 // cuda/quick_float.h). So what is computed from one does not vanish in a comparison.

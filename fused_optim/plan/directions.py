@@ -75,24 +75,26 @@ class Directions:
 
         ``groups``: with the optimizer's defaults in them.
         """
-        found: dict[tuple[torch.device, tuple[int, int], Iteration], list[tuple[Row, int]]] = {}
+        found: dict[tuple[torch.device, torch.dtype, tuple[int, int], Iteration], list[tuple[Row, int]]] = {}
         for row in rows:
             if row.matrices is None or not row.native or 0 in row.param.shape:
                 continue
             iteration = rule.iteration(groups[row.group], row.matrices, row.dtype)
+            narrow = iteration.dtype == torch.float64 and row.dtype != torch.float64
+            dtype = torch.float32 if narrow else iteration.dtype  # no wider than what the passes compute in
             in_memory = matrices_in_memory(local(row.param), row.matrices)
             assert in_memory is not None
-            key = (row.device, (in_memory.rows, in_memory.columns), iteration)
+            key = (row.device, dtype, (in_memory.rows, in_memory.columns), iteration)
             found.setdefault(key, []).append((row, in_memory.batch))
         batches: dict[int | None, list[Batch]] = {}
-        for (device, shape, iteration), members in found.items():
+        for (device, dtype, shape, iteration), members in found.items():
             count = sum(matrices for _, matrices in members)
-            directions = torch.zeros(count, *shape, dtype=iteration.dtype, device=device)
+            directions = torch.zeros(count, *shape, dtype=dtype, device=device)
             place = directions.data_ptr()
             for row, matrices in members:
                 group = groups[row.group]
                 row.direction_column = FIRST_STATE + len([*rule.tensor_state_names(group), *rule.state_names(group)])
-                row.direction_address, row.direction_dtype = place, DTYPES[iteration.dtype]
+                row.direction_address, row.direction_dtype = place, DTYPES[dtype]
                 place += matrices * shape[0] * shape[1] * directions.element_size()
             index = None if members[0][0].backend == "cpu" else device.index or 0
             batches.setdefault(index, []).append(Batch(directions, iteration, [row.param_ref for row, _ in members]))

@@ -67,8 +67,6 @@ def why_not_native(
         return "it is a view whose negation is pending"
     if not is_dense(local(param)):
         return f"its strides {tuple(local(param).stride())} leave gaps in memory or overlap"
-    if matrices is not None and backend == "cuda":
-        return f"the {backend} backend makes no directions orthogonal yet"
     if matrices is not None and matrices_in_memory(local(param), matrices) is None:
         return f"its strides {tuple(local(param).stride())} part the numbers of a matrix that is made orthogonal"
     if draws and backend not in DRAWING_BACKENDS:

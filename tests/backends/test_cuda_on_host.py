@@ -48,6 +48,7 @@ from fused_optim import (
     ClipGradByNorm,
     ClipGradByValue,
     GradScaler,
+    Muon,
 )
 
 SANITIZED = bool(os.environ.get("CUDA_ON_HOST_SANITIZED"))
@@ -105,6 +106,40 @@ def test_mixed_dtypes_take_one_launch_a_compute_type(on_host: OnHost, all_native
     set_grads(params_of(optimizers[0]), 9)
     optimizers[0].step()
     assert len(on_host.launches()) <= 4  # patch, prepare, apply in float and in double
+
+
+# A whole number of tiles and not, batches, vectors for AdamW.
+MATRICES = ((64, 64), (48, 64), (33, 17), (7, 5), (3, 32, 64), (33, 17), (130,), (5,))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"nesterov": False, "maximize": True, "weight_decay": 0.0, "grad_clip": ClipGradByValue(0.25)},
+        {"ns_dtype": torch.float32, "ns_coefficients": "polar_express", "state_dtype": torch.float32},
+        {"master_weights": "float32"},
+    ],
+    ids=spelled,
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_directions_are_made_orthogonal_between_the_passes(
+    options: dict[str, Any], dtype: torch.dtype, on_host: OnHost, all_native: None
+) -> None:
+    """By the same products in the same batches as on the cpu backend: the same bits."""
+    optimizers = []
+    for backend in ("cuda", "cpu"):
+        params = new_params(dtype, MATRICES)
+        optimizers.append(Muon(params, 0.02, use_muon="auto", adamw_lr=1e-3, backend=backend, **options))
+    train_both(*optimizers)
+    assert_same_results(*optimizers)
+    on_host.launches()
+    for optimizer in optimizers:
+        set_grads(params_of(optimizer), 9)
+        params_of(optimizer)[0].grad = None
+        optimizer.step()
+    assert_same_results(*optimizers)
+    assert len(on_host.launches()) <= 5  # patch, prepare, Muon's two passes, AdamW's one
 
 
 HARD = (

@@ -190,6 +190,23 @@ def test_novograd_example_names_a_backend_that_is_missing(
     assert capsys.readouterr().err.startswith("train_novograd_larc.py: backend='cuda'")
 
 
+MUON = EXAMPLES / "train_muon.py"
+
+
+def test_muon_learns_the_digits(tmp_path: Path) -> None:
+    result = run_example(MUON, "--device=cpu", folder=tmp_path)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "every accuracy is at least 95 %" in result.stdout
+
+
+def test_muon_example_names_a_backend_that_is_missing(
+    train_digits: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", [MUON.name, "--device=cpu", "--backend=cuda"])
+    assert load_example(MUON).main() == 2
+    assert capsys.readouterr().err.startswith("train_muon.py: backend='cuda'")
+
+
 # Frameworks -----------------------------------------------------------------------------------------------------
 
 FRAMEWORKS = {
