@@ -1,4 +1,4 @@
-"""Write the figures of bench/results/cpu.json into README.md; with --check only say whether they stand there."""
+"""Write the figures of bench/results/cpu.json into README.md and docs/speed.svg; with --check only compare."""
 
 from __future__ import annotations
 
@@ -33,6 +33,40 @@ def figures(result: dict) -> str:
     return "\n".join(lines)
 
 
+CHART = ROOT / "docs" / "speed.svg"
+SHOWN = (
+    "150 tensors, 1 group",
+    "465 groups of 1 tensor",
+    "1000 tensors, 50 groups",
+    "8 x 8M float32",
+    "8 x 8M bfloat16",
+    "LAMB, 200 x 64K float32",
+)
+
+
+def chart(result: dict) -> str:
+    """A bar for each of some cases, as long as its ratio; legible on white and on black."""
+    cases = [case for case in result["cases"] if case["case"] in SHOWN]
+    longest = max(case["ratio"] for case in cases)
+    bars = []
+    for index, case in enumerate(cases):
+        top, width = 30 * index + 10, 360 * case["ratio"] / longest
+        bars += [
+            f'<text x="210" y="{top + 15}" text-anchor="end">{case["case"]}</text>',
+            f'<rect x="220" y="{top}" width="{max(width, 1):.0f}" height="20" fill="#3d7ea6"/>',
+            f'<text x="{228 + width:.0f}" y="{top + 15}">{case["ratio"]:.1f} ×</text>',
+        ]
+    style = 'font-family="sans-serif" font-size="13" fill="#808080"'
+    return "\n".join(
+        [
+            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 640 {30 * len(cases) + 10}" {style}>',
+            *bars,
+            "</svg>",
+            "",
+        ]
+    )
+
+
 def main() -> int:
     readme = ROOT / "README.md"
     text = readme.read_text()
@@ -40,11 +74,14 @@ def main() -> int:
     _, after = rest.split(END)
     result = json.loads((ROOT / "bench" / "results" / "cpu.json").read_text())
     filled = f"{before}{BEGIN}\n{figures(result)}\n{END}{after}"
+    drawn = chart(result)
     if "--check" in sys.argv[1:]:
-        if filled != text:
-            print("README.md does not show bench/results/cpu.json: run python scripts/readme_figures.py")
-        return int(filled != text)
+        stale = [name for name, old in (("README.md", filled != text), (CHART.name, CHART.read_text() != drawn)) if old]
+        if stale:
+            print(f"{stale} do not show bench/results/cpu.json: run python scripts/readme_figures.py")
+        return int(bool(stale))
     readme.write_text(filled)
+    CHART.write_text(drawn)
     return 0
 
 

@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+import fused_optim.bench
 import pytest
 import torch
 from support.sources import ROOT, sources
@@ -204,7 +205,36 @@ def test_the_readme_has_its_tables() -> None:
     assert len(memory_rows()) >= 5
 
 
+def headings(page: Path) -> set[str]:
+    """The anchors that sphinx and GitHub give to a page's headings."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    found = re.findall(r"^#{1,3} (.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in found}
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_relative_links_lead_somewhere(page: Path) -> None:
-    links = re.findall(r"\]\((?!https?://|#|mailto:)([^)#\s]+)", page.read_text())
-    assert [link for link in links if not (page.parent / link).exists()] == []
+    links = re.findall(r"\]\((?!https?://|mailto:)([^)#\s]*)(?:#([^)\s]+))?\)", page.read_text())
+    dead = []
+    for file, anchor in links:
+        target = page.parent / file if file else page
+        if not target.exists() or (anchor and target.suffix == ".md" and anchor not in headings(target)):
+            dead.append(f"{file}#{anchor}")
+    assert dead == []
+
+
+def test_every_public_name_stands_in_the_index() -> None:
+    page = (ROOT / "docs" / "api.md").read_text()
+    names = [*fused_optim.__all__, *(f"fused_optim.bench.{name}" for name in fused_optim.bench.__all__)]
+    assert len(names) >= 25
+    assert [name for name in names if f"`{name}`" not in page and f":: {name}" not in page] == []
+
+
+def test_every_page_is_in_a_table_of_contents() -> None:
+    listed = set()
+    for index in (ROOT / "docs" / "index.md", ROOT / "docs" / "optimizers" / "index.md"):
+        for block in re.findall(r"^```{toctree}\n(.*?)^```", index.read_text(), re.MULTILINE | re.DOTALL):
+            names = [line for line in block.splitlines() if line and not line.startswith(":")]
+            listed |= {(index.parent / f"{name}.md").resolve() for name in names}
+    pages = set(sources("docs", ".md", at_least=20)) - {ROOT / "docs" / "index.md"}
+    assert {page.resolve() for page in pages} == listed
