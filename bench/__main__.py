@@ -78,6 +78,19 @@ def parser() -> argparse.ArgumentParser:
     launcher.add_argument("--rounds", type=count, default=41, help="default: %(default)s")
     launcher.add_argument("--json", type=Path, metavar="FILE", help="write the result to this file")
 
+    accuracy = verbs.add_parser(
+        "accuracy",
+        help="final losses of small trainings with low-memory states",
+        description="Trains a character language model and a small vision transformer with each setting of states and "
+        "masters, from the same weights and batches, and prints how far the final losses are from those of float32 "
+        "states: mean and deviation over the seeds. Needs scikit-learn for the digits.",
+    )
+    accuracy.set_defaults(run=commands.accuracy)
+    accuracy.add_argument("--seeds", type=count, default=5, help="default: %(default)s")
+    accuracy.add_argument("--steps", type=count, default=300, help="of each training (default: %(default)s)")
+    accuracy.add_argument("--model", choices=("language", "vision"), help="default: both")
+    accuracy.add_argument("--stress", choices=("none", "spike", "small"), help="default: each")
+
     report = verbs.add_parser("report", help="a report with plots from a result file")
     report.set_defaults(run=commands.report)
     report.add_argument("result", type=Path, metavar="RESULT.json")

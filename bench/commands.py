@@ -226,3 +226,25 @@ def shapes(arguments: argparse.Namespace) -> int:
     else:
         print(dump(models_named([arguments.model])[0]), end="")
     return 0
+
+
+def accuracy(arguments: argparse.Namespace) -> int:
+    try:
+        import sklearn  # noqa: F401
+    except ModuleNotFoundError:
+        raise ValueError("the digits come with scikit-learn: pip install scikit-learn") from None
+    from . import training
+
+    print(f"{arguments.steps} steps, {arguments.seeds} seeds, AdamW, torch {torch.__version__}")
+    print("| model | stress | setting | bytes a parameter | final loss | beside float32 states |")
+    print("|---|---|---|---|---|---|")
+    for kind, stress, found in training.outcomes(arguments.seeds, arguments.steps, arguments.model, arguments.stress):
+        reference = found["float32"]
+        for setting, outcome in found.items():
+            mean, deviation = outcome.beside(reference)
+            print(
+                f"| {kind} | {stress} | {setting} | {outcome.bytes_a_parameter:.2f} | "
+                f"{sum(outcome.losses) / len(outcome.losses):.4f} | {mean:+.4f} ± {deviation:.4f} |",
+                flush=True,
+            )
+    return 0

@@ -16,6 +16,7 @@ from ..optimizer import FusedOptimizer
 from ..options.clip import GradClip
 from ..options.layers import unwrapped
 from ..options.matrices import MatrixOptions, check_matrix, is_matrix
+from ..options.options import StateDtype
 from ..options.peers import refuse_peer_arguments
 from ..options.scales import Scale, ScaleColumn, plain_name
 from ..options.texts import explains_options
@@ -183,7 +184,9 @@ class Muon(FusedOptimizer):
         weight_decay_scale: Scale | None = None,
         grad_clip: GradClip | None = None,
         master_weights: str | None = None,
-        state_dtype: torch.dtype | None = None,
+        state_dtype: StateDtype | None = None,
+        rounding: str = "nearest",
+        seed: int = 0,
     ) -> None:
         check_arguments(lr=lr, weight_decay=weight_decay, momentum=momentum, eps=eps)
         if isinstance(lr, Tensor) and lr.numel() != 1:
@@ -222,6 +225,8 @@ class Muon(FusedOptimizer):
             grad_clip=grad_clip,
             master_weights=master_weights,
             state_dtype=state_dtype,
+            rounding=rounding,
+            seed=seed,
             matrices=matrices,
         )
         places = list(parameters(self.param_groups))

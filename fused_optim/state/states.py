@@ -98,7 +98,7 @@ def check_grad(row: Row, group: dict[str, Any], rule: Rule, options: Options) ->
             f"the gradient of {row.name} has shape {tuple(grad.shape)}, the parameter {tuple(param.shape)}; "
             "call zero_grad() after the parameter was replaced"
         )
-    if row.draws and group["differentiable"]:
+    if row.draws and group.get("differentiable"):
         raise RuntimeError(
             f"the group of {row.name} is differentiable, which rounding by random words and states of 8 bits are not; "
             "leave out state_dtype='8bit', master_weights='split8' and rounding='stochastic'"

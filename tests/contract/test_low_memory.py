@@ -129,6 +129,22 @@ def reference_step(state: dict[str, Tensor], grad: Tensor, place: int, step: int
     return result
 
 
+def test_found_states_of_a_row_that_draws_no_words_are_rounded_to_nearest() -> None:
+    """The master is whole and new states are float32: nothing asks for random words, and 16-bit states that somebody
+    has put there are stored as ever."""
+    results = []
+    for options in ({}, {"rounding": "stochastic"}):
+        params = new_params(torch.bfloat16, [(64, 96)])
+        optimizer = AdamW(params, master_weights="float32", **options)
+        train(optimizer, params, 1)
+        for name in ("exp_avg", "exp_avg_sq"):
+            optimizer.state[params[0]][name] = optimizer.state[params[0]][name].bfloat16()
+        train(optimizer, params, 2, first=1)
+        assert optimizer.state[params[0]]["exp_avg"].dtype == torch.bfloat16
+        results.append(snapshot(optimizer))
+    assert_same_snapshots(*results)
+
+
 def test_codes_are_those_of_the_places_the_step_and_the_seed() -> None:
     params = new_params(torch.float32, SHAPES[:CODED])
     optimizer = AdamW(params, state_dtype="8bit", seed=11)

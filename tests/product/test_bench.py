@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from fused_optim.bench import commands, measure, profile_step, write_shapes
+from fused_optim.bench import commands, measure, profile_step, training, write_shapes
 from fused_optim.bench import peers as peers_package
 from fused_optim.bench.__main__ import main
 from fused_optim.bench.accuracy import max_error
@@ -223,6 +223,16 @@ def test_the_grid_has_all_optimizers_and_figures(
     fastest = next(row for row in rows if row["optimizer"] == "AdamW" and row["contender"] == "torch-fused-merged")
     assert fastest["note"] == "all parameters in one group, with one learning rate and one weight decay"
     assert "fused_optim/cpu" in capsys.readouterr().out
+
+
+def test_accuracy_trains_every_setting(bench: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
+    for model in ("language", "vision"):
+        assert bench("accuracy", "--seeds", 2, "--steps", 2, "--model", model, "--stress", "spike") == 0
+        out = capsys.readouterr().out
+        rows = [line.strip("| ").split(" | ") for line in out.splitlines() if line.startswith(f"| {model}")]
+        assert {row[2] for row in rows} == set(training.SETTINGS)
+        assert next(float(row[3]) for row in rows if row[2] == "float32") >= 12
+        assert [row[5] for row in rows if row[2] == "float32"] == ["+0.0000 ± 0.0000"]
 
 
 def new_peer(name: str, step: Callable[[Material], Any], make: Callable[[Material], None] | None = None) -> Peer:

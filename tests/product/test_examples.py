@@ -83,6 +83,21 @@ def test_short_training_prints_the_table_and_writes_the_plot(device: str, tmp_pa
     assert height > 400
 
 
+def test_states_of_8_bits_are_shown_and_smaller(
+    train_digits: ModuleType,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    output = f"--output={tmp_path / 'plot.png'}"
+    arguments = ["--device=cpu", "--epochs=1", "--state-dtype=8bit", "--optimizer", "torch", "fused_optim"]
+    monkeypatch.setattr(sys, "argv", [TRAIN_DIGITS.name, output, *arguments])
+    assert train_digits.main() == 0
+    theirs, ours = map(float, re.findall(r"bytes of state, ([0-9.]+) a parameter", capsys.readouterr().out))
+    assert theirs >= 8
+    assert 2.06 < ours < 2.4
+
+
 def test_a_backend_that_cannot_serve_ends_with_its_reason(
     train_digits: ModuleType,
     tmp_path: Path,
@@ -102,7 +117,16 @@ def test_help_names_the_options(
     with pytest.raises(SystemExit, match=r"^0$"):
         train_digits.main()
     text = capsys.readouterr().out
-    for option in ("--device", "--backend", "--epochs", "--optimizer", "--seed", "--output"):
+    for option in (
+        "--device",
+        "--backend",
+        "--epochs",
+        "--optimizer",
+        "--seed",
+        "--output",
+        "--state-dtype",
+        "--rounding",
+    ):
         assert f"  {option} " in text
 
 

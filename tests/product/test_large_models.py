@@ -14,28 +14,28 @@ from torch.nn import Parameter
 import fused_optim
 
 PAGE = (ROOT / "docs" / "large_models.md").read_text()
-MEMORY = re.findall(r"^\| `(.+?)` \| (\w+) \| (\d+) \| (\d+) \| (\d+) \| (\d+) \|$", PAGE, re.MULTILINE)
+MEMORY = re.findall(r"^\| `(.+?)` \| (\w+) \| (\d+) \| (\d+) \| ([\d.]+) \| ([\d.]+) \|$", PAGE, re.MULTILINE)
 GPUS = re.findall(r"^\| (\d+) \| ([\d.]+) GB \| ([\d.]+) ms \| (yes|no) \| (yes|no) \|$", PAGE, re.MULTILINE)
 NUMEL = 1 << 14
 
 
 def test_the_tables_are_found() -> None:
-    assert len(MEMORY) == 11
+    assert len(MEMORY) == 15
     assert len(GPUS) == 4
 
 
 @pytest.mark.parametrize(("call", "dtype", "param", "grad", "state", "total"), MEMORY)
 def test_the_memory_of_each_setting(call: str, dtype: str, param: str, grad: str, state: str, total: str) -> None:
-    tensor = Parameter(torch.ones(NUMEL, dtype=getattr(torch, dtype)))
+    tensor = Parameter(torch.ones(NUMEL // 64, 64, dtype=getattr(torch, dtype)))
     tensor.grad = torch.ones_like(tensor)
     optimizer: Any = eval(f"fused_optim.{call}", {"fused_optim": fused_optim, "torch": torch, "params": [tensor]})
     optimizer.step()
     values = [value for value in optimizer.state[tensor].values() if isinstance(value, Tensor)]
-    elementwise = sum(value.untyped_storage().nbytes() for value in values if value.numel() == NUMEL)
+    elementwise = sum(value.untyped_storage().nbytes() for value in values if value.numel() > 1)
     assert sum(value.untyped_storage().nbytes() for value in values) - elementwise <= 8
     measured = [tensor.untyped_storage().nbytes(), tensor.grad.untyped_storage().nbytes(), elementwise]
-    assert [size / NUMEL for size in measured] == [int(param), int(grad), int(state)]
-    assert int(param) + int(grad) + int(state) == int(total)
+    assert [size / NUMEL for size in measured] == pytest.approx([float(param), float(grad), float(state)], abs=5e-3)
+    assert float(param) + float(grad) + float(state) == pytest.approx(float(total))
 
 
 @pytest.mark.parametrize(("gpus", "gigabytes", "milliseconds", "theirs", "ours"), GPUS)
