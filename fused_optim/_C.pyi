@@ -4,8 +4,9 @@ from typing import Any
 from torch import Tensor
 
 from .plan.step import Step
+from .plan.tensor_shim import TensorShim
 from .row import Row
-from .tensors import NegativeBit, TensorShim
+from .tensors import NegativeBit
 from .trust_ratio import TrustRatio
 
 class Plan:

@@ -11,6 +11,7 @@ import torch
 
 from . import extension
 from .backends import AUTOMATIC, choose, why_missing
+from .plan.tensor_shim import tensor_shim
 from .tensors import negative_bit
 
 __version__ = extension.version
@@ -26,9 +27,11 @@ def _installed(distribution: str) -> str:
 def _reader() -> str:
     """What tells the compiled plan where a tensor lies, and why it is not the fast one."""
     assert extension._C is not None
+    if tensor_shim() is not None:
+        return "torch's C shim"
     api = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
     if extension._C.knows_exchange_api(api):
-        return "DLPack's C exchange API"
+        return "DLPack's C exchange API, slower than torch's C shim, which was not found or answers otherwise"
     why = "has none; 2.10 and newer have one" if api is None else "has one of another version"
     return f"a Python function, slower than DLPack's C exchange API: torch {torch.__version__} {why}"
 

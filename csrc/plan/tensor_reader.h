@@ -45,7 +45,7 @@ struct NegativeBit {
 };
 
 // Functions of torch's C shim for one tensor, which is handed over as the address of a word that holds its
-// TensorImpl's. Found and tried by `tensor_shim` in fused_optim/tensors.py.
+// TensorImpl's. Found and tried by fused_optim/plan/tensor_shim.py.
 struct TensorShim {
   // Writes its answer; 0: there is one.
   template <class Answer>
@@ -79,7 +79,7 @@ class TensorReader {
   // as a number. `same_placement(spec, spec)` says whether two DTensors of these specs lie in the same way.
   // `describe(tensor)` returns (address, device type, device index, type code, bits,
   // shape, strides) or None. `current_stream(index)` returns the address of torch's stream on a CUDA device.
-  // `negative_bit`, `tensor_shim`: a NegativeBit and a TensorShim of fused_optim/tensors.py or None. Returns
+  // `negative_bit`: a NegativeBit of fused_optim/tensors.py, `tensor_shim`: a TensorShim, or None. Returns
   // false with a Python error set.
   bool open(PyObject* capsule, PyObject* kind_of, PyObject* same_placement, PyObject* describe,
             PyObject* current_stream, PyObject* negative_bit, PyObject* tensor_shim);

@@ -29,7 +29,6 @@ from ..tensors import (
     make_room,
     negative_bit,
     same_placement,
-    tensor_shim,
 )
 from ..trust_ratio import TrustRatio
 from .built_plan import BuiltPlan, is_on_device, rows_on_devices
@@ -37,6 +36,7 @@ from .directions import Directions, Settings
 from .plan import Plan, why_not_native
 from .python_plan import PythonPlan
 from .read_groups import ReadForTriton
+from .tensor_shim import tensor_shim
 from .triton_plan import TritonPlan, TritonRows
 
 

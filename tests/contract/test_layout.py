@@ -34,6 +34,7 @@ from torch.nn import Parameter
 import fused_optim
 from fused_optim import tensors
 from fused_optim.plan import planner
+from fused_optim.plan import tensor_shim as shims
 from fused_optim.state import masters
 
 
@@ -280,7 +281,7 @@ def test_where_torch_keeps_a_pending_negation() -> None:
             tensor = base.to(dtype)
             for one in (tensor, Parameter(tensor, requires_grad=False), tensor.t() if tensor.ndim < 3 else tensor):
                 for each in (one, torch._neg_view(one), torch._neg_view(one).detach(), torch._neg_view(one).clone()):
-                    word = tensors._word(each._cdata, found.keys)
+                    word = tensors.word(each._cdata, found.keys)
                     assert bool(word & found.mask) == each.is_neg()
     assert found == tensors.negative_bit.__wrapped__()
     with FakeTensorMode(), torch.device("meta"), torch.inference_mode():
@@ -300,12 +301,12 @@ def test_a_plan_that_does_not_know_where_the_negation_is(monkeypatch: pytest.Mon
 
 
 def test_torchs_shim_says_of_every_tensor_what_python_does() -> None:
-    shim = tensors.tensor_shim()
+    shim = shims.tensor_shim()
     assert shim is not None
     assert shim.storage != 0
     functions = {
         name: ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.c_void_p, ctypes.c_void_p)(getattr(shim, name))
-        for name in tensors.SHIM_FUNCTIONS
+        for name in shims.SHIM_FUNCTIONS
     }
     for dtype in (*DTYPES, torch.int16):
         for base in (torch.zeros(()), torch.zeros(1, 3), torch.zeros(3, 4, 5), torch.zeros((1,) * 9)):
@@ -317,10 +318,10 @@ def test_torchs_shim_says_of_every_tensor_what_python_does() -> None:
                 torch._neg_view(tensor),
             ):
                 if one.untyped_storage().nbytes():
-                    assert tensors._answers(functions, one, shim)
-    assert shim == tensors.tensor_shim.__wrapped__()
+                    assert shims._answers(functions, one, shim)
+    assert shim == shims.tensor_shim.__wrapped__()
     with FakeTensorMode(), torch.device("meta"), torch.inference_mode():
-        assert shim == tensors.tensor_shim.__wrapped__()
+        assert shim == shims.tensor_shim.__wrapped__()
 
 
 @pytest.mark.parametrize("lacks", ["library", "function", "truth"])
@@ -331,9 +332,9 @@ def test_a_torch_whose_shim_cannot_be_used(lacks: str, monkeypatch: pytest.Monke
     elif lacks == "function":
         monkeypatch.setattr(ctypes, "CDLL", lambda *args, **kwargs: SimpleNamespace())
     else:
-        monkeypatch.setattr(tensors, "_answers", lambda functions, tensor, shim: tensor.ndim != 7)
-    assert tensors.tensor_shim.__wrapped__() is None
-    monkeypatch.setattr(planner, "tensor_shim", tensors.tensor_shim.__wrapped__)
+        monkeypatch.setattr(shims, "_answers", lambda functions, tensor, shim: tensor.ndim != 7)
+    assert shims.tensor_shim.__wrapped__() is None
+    monkeypatch.setattr(planner, "tensor_shim", shims.tensor_shim.__wrapped__)
     param, twin = Parameter(values((40,))), Parameter(values((40,)))
     one, other = fused_optim.AdamW([param], backend="cpu"), fused_optim.AdamW([twin], backend="eager")
     for step in range(3):
@@ -345,7 +346,7 @@ def test_a_torch_whose_shim_cannot_be_used(lacks: str, monkeypatch: pytest.Monke
 
 def test_the_shim_is_asked_nothing_at_which_it_throws(monkeypatch: pytest.MonkeyPatch) -> None:
     """Some versions of torch print the exception: not of a sparse gradient."""
-    shim = tensors.tensor_shim()
+    shim = shims.tensor_shim()
     assert shim is not None
     answer = ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.c_void_p, ctypes.c_void_p)
     found: list[int] = []
@@ -357,7 +358,7 @@ def test_the_shim_is_asked_nothing_at_which_it_throws(monkeypatch: pytest.Monkey
 
         return answer(ask)
 
-    asked = {name: recorded(getattr(shim, name)) for name in tensors.SHIM_FUNCTIONS}
+    asked = {name: recorded(getattr(shim, name)) for name in shims.SHIM_FUNCTIONS}
     addresses = {name: ctypes.cast(function, ctypes.c_void_p).value for name, function in asked.items()}
     monkeypatch.setattr(planner, "tensor_shim", lambda: shim._replace(**addresses))
     params = [Parameter(torch.ones(4)) for _ in range(2)]
@@ -365,7 +366,7 @@ def test_the_shim_is_asked_nothing_at_which_it_throws(monkeypatch: pytest.Monkey
     for param in params:
         param.grad = torch.ones(4)
     optimizer.step()
-    assert len(found) > 10 * len(tensors.SHIM_FUNCTIONS)
+    assert len(found) > 10 * len(shims.SHIM_FUNCTIONS)
     params[0].grad = torch.ones(4).to_sparse()
     with pytest.raises(RuntimeError, match="sparse"):
         optimizer.step()
