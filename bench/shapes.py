@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -67,16 +68,46 @@ def grouped(name: str, source: str, tensors: dict[str, tuple[Shape, float, float
     return Model(name, tuple(Group(*factors, found) for factors, found in groups.items()), source)
 
 
-def shapes_of(model: nn.Module, optimizer: Optimizer | None = None) -> Model:
-    """The shapes of a model's parameters that need a gradient, in one group or in those of its optimizer.
+Source = nn.Module | Optimizer | Iterable[Tensor] | Iterable[tuple[str, Tensor]]
+
+
+def named_parameters(source: Source) -> list[tuple[str, Tensor]]:
+    """Names and parameters of whatever has some; those without names are numbered.
 
     Raises:
-        ValueError: the optimizer has a parameter that the model has not, or the model has none to train.
+        TypeError: it is no model, no optimizer and no parameters.
     """
-    names = {param: name for name, param in model.named_parameters() if param.requires_grad}
+    if isinstance(source, nn.Module):
+        return list(source.named_parameters())
+    found: list[Any] = []
+    if isinstance(source, Optimizer):
+        for group in source.param_groups:
+            found += zip(group["param_names"], group["params"]) if "param_names" in group else group["params"]
+    elif isinstance(source, Iterable) and not isinstance(source, (Tensor, str, bytes)):
+        found = list(source)
+    named = [entry if isinstance(entry, tuple) else (f"{index}", entry) for index, entry in enumerate(found)]
+    if not named or not all(len(e) == 2 and isinstance(e[0], str) and isinstance(e[1], Tensor) for e in named):
+        got = f"{type(source).__name__}" + ("" if named or not found else f" of {type(found[0]).__name__}")
+        raise TypeError(
+            "write_shapes takes a model, an optimizer, model.parameters() or model.named_parameters() as its first "
+            f"argument, got {got}; parameters that were gone through before are used up"
+        )
+    return named
+
+
+def shapes_of(source: Source, optimizer: Optimizer | None = None) -> Model:
+    """The shapes of the parameters that need a gradient, in one group or in those of an optimizer.
+
+    Raises:
+        TypeError: neither a model, nor an optimizer, nor parameters.
+        ValueError: the optimizer has a parameter that the model has not, or there is none to train.
+    """
+    title = type(source).__name__ if isinstance(source, (nn.Module, Optimizer)) else "parameters"
+    names = {param: name for name, param in named_parameters(source) if param.requires_grad}
     if not names:
-        raise ValueError(f"model: {type(model).__name__} has no parameter that needs a gradient")
-    title = type(model).__name__
+        raise ValueError(f"model: {title} has no parameter that needs a gradient")
+    if isinstance(source, Optimizer) and optimizer is None:
+        optimizer = source
     if optimizer is None:
         return Model(title, (Group(1.0, 1.0, {name: tuple(param.shape) for param, name in names.items()}),))
     largest = {
@@ -92,27 +123,30 @@ def shapes_of(model: nn.Module, optimizer: Optimizer | None = None) -> Model:
             raise ValueError(f"optimizer: a parameter of shape {tuple(param.shape)} is none of the model's to train")
         return names[param]
 
+    trained_alone = isinstance(source, Optimizer)  # whose frozen parameters are left out, as a model's are
     groups = (
         Group(
             scale(group, "lr"),
             scale(group, "weight_decay"),
-            {named(param): tuple(param.shape) for param in group["params"]},
+            {named(param): tuple(param.shape) for param in group["params"] if param.requires_grad or not trained_alone},
         )
         for group in optimizer.param_groups
     )
     return Model(title, tuple(group for group in groups if group.tensors))
 
 
-def write_shapes(model: nn.Module, path: str | Path, *, optimizer: Optimizer | None = None) -> None:
+def write_shapes(model: Source, path: str | Path, *, optimizer: Optimizer | None = None) -> None:
     """Write the shapes of a model's parameters to a file, for ``python -m fused_optim.bench step --shapes FILE``.
 
     Args:
-        model: any module; parameters with ``requires_grad`` False are left out. It may be on the meta device.
+        model: a module, which may be on the meta device; an optimizer, whose groups are kept; ``model.parameters()``;
+            or ``model.named_parameters()``. Parameters with ``requires_grad`` False are left out.
         path: the file to write.
         optimizer: whose param groups to keep, with their learning rates and weight decays relative to the largest.
             Default None: one group.
 
     Raises:
+        TypeError: ``model`` is none of these.
         ValueError: the model has nothing to train, or the optimizer has parameters that are not the model's.
 
     Example:

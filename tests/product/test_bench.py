@@ -139,6 +139,29 @@ def test_rf_detr_has_28_pairs_of_learning_rate_and_decay() -> None:
     assert len({(group.lr_scale, group.weight_decay_scale) for group in groups}) == 28
 
 
+def test_shapes_are_those_of_whatever_has_parameters() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Linear(2, 1))
+    model[1].bias.requires_grad_(False)
+    expected = {"0.weight": (2, 3), "0.bias": (2,), "1.weight": (1, 2)}
+    (whole,) = shapes_of(model).groups
+    (by_name,) = shapes_of(model.named_parameters()).groups
+    assert whole.tensors == by_name.tensors == expected
+    (bare,) = shapes_of(model.parameters()).groups
+    assert list(bare.tensors.values()) == list(expected.values())
+    groups = [{"params": [("w", model[0].weight)]}, {"params": [("b", model[0].bias)], "lr": 5e-4}]
+    first, second = shapes_of(fused_optim.AdamW(groups, lr=1e-3)).groups
+    assert (first.tensors, second.tensors, second.lr_scale) == ({"w": (2, 3)}, {"b": (2,)}, 0.5)
+    assert len(shapes_of(fused_optim.AdamW(model.parameters())).groups[0].tensors) == 3
+
+
+@pytest.mark.parametrize("source", [3, "model", torch.ones(2), [1, 2], [("a", 1)], iter(()), {"a": 1}])
+def test_shapes_of_something_else_are_refused(tmp_path: Path, source: Any) -> None:
+    path = tmp_path / "shapes.json"
+    with pytest.raises(TypeError, match=r"takes a model, an optimizer, model.parameters\(\) or .* first argument, got"):
+        write_shapes(source, path)
+    assert not path.exists()
+
+
 def test_shapes_of_a_users_model_come_back(tmp_path: Path) -> None:
     model = torch.nn.Sequential(torch.nn.Linear(8, 4), torch.nn.LayerNorm(4), torch.nn.Linear(4, 2))
     model[1].bias.requires_grad_(False)
