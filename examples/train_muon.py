@@ -92,7 +92,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--backend", choices=("auto", "cpu", "cuda", "triton", "eager"), default="auto")
-    parser.add_argument("--epochs", type=int, default=10, help="of 22 steps")
+    parser.add_argument("--epochs", type=int, default=8, help="of 22 steps")
     parser.add_argument("--seed", type=int, default=0, help="of the split, the weights and the order of the batches")
     arguments = parser.parse_args()
     if arguments.epochs < 1:

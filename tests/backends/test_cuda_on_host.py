@@ -127,6 +127,8 @@ def test_directions_are_made_orthogonal_between_the_passes(
     options: dict[str, Any], dtype: torch.dtype, on_host: OnHost, all_native: None
 ) -> None:
     """By the same products in the same batches as on the cpu backend: the same bits."""
+    if dtype != torch.bfloat16:  # for which alone these have an effect
+        options = {key: value for key, value in options.items() if key not in ("master_weights", "state_dtype")}
     optimizers = []
     for backend in ("cuda", "cpu"):
         params = new_params(dtype, MATRICES)
