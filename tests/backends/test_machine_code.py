@@ -153,7 +153,7 @@ def test_every_layout_has_a_loop_in_every_kernel(kernels: list) -> None:
     """So that none escapes because the reader does not see it as a loop."""
     loops = Counter(loop.kernel.name for loop in apply_loops(kernels))
     of_floats = {name: count for name, count in loops.items() if name.partition("EEvNS")[0].endswith("Ef")}
-    assert len(of_floats) == 7  # the element updates, and LAMB's two passes
+    assert len(of_floats) == 9  # the element updates, and the two passes of LAMB and of Muon
     for name, count in of_floats.items():
         assert count >= (6 if "3SgdEf" in name else 9), (name, count)
 

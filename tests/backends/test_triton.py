@@ -253,7 +253,8 @@ def test_python_and_cpp_know_the_same_rules() -> None:
     columns = (table.PARAM, table.GRAD, table.MASTER, table.FIRST_STATE)
     assert [column.value for column in columns] == [row.PARAM, row.GRAD, row.MASTER, row.FIRST_STATE]
     formats = (table.FLOAT32, table.FLOAT64, table.BFLOAT16, table.FLOAT16, table.REMAINDER)
-    assert [number.value for number in formats] == list(row.DTYPES.values())
+    bytes_ = (row.INT8, row.UINT8)  # of no row that Triton takes
+    assert [number.value for number in formats] == [number for number in row.DTYPES.values() if number not in bytes_]
 
 
 @pytest.mark.parametrize("rule", ["SGD nesterov", "LARC NovoGrad", "LAMB default", "LARS kozistr"])

@@ -13,6 +13,7 @@ from cases import (
     DTYPES,
     ROWS,
     Case,
+    assert_near,
     assert_same_bits,
     assert_same_snapshots,
     bits,
@@ -90,7 +91,8 @@ def compare_with_contiguous(
     steps: int = 3,
     variant: str = "all",
 ) -> Any:
-    """Train the parameters, and contiguous copies of them through the witness, to the same bits."""
+    """Train the parameters, and contiguous copies of them through the witness, to the same bits; where a sum over a
+    parameter counts, as near as two orders bring it."""
     twins = [contiguous_twin(param) for param in params]
     optimizer = case.make(params, variant, backend=backend)
     witness = case.make(twins, variant, backend="eager")
@@ -100,6 +102,9 @@ def compare_with_contiguous(
             twin.grad = param.grad.clone(memory_format=torch.contiguous_format).resolve_neg().resolve_conj()
         optimizer.step()
         witness.step()
+    if variant in case.sums:
+        assert_near(optimizer, witness)
+        return optimizer
     for mine, theirs in zip(snapshot(optimizer), snapshot(witness), strict=True):
         assert mine.keys() == theirs.keys()
         for name, value in mine.items():

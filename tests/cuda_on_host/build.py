@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import fcntl
+import gc
 import hashlib
 import importlib.util
 import os
@@ -112,6 +113,7 @@ class OnHost:
         self._shim.cuda_on_host_device(devices, driver, 0 if has_kernels else error)
 
     def forget_contexts(self) -> None:
+        gc.collect()  # a plan of an earlier test would make one anew when it goes
         self._shim.cuda_on_host_forget_contexts()
 
     def contexts(self) -> int:
@@ -138,7 +140,8 @@ class OnHost:
         self._shim.cuda_on_host_refuse_allocations(count)
 
     def allocated(self) -> int:
-        """The blocks of memory that are allocated now."""
+        """The blocks of memory that are allocated now; those of plans that nobody has any more are gone."""
+        gc.collect()
         return int(self._shim.cuda_on_host_allocated())
 
     def destroy(self, graph: int) -> None:

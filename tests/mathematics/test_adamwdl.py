@@ -367,7 +367,7 @@ def test_names_are_not_asked_for_where_no_function_does() -> None:
 
 def test_every_golden_trajectory_has_a_row() -> None:
     rows = {golden for case in CASES for golden in case.golden if "adamw" in golden}
-    assert rows == {path.stem for path in GOLDEN.glob("*adamw*.npz")}
+    assert rows == {path.stem for path in GOLDEN.glob("*adamw*.npz") if not path.stem.startswith("states_")}
 
 
 def test_ratios_are_numbers_of_a_plan(all_native: None) -> None:
