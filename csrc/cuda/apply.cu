@@ -266,8 +266,10 @@ class Columns {
 #if defined(__CUDA_ARCH__)
     // No load moves behind it. The compiler would have the second vector's wait until the first is computed,
     // where that needs little else to be kept meanwhile; with two states it does not, and this costs an
-    // instruction.
-    if (N > 1 && kCount > 1 && (kPass == Pass::move || kStates < 2))
+    // instruction. Of a rule that keeps its direction it would have the param's wait for the answer whether a
+    // coupled weight decay asks for it.
+    constexpr bool kParamMayWait = Rule::kKeepsDirection && kPass == Pass::accumulate;
+    if (N > 1 && (kParamMayWait || (kCount > 1 && (kPass == Pass::move || kStates < 2))))
       asm volatile("bar.warp.sync 0xffffffff;" ::: "memory");
 #endif
 #pragma unroll

@@ -79,7 +79,7 @@ def test_no_kernel_spills_on_any_architecture(tmp_path: Path) -> None:
     check_report(resource_report(tmp_path, known_architectures()))
 
 
-BOUNDS = ("kThreads", "kThreads, 1", "kThreads, 3", "kThreads, blocks_at_once<T>(kPass, element_states<Rule>())")
+BOUNDS = ("kThreads", "kThreads, 1", "kThreads, 3", "kThreads, blocks_at_once<T>(kPass, states_of<Rule>(kPass))")
 
 
 def test_launch_bounds_and_registers_are_those_that_the_test_holds_kernels_to() -> None:
