@@ -158,13 +158,9 @@ class Adam(FusedOptimizer):
         rounding: str = "nearest",
         seed: int = 0,
     ) -> None:
+        arguments = ([torch.zeros(0)], lr, betas, eps, weight_decay, amsgrad)
         torch_optimizer = TorchAdam(
-            [torch.zeros(0)],
-            lr,
-            betas,
-            eps,
-            weight_decay,
-            amsgrad,
+            *arguments,
             foreach=foreach,
             maximize=maximize,
             capturable=capturable,
