@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ast
 import inspect
+import itertools
 import re
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -128,6 +130,41 @@ def test_skips_stand_in_conftest(path: Path) -> None:
         if isinstance(node, ast.Attribute) and node.attr in ("skip", "skipif", "xfail", "importorskip")
     ]
     assert skips == []
+
+
+def tree_of(text: str) -> tuple[set[str], set[str]]:
+    """The patterns of files that a tree lists, and the folders of which it lists no file."""
+    files, folders = set(), set()
+    above: list[tuple[int, str]] = []
+    for line in text.splitlines():
+        indent, prefix = len(line) - len(line.lstrip()), ""
+        while above and above[-1][0] >= indent:
+            above.pop()
+        for word in itertools.takewhile(re.compile(r"[\w/]+(\.(py|h|cpp|cu|\*)|/)").fullmatch, line.split()):
+            folder, name = re.fullmatch(r"((?:\w+/)*)(.*)", word).groups()  # type: ignore[union-attr]
+            prefix = folder or prefix
+            whole = (above[-1][1] if above else "") + prefix + name
+            (files if name else folders).add(whole)
+        if line.split()[0].endswith("/"):
+            above.append((indent, (above[-1][1] if above else "") + line.split()[0]))
+    return files, {folder for folder in folders if not any(file.startswith(folder) for file in files)}
+
+
+def test_the_tree_lists_every_file() -> None:
+    """The tree of docs/architecture.md: each file of the sources stands there, and none that is gone."""
+    text = (ROOT / "docs" / "architecture.md").read_text().split("## The tree")[1].split("```")[1]
+    files, folders = tree_of(text.partition("\n")[2])
+    assert len(files) >= 110
+    assert len(folders) >= 10
+    there = {
+        relative(path)
+        for path in [*CSRC, *FUSED_OPTIM, *KERNELS, *sources("bench", ".py", at_least=24), *TESTS]
+        if path.name != "__init__.py" and path != ROOT / "fused_optim" / "__main__.py"
+    }
+    unlisted = {path for path in there if not any(fnmatch(path, pattern) for pattern in files)}
+    assert sorted(path for path in unlisted if not path.startswith(tuple(folders))) == []
+    assert [pattern for pattern in sorted(files) if not any(ROOT.glob(pattern))] == []
+    assert [folder for folder in sorted(folders) if not (ROOT / folder).is_dir()] == []
 
 
 def imports_of(path: Path, modules: dict[str, Path]) -> set[Path]:
