@@ -31,7 +31,7 @@ def max_error(recipe: Recipe, contender: Contender, dtype: torch.dtype, device: 
     stepper = contender.make(material)
     logger = logging.getLogger("fused_optim")
     level = logger.level
-    logger.setLevel(logging.ERROR)  # float64 by the witness is what is asked for
+    logger.setLevel(logging.ERROR)  # float64 by the eager path is what is asked for
     try:
         reference = ours(recipe, EAGER).make(exact)
         grads = [param.grad.clone() for param in material.flat if param.grad is not None]

@@ -16,7 +16,7 @@ from .peers import PEERS
 from .peers.torch_optim import Graphed
 from .shapes import Model
 
-# How a contender that is measured again on float64 is named: our witness.
+# How a contender that is measured again on float64 is named: by our eager path.
 EAGER = "eager"
 
 

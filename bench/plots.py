@@ -32,7 +32,7 @@ def new_axes(height: float) -> tuple[Any, Any]:
 
 
 def style_of(names: list[str]) -> dict[str, dict[str, Any]]:
-    """Colour and marker of each contender: ours red diamonds, the witness hollow."""
+    """Colour and marker of each contender: ours red diamonds, the eager path hollow."""
     styles: dict[str, dict[str, Any]] = {}
     for name in names:
         if name.startswith("fused_optim"):

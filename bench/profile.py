@@ -66,7 +66,7 @@ def named_phases(optimizer: Any) -> Iterator[None]:
     plan.native = NamedPhases(native)  # type: ignore[assignment]
 
     def named_advance(*arguments: Any) -> Any:
-        with record_function("fused_optim: witness (torch operations)"):
+        with record_function("fused_optim: eager (torch operations)"):
             return advance(*arguments)
 
     EagerSteps._advance = named_advance  # type: ignore[method-assign]

@@ -120,7 +120,7 @@ def shapes_of(source: Source, optimizer: Optimizer | None = None) -> Model:
 
     def named(param: Tensor) -> str:
         if param not in names:
-            raise ValueError(f"optimizer: a parameter of shape {tuple(param.shape)} is none of the model's to train")
+            raise ValueError(f"optimizer: a parameter of shape {tuple(param.shape)} is not one that the model trains")
         return names[param]
 
     trained_alone = isinstance(source, Optimizer)  # whose frozen parameters are left out, as a model's are
@@ -146,7 +146,7 @@ def write_shapes(model: Source, path: str | Path, *, optimizer: Optimizer | None
             Default None: one group.
 
     Raises:
-        TypeError: ``model`` is none of these.
+        TypeError: ``model`` is of another kind than these.
         ValueError: the model has nothing to train, or the optimizer has parameters that are not the model's.
 
     Example:

@@ -79,7 +79,7 @@ FO_HOST_DEVICE inline void store_ties_away(bfloat16& out, float value) {
 
 FO_HOST_DEVICE inline void store_ties_away(float16& out, float value) { store(out, value); }
 
-// The parameter is what counts, also where somebody has written it since the last step. A master weight that
+// The parameter is what counts, also where it has been written since the last step. A master weight that
 // still rounds to its parameter adds the bits below it; any other is the master of a number that is gone.
 template <class Param>
 FO_HOST_DEVICE inline bool rounds_to(Param param, float master) {

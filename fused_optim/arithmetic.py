@@ -1,4 +1,4 @@
-"""Numbers of one tensor, as the witness computes with them: Python floats, or 0-d tensors that stay on a device."""
+"""Numbers of one tensor, as the eager path computes with them: Python floats, or 0-d tensors that stay on a device."""
 
 from __future__ import annotations
 

@@ -84,7 +84,7 @@ def check_group(
 
     Raises:
         TypeError: what is no number; the text names the group and the key.
-        ValueError: a word that is none of the hyperparameter's choices, or a number out of its limits.
+        ValueError: a word that is not one of the hyperparameter's choices, or a number out of its limits.
     """
     group = {**defaults, **group}
     for key, words in choices:

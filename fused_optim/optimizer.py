@@ -66,7 +66,7 @@ class Kept:
 class FusedOptimizer(Rule, torch.optim.Optimizer):
     """Base class of the fused optimizers: a ``torch.optim.Optimizer`` whose step is one plan for all groups.
 
-    A subclass gives the mathematics (`prepare` and `update` for the witness, the name of the C++ rule) and the names
+    A subclass gives the mathematics (`prepare` and `update` for the eager path, the name of the C++ rule) and the names
     of its states. It gives no loop, no launcher and no checkpoint code.
 
     Args:

@@ -96,7 +96,7 @@ def polynomials_of(ns_coefficients: Any, ns_steps: Any) -> tuple[Polynomial, ...
 
     Raises:
         ValueError: torch's texts for coefficients that are not three numbers and for 100 steps or more; an unknown
-            name; a number of steps that is none.
+            name; ``ns_steps`` other than an integer of 0 or more.
     """
     if isinstance(ns_steps, bool) or not isinstance(ns_steps, int) or ns_steps < 0:
         raise ValueError(f"ns_steps must be an integer of 0 or more, got {shown(ns_steps)}")

@@ -79,8 +79,8 @@ class Shards:
         rows: all rows of the plan.
         positions: where the table has a row, by its index.
         device: where the table is.
-        total_only: nobody asks for more than the sum of squares over all rows.
-        takes_maximum: somebody asks for the largest magnitude.
+        total_only: no rule and no clip asks for more than the sum of squares over all rows.
+        takes_maximum: a rule asks for the largest magnitude.
     """
 
     def __init__(

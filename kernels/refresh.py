@@ -175,7 +175,7 @@ class DeviceTable:
 
 
 def _quiet() -> AbstractContextManager[Any]:
-    """What overflows or is none of the numbers is no news to the caller of an interpreted kernel."""
+    """No warnings of numpy's about overflows and NaN, which an interpreted kernel's arithmetic would give."""
     import numpy
 
     return numpy.errstate(all="ignore")

@@ -63,8 +63,9 @@ class Rule(NamedTuple):
 
     A rule whose step length depends on the norm of its own direction has instead ``accumulate(grad, states, scalars)``,
     ``direction(param, states, scalars)`` and ``scale_direction(hyper, tensor)``, which returns the scalars'
-    ``step_size`` and the trust ratio. One whose direction others change between its passes has no ``scale_direction``:
-    its ``accumulate`` returns the direction behind the states, and its ``direction`` receives it instead of them.
+    ``step_size`` and the trust ratio. One whose direction ``Step.exchange`` changes between its passes has no
+    ``scale_direction``: its ``accumulate`` returns the direction behind the states, and its ``direction`` receives it
+    instead of them.
     """
 
     name: str

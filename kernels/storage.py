@@ -58,7 +58,7 @@ def narrow_ties_away(value, DTYPE: tl.constexpr):
 
 @triton.jit
 def widen_master(param, master, DTYPE: tl.constexpr):
-    """The master where it still rounds to its parameter, elsewhere the parameter: somebody has written it."""
+    """The master where it still rounds to its parameter, elsewhere the parameter: it has been written since."""
     rounded = narrow_ties_away(master, DTYPE).to(tl.int16, bitcast=True)
     return tl.where(rounded == param.to(tl.int16, bitcast=True), master, widen(param, DTYPE, tl.float32))
 
@@ -67,7 +67,7 @@ def widen_master(param, master, DTYPE: tl.constexpr):
 def widen_split(param, remainder):
     """The float32 master of which a bfloat16 parameter and a remainder are the halves.
 
-    A remainder with which the parameter would make a NaN is none of its own, and counts as 0.
+    A remainder with which the parameter would make a NaN does not belong to it, and counts as 0.
     """
     upper = param.to(tl.int32) << 16
     whole = upper + remainder.to(tl.int32)

@@ -28,9 +28,8 @@ void launch(const char* phase, void (*kernel)(P...), int64_t blocks, int threads
 // Whether kernels may take 32,764 bytes of parameters, and not only 4,096.
 bool has_large_patches();
 
-// Makes a device current in this thread. Afterwards the context that was current before is so again, or none
-// where there was none: cudaSetDevice to the device before would create a context on it, which takes hundreds
-// of megabytes of a GPU that this process may have nothing to do with.
+// Makes a device current in this thread, and restores the previous context at the end. Not by cudaSetDevice,
+// which would create one there: hundreds of megabytes of a GPU that this process may have nothing to do with.
 class DeviceGuard {
  public:
   explicit DeviceGuard(int device);

@@ -97,7 +97,7 @@ struct BucketLayout {
 struct TableLayout {
   size_t row_count = 0, group_count = 0;
   size_t rows = 0, groups = 0;
-  bool keeps_directions = false;  // of some rows: others change them between the passes
+  bool keeps_directions = false;  // of some rows: Step.exchange changes them between the passes
   size_t changing_bytes = 0;
   size_t pieces = 0, totals = 0, directions = 0;
   size_t sums = 0, sums_bytes = 0, records = 0, control = 0, direction_sums = 0;

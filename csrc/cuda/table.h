@@ -15,7 +15,7 @@ namespace fused_optim {
 template <int kWords>
 struct PatchWords;
 
-// Gives memory of the device back that others hold and do not use.
+// Gives memory of the device back that torch's allocator holds and does not use.
 using MakeRoom = std::function<void()>;
 
 // One device allocation and what the host knows of its front part.

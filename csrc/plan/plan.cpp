@@ -55,18 +55,18 @@ PyObject* Plan::refresh(PyObject* param_groups, PyObject* state) {
       static_cast<size_t>(PyList_GET_SIZE(param_groups)) != group_reader_.size() || !PyDict_Check(state)) {
     Py_RETURN_NONE;
   }
-  PyObject* attention = nullptr;  // a list, once there is a row for it
+  PyObject* unready = nullptr;  // a list, once there is a row for it
   row_reader_.begin();
   active_elements_ = active_rows_ = 0;
   const auto leave = [&](PyObject* result) {
-    Py_XDECREF(attention);
+    Py_XDECREF(unready);
     release();
     return result;
   };
-  const auto attend = [&](size_t r, const char* reason) {
-    if (attention == nullptr && (attention = PyList_New(0)) == nullptr) return false;
+  const auto report = [&](size_t r, const char* reason) {
+    if (unready == nullptr && (unready = PyList_New(0)) == nullptr) return false;
     PyObject* entry = Py_BuildValue("(ns)", static_cast<Py_ssize_t>(r), reason);
-    const bool good = entry != nullptr && PyList_Append(attention, entry) == 0;
+    const bool good = entry != nullptr && PyList_Append(unready, entry) == 0;
     Py_XDECREF(entry);
     return good;
   };
@@ -102,7 +102,7 @@ PyObject* Plan::refresh(PyObject* param_groups, PyObject* state) {
         } else if (*reason == '\0') {
           leave(nullptr);
           Py_RETURN_NONE;
-        } else if (!attend(r, reason)) {
+        } else if (!report(r, reason)) {
           return leave(nullptr);
         }
       }
@@ -117,14 +117,14 @@ PyObject* Plan::refresh(PyObject* param_groups, PyObject* state) {
     active_changed_ = true;
     active_elements_ -= rows_[r].numel;
     --active_rows_;
-    if (!attend(r, "overlap")) return leave(nullptr);
+    if (!report(r, "overlap")) return leave(nullptr);
   }
   for (CudaPhases* phases : devices_) {
     void* stream;
     if (!reader_.read_stream(phases->device(), &stream)) return leave(nullptr);
     phases->work_on(stream);
   }
-  return attention != nullptr ? attention : PyTuple_New(0);
+  return unready != nullptr ? unready : PyTuple_New(0);
 }
 
 PyObject* Plan::written() const {

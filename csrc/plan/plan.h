@@ -67,8 +67,8 @@ class Plan {
   // What the kernels of a device whose rows Triton steps read, as refresh found it: see plan/triton_table.h.
   void write_table(size_t device, int64_t* words) const;
 
-  // The step of all rows that refresh accepted; the step's global norm is that of all gradients, those that
-  // others step included. Throws std::runtime_error; false with a Python error set.
+  // The step of all rows that refresh accepted; the step's global norm is that of all gradients, those of
+  // eager rows and of Triton's included. Throws std::runtime_error; false with a Python error set.
   bool apply(PyObject* step);
 
   // Lets go of the parameters and gradients that refresh() holds: between steps a plan keeps none alive.

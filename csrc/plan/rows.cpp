@@ -37,7 +37,7 @@ PyMethodDef note_death_method{"note_death", note_death, METH_O, nullptr};
 
 }  // namespace
 
-// Its memory is the capsule's: a weak reference that somebody else has found may outlive the plan.
+// Its memory is the capsule's: a weak reference that another holder has found may outlive the plan.
 PyObject* RowReader::death_callback() {
   if (death_callback_ != nullptr) return death_callback_;
   auto has_died = std::make_unique<bool>(false);

@@ -20,16 +20,16 @@
 // update, accumulate: the states from the gradient; direction: from the states as they were rounded at the
 // store; and scale_direction: the Scalars' step_size, once the norms of direction and param are known.
 //
-// kKeepsDirection: of those, a rule whose direction others change between the passes (Muon). Its last state
-// is the room for it, memory of the plan's and none of the parameter's states: accumulate writes it there,
-// and direction receives what it has become in the place of the states. No norm is asked for, and prepare
-// says the step_size.
+// kKeepsDirection: of those, a rule whose direction Step.exchange changes between the passes (Muon). Its last
+// state is the room for it, memory of the plan's and none of the parameter's states: accumulate writes it
+// there, and direction receives what it has become in the place of the states. No norm is asked for, and
+// prepare says the step_size.
 //
 // A root or a quotient that is NaN makes a result NaN: a device takes results that are not for sure (see
 // cuda/quick_float.h). So what is computed from one does not vanish in a comparison.
 //
 // The mechanism around it (prepare.h) has applied maximize, the loss scale and clipping to the gradient
-// already, and afterwards adds the coupled weight decay. The eager witness in
+// already, and afterwards adds the coupled weight decay. The eager formula in
 // fused_optim/optimizers/ and the Triton twin in kernels/rules/ hold the same lines in the same order.
 #pragma once
 

@@ -1,4 +1,4 @@
-"""The witness: one parameter's step in plain torch operations.
+"""The eager path: one parameter's step in plain torch operations.
 
 It serves whatever the fused backends do not take (complex numbers, odd layouts, other devices,
 ``differentiable=True``) and is what their results are held to. It computes in float32, or in float64 for float64

@@ -194,7 +194,7 @@ def check_decay_scaling(decay_scaling: Any, where: str) -> None:
         ValueError: the text lists the words.
     """
     if decay_scaling not in DECAY_SCALINGS:
-        raise ValueError(f"{where}={decay_scaling!r} is not one of 'scaled', 'base' and 'double'")
+        raise ValueError(f"{where} must be one of 'scaled', 'base', 'double', got {decay_scaling!r}")
 
 
 @explains_options

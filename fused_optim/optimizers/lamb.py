@@ -166,7 +166,7 @@ class LAMB(FusedOptimizer):
     ) -> None:
         check_arguments(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
         if variant not in VARIANTS:
-            raise ValueError(f"variant={variant!r} is none of LAMB's: {', '.join(VARIANTS)}")
+            raise ValueError(f"LAMB's variant must be one of {', '.join(map(repr, VARIANTS))}, got {variant!r}")
         if variant == "paper":
             if max_grad_norm not in (None, 1.0):  # 1.0: the default
                 raise ValueError(

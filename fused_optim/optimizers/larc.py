@@ -345,7 +345,7 @@ def resolve(variant: str | None, mode: str, given: dict[str, Any]) -> TrustRatio
         ValueError: the text names the argument.
     """
     if variant not in VARIANTS:
-        raise ValueError(f"variant={variant!r} is none of LARC's: None, 'openseq2seq', 'apex'")
+        raise ValueError(f"LARC's variant must be one of None, 'openseq2seq', 'apex', got {variant!r}")
     if mode not in ("clip", "scale"):
         raise ValueError(f"mode={mode!r} is not 'clip' or 'scale'")
     options = {**VARIANTS[variant], **{name: value for name, value in given.items() if value is not None}}

@@ -111,7 +111,7 @@ class LARS(MomentumOptimizer):
         seed: int = 0,
     ) -> None:
         if variant not in VARIANTS:
-            raise ValueError(f"variant={variant!r} is none of LARS's: {', '.join(VARIANTS)}")
+            raise ValueError(f"LARS's variant must be one of {', '.join(map(repr, VARIANTS))}, got {variant!r}")
         if variant != "timm" and (trust_clip or always_adapt):
             raise ValueError(f"trust_clip and always_adapt are options of the variant 'timm', not of {variant!r}")
         if nesterov and (momentum <= 0 or dampening != 0):

@@ -199,7 +199,7 @@ class Muon(FusedOptimizer):
         if use_muon not in (True, False, "auto"):
             raise ValueError(f"use_muon must be True, False or 'auto', got {use_muon!r}")
         if ns_dtype not in (None, *DTYPES):
-            raise ValueError(f"ns_dtype={ns_dtype} is none of {', '.join(map(str, DTYPES))}")
+            raise ValueError(f"ns_dtype must be one of {', '.join(map(str, DTYPES))}, got {ns_dtype}")
         adamw_lr = lr if adamw_lr is None else adamw_lr
         adamw_weight_decay = weight_decay if adamw_weight_decay is None else adamw_weight_decay
         check_arguments(lr=adamw_lr, betas=adamw_betas, eps=adamw_eps, weight_decay=adamw_weight_decay)

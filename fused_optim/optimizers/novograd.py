@@ -73,7 +73,7 @@ def resolve(variant: str, betas: Any, eps: float | None, amsgrad: bool, options:
         ValueError: an unknown variant, or an option that it does not know.
     """
     if variant not in VARIANTS:
-        raise ValueError(f"variant={variant!r} is none of NovoGrad's: {', '.join(VARIANTS)}")
+        raise ValueError(f"NovoGrad's variant must be one of {', '.join(map(repr, VARIANTS))}, got {variant!r}")
     known = VARIANTS[variant]
     if amsgrad and not known.amsgrad:
         raise ValueError(f"NovoGrad's variant {variant!r} has no amsgrad; 'paper', 'timm' and 'tfa' have")

@@ -24,7 +24,7 @@ class ClipOptions(NamedTuple):
     max: float = 0.0
 
     def coefficient(self, measured: float) -> float:
-        """The witness's factor for gradients of this norm: at most 1; a NaN spreads."""
+        """The eager path's factor for gradients of this norm: at most 1; a NaN spreads."""
         if math.isinf(self.norm) or measured <= self.norm:
             return 1.0
         return self.norm / measured

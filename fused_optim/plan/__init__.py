@@ -2,7 +2,7 @@
 
 `plan.py`: what every plan does, what a row is, and which parameters a native backend takes. The compiled plan is
 csrc/plan; `python_plan.py` reads the same in Python, where there is no extension, with `read_rows.py`,
-`read_groups.py`, `memory.py` and `unchanged.py`. `triton_plan.py` is around either of them: its Triton rows are stepped
-by the kernels that Python launches, all others by the plan within. `planner.py` decides which of them an optimizer
+`read_groups.py`, `memory.py` and `unchanged.py`. `triton_plan.py` is around either of them: Triton kernels step
+its Triton rows, the plan within steps the rest. `planner.py` decides which of them an optimizer
 gets.
 """

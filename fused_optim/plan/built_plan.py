@@ -87,7 +87,7 @@ class BuiltPlan:
     def new_step(self, scale: LossScale, clip: ClipOptions, *, waits: bool) -> Step:
         """A step of the rows that the refresh has accepted, in the place of the plan's last.
 
-        ``waits``: somebody waits for the devices, if there are.
+        ``waits``: the host waits for the devices' results within this step.
         """
         step = self._step
         step.grad_scale = 1.0 if scale.scale is None or not waits else 1.0 / float(scale.scale)

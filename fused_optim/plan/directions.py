@@ -30,7 +30,7 @@ class Batch(NamedTuple):
 
 
 class Settings:
-    """What the groups say of directions, none of which a native plan reads.
+    """What the groups say of directions; no native plan reads it.
 
     Args:
         groups: the optimizer's.

@@ -74,9 +74,9 @@ class PythonPlan:
                 return None
             if changed:
                 self._unwritten.update(range(len(self._devices)))
-        attention = [(index, "param") for index in self._others if self._rows.params[index].grad is not None]
+        unready = [(index, "param") for index in self._others if self._rows.params[index].grad is not None]
         if self._fast is not None and self._fast.read(state, self._rows):
-            return attention
+            return unready
         self._fast = None
         found = self._rows.read(state)
         if found is None:
@@ -84,7 +84,7 @@ class PythonPlan:
         self._unwritten.update(range(len(self._devices)))
         if not found and self._rows.readers:
             self._fast = FastPath.of(self._rows, state)
-        return sorted([*attention, *found])
+        return sorted([*unready, *found])
 
     def write_table(self, device: int, words: memoryview) -> None:
         """The words of groups and rows that a device's kernels read: the fields of kernels/table.py."""

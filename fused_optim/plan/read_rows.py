@@ -132,7 +132,7 @@ class ReadRows:
 
     def read(self, state: dict[Tensor, Any]) -> list[tuple[int, str]] | None:
         """Each row by itself; None: a parameter is no longer what the plan was built for."""
-        attention = {}
+        unready = {}
         written = []  # first and last address, row
         for index, reader in self.readers.items():
             self.active[index] = False
@@ -143,7 +143,7 @@ class ReadRows:
             columns: list[Memory | None] = [None] * COLUMNS
             reason = reader.read(state.get(reader.param), columns)
             if reason is not None:
-                attention[index] = reason
+                unready[index] = reason
                 continue
             self.active[index] = True
             self.grads.append(reader.param.grad)
@@ -159,6 +159,6 @@ class ReadRows:
                     written.append((memory.address, memory.address + numel * SIZES[memory.dtype], index))
         for index in overlapping(written):
             self.active[index] = False
-            attention[index] = "overlap"
+            unready[index] = "overlap"
         self.written = [index for index in self.readers if self.active[index]]
-        return list(attention.items())
+        return list(unready.items())

@@ -40,7 +40,7 @@ class TritonRows(NamedTuple):
 
 
 class TritonPlan:
-    """Reads through another plan, writes the tables of what that found, and launches.
+    """`reader` reads all rows; each device's table is written from what it found, and Triton kernels step its rows.
 
     Args:
         reader: the compiled plan, or the one in Python; it has the same devices in the same order.
@@ -52,11 +52,11 @@ class TritonPlan:
         self._devices = devices
 
     def refresh(self, param_groups: list[dict[str, Any]], state: dict[Tensor, Any]) -> Sequence[tuple[int, str]] | None:
-        attention = self._reader.refresh(param_groups, state)
-        for index, (_, _, phases) in enumerate(self._devices if attention is not None else ()):
+        unready = self._reader.refresh(param_groups, state)
+        for index, (_, _, phases) in enumerate(self._devices if unready is not None else ()):
             self._reader.write_table(index, phases.words)
             phases.begin()
-        return attention
+        return unready
 
     def reduce(self, step: Step) -> float:
         total = self._reader.reduce(step)

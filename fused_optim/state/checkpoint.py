@@ -46,7 +46,7 @@ def clear_absent(groups: Groups, states: dict[Tensor, Any]) -> None:
                 f"a parameter of shape {tuple(param.shape)} has a state and is in no group any more, so that the state "
                 "dict has no place for it; del optimizer.state[param] when you take a parameter out of its group"
             )
-        del states[param]  # of a defaultdict that somebody has only asked for it
+        del states[param]  # a defaultdict makes an empty one when it is asked
 
 
 def remember_scales(groups: Groups, options: Options, state_dict: dict[str, Any]) -> None:

@@ -16,7 +16,7 @@ from ..rule import Rule
 from ..tensors import is_plain, is_sharded, local, same_placement
 from . import formats, masters
 
-# Why a state is replaced that somebody has made or copied in inference mode.
+# Why a state is replaced that was made or copied in inference mode.
 INFERENCE = "is an inference tensor, which cannot be written outside of torch.inference_mode()"
 REMAINDERS = (torch.int16, torch.int8)
 

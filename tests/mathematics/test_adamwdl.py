@@ -313,7 +313,7 @@ WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "n_layers": ({"n_layers": 1.5}, TypeError, "n_layers must be an int, got 1.5"),
     "n_layers None": ({"n_layers": None}, TypeError, "n_layers must be an int"),
     "n_layers negative": ({"n_layers": -1}, ValueError, "n_layers must not be negative"),
-    "decay_scaling": ({"decay_scaling": "twice"}, ValueError, "decay_scaling='twice' is not one of"),
+    "decay_scaling": ({"decay_scaling": "twice"}, ValueError, "decay_scaling must be one of .*got 'twice'"),
     "weight_decay None": ({"weight_decay": None}, TypeError, "not supported between instances of"),
     "weight_decay negative": ({"weight_decay": -0.1}, ValueError, "Invalid weight_decay value"),
     "beta": ({"betas": (1.0, 0.999)}, ValueError, "Invalid beta parameter at index 0"),

@@ -391,7 +391,7 @@ BAD: dict[str, tuple[list[tuple[int, ...]], dict[str, Any], str]] = {
     "heads": ([(2, 2), (5, 4)], {"heads": {"1": 3}}, r"heads of '1' .* is 3, into which the 5 rows"),
     "no heads": ([(4, 4)], {"heads": [0]}, r"heads of '0' .* is 0, into which"),
     "use_muon": ([(2, 2)], {"use_muon": "always"}, "use_muon must be True, False or 'auto', got 'always'"),
-    "ns_dtype": ([(2, 2)], {"ns_dtype": torch.int8}, r"ns_dtype=torch\.int8 is none of"),
+    "ns_dtype": ([(2, 2)], {"ns_dtype": torch.int8}, r"ns_dtype must be one of .*got torch\.int8"),
     "momentum": ([(2, 2)], {"momentum": -0.5}, "Invalid momentum value: -0.5"),
     "AdamW's betas": ([(2, 2)], {"adamw_betas": (1.0, 0.5)}, "Invalid beta parameter at index 0"),
 }

@@ -178,7 +178,7 @@ def test_shapes_of_a_users_model_come_back(tmp_path: Path) -> None:
     assert (first.lr_scale, first.weight_decay_scale) == (0.5, 1.0)
     assert (second.lr_scale, second.weight_decay_scale) == (1.0, 0.0)
     assert list(second.tensors) == ["2.weight", "2.bias"]
-    with pytest.raises(ValueError, match="none of the model's"):
+    with pytest.raises(ValueError, match="not one that the model trains"):
         write_shapes(torch.nn.Linear(3, 3), path, optimizer=torch.optim.AdamW(groups))
 
 
@@ -598,7 +598,7 @@ def test_profile_takes_a_users_own_step(tmp_path: Path) -> None:
 
     found = profile_step(forward_backward, optimizer, tmp_path / "trace.json")
     assert 0 < found.optimizer < found.step
-    assert found.phases["fused_optim: witness (torch operations)"] > 0
+    assert found.phases["fused_optim: eager (torch operations)"] > 0
     assert not found.stand_in
     optimizer.step()  # the optimizer is as it was
     assert "_step_witness" not in vars(optimizer)
