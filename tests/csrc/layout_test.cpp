@@ -1,6 +1,7 @@
 // Reads the numbers of elements of some rows, and prints how the CUDA backend cuts them up: a line for each
 // piece of the reduce phase in the order of blocks (row, first element, elements, where its sums go), for
-// each total (row, first sums, pieces) and for each row of a rule with a direction (row, first sum, sums).
+// each total (row, first sums, pieces) and for each row of a rule that sums its direction (row, first sum,
+// sums).
 #include "cuda/layout.h"
 
 #include <cstdio>
@@ -13,7 +14,7 @@ namespace {
 template <class... R>
 int rule_with_direction(RuleList<R...>) {
   int found = -1, rule = 0;
-  ((found = R::kHasDirection ? rule : found, ++rule), ...);
+  ((found = R::kHasDirection && !R::kKeepsDirection ? rule : found, ++rule), ...);
   return found;
 }
 
