@@ -4,15 +4,14 @@ One step, `_step` below:
 
 1. `plan.refresh` reads every address, layout and hyperparameter again and reports the rows that cannot be stepped as
    they are: no state yet, a gradient of another layout, a parameter that no native backend takes.
-2. Those are looked at in Python (`state/readiness.py`): wrong input is refused before anything has changed, state is
-   created or brought into shape; what is still not ready goes to the eager path (`eager/`), with one log line.
+2. Those are looked at in Python (`kept.py`, `state/readiness.py`): wrong input is refused before anything has changed,
+   state is created or brought into shape; what is still not ready goes to the eager path (`eager/`), with one log line.
 3. `plan.apply` updates all other rows at once.
 """
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,46 +20,23 @@ from torch.autograd import profiler
 from torch.optim.optimizer import Optimizer, ParamsT, _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from . import backends
-from .backends import FallbackLog
 from .eager.steps import NO_STEPS, EagerSteps
+from .kept import Kept
 from .norms import LastStep, Norms, global_norm
 from .options.clip import GLOBAL_NORM, GradClip
 from .options.matrices import MatrixOptions
-from .options.options import Factors, Options, StateDtype, check_rounding, check_state_dtype, checked_seed
+from .options.options import Factors, Options, StateDtype
 from .options.scales import Exclude, Scale, ScaleColumn
-from .parameters import Place, parameters
+from .parameters import parameters
 from .plan.built_plan import BuiltPlan
 from .plan.loss_scale import LossScale
-from .plan.plan import why_refused
-from .plan.planner import build_plan, check_flattened
+from .plan.planner import check_flattened
 from .plan.step import Step
-from .row import Row
 from .rule import Rule
 from .shards import Exchange
 from .state import checkpoint, formats, masters
-from .state.readiness import make_ready
 from .tensors import is_flattened, lasting
 from .trust_ratio import TrustRatio
-
-# No rows, or no groups.
-NOTHING: dict[int, Any] = {}
-
-
-class Kept:
-    """What an optimizer keeps between steps. It is made once and never replaced: wrappers that copy an optimizer's
-    ``__dict__``, as Lightning's do, see the same."""
-
-    def __init__(self, options: Options, name: str) -> None:
-        self.options = options
-        self.log = FallbackLog(name)
-        self.plan: BuiltPlan | None = None
-        self.last: LastStep | None = None
-        self.same_rows = ""  # what the processes have found to be the same everywhere
-        self.captures: list[Any] = []  # what the replays of captured steps read and write: never freed before us
-        self.supports_scaling: bool | None = None  # what a user has set `_step_supports_amp_scaling` to
-        self.loading: dict[str, Any] | None = None  # the checkpoint that is being loaded
-        self.stepping = threading.Lock()
-        self.built = False  # the constructor is done: groups come by `add_param_group` now
 
 
 class FusedOptimizer(Rule, torch.optim.Optimizer):
@@ -123,19 +99,13 @@ class FusedOptimizer(Rule, torch.optim.Optimizer):
         matrices: MatrixOptions | None = None,
     ) -> None:
         forced = backends.requested(backend)
-        check_state_dtype(state_dtype)
-        check_rounding(rounding)
         masters.check_option(master_weights)
-        if grad_clip is not None and not isinstance(grad_clip, GradClip):
-            raise TypeError(
-                f"grad_clip must be ClipGradByGlobalNorm, ClipGradByNorm or ClipGradByValue, got {grad_clip!r}"
-            )
-        options = Options(
+        options = Options.of_arguments(
             backend=forced,
-            state_dtype=dict(state_dtype) if isinstance(state_dtype, Mapping) else state_dtype,
+            state_dtype=state_dtype,
             master_weights=master_weights,
             rounding=rounding,
-            seed=checked_seed(seed),
+            seed=seed,
             grad_clip=grad_clip,
             lazy_mode=lazy_mode,
             matrices=matrices,
@@ -152,31 +122,11 @@ class FusedOptimizer(Rule, torch.optim.Optimizer):
             what = f"master_weights={master_weights!r} has no effect: no parameter is float16 or bfloat16"
             self._kept.log.once("master_weights", "%s: %s", what)
         options.factors = factors
-        self._check_state_names()
-        self._say_what_is_wider(places)
+        formats.check_names(self.param_groups, defaults, self, options)
+        formats.say_what_is_wider(places, defaults, self, options, self._kept.log)
         for place in places:
             check_flattened(place, self, options)
         self._kept.built = True
-
-    def _check_state_names(self) -> None:
-        groups = [{**self.defaults, **group} for group in self.param_groups]
-        names = {name for group in groups for name in self.state_names(group)}
-        numbers = {name for group in groups for name in self.tensor_state_names(group)}
-        formats.check_names(self.options.state_dtype, names, numbers)
-
-    def _say_what_is_wider(self, places: Sequence[Place]) -> None:
-        """Say once which states were to be codes of a byte and cannot be."""
-        found = []
-        for place in places:
-            reasons: dict[str, list[str]] = {}
-            for name in self.state_names({**self.defaults, **place.group}):
-                reason = formats.why_wider(name, place.param, self.options, place.name)
-                if reason is not None:
-                    reasons.setdefault(reason, []).append(name)
-            found += [f"{', '.join(names)} of {place.name}: {reason}" for reason, names in reasons.items()]
-        if found:
-            more = f"; and {len(found) - 20} more" if len(found) > 20 else ""
-            self._kept.log.tells("%s: states that are kept wider than 8 bits: %s", "; ".join(found[:20]) + more)
 
     @property
     def options(self) -> Options:
@@ -261,7 +211,8 @@ class FusedOptimizer(Rule, torch.optim.Optimizer):
             del self.param_groups[index]
             raise
         if self._kept.built:
-            self._say_what_is_wider(list(parameters(self.param_groups, first=index)))
+            places = parameters(self.param_groups, first=index)
+            formats.say_what_is_wider(places, self.defaults, self, self.options, self._kept.log)
 
     def __repr__(self) -> str:
         forced = " (forced)" if self.options.backend is not None else ""
@@ -322,12 +273,12 @@ class FusedOptimizer(Rule, torch.optim.Optimizer):
         if not kept.stepping.acquire(False):
             raise RuntimeError("step() of one optimizer was called from two threads at once")
         try:
-            asked = (kept.plan or self._new_plan()).waits
+            asked = (kept.plan or kept.new_plan(self.param_groups, self.defaults, self)).waits
             if asked and scale.stops():  # what only one device steps reads found_inf there
                 return
             # A torch function mode, as torch.set_default_device sets one, would make reading `.grad` 20 times slower.
             with torch._C.DisableTorchFunction():
-                plan, rows, groups = self._ready()
+                plan, rows, groups = kept.ready(self.param_groups, self.defaults, self.state, self)
                 waits = plan.waits or bool(rows)
                 if waits and not asked and scale.stops():
                     return
@@ -379,61 +330,12 @@ class FusedOptimizer(Rule, torch.optim.Optimizer):
         if found is not None and scale.found_inf is not None and found is not scale.found_inf:
             scale.found_inf.copy_(found, non_blocking=True)
 
-    def _new_plan(self) -> BuiltPlan:
-        kept = self._kept
-        with lasting():
-            kept.plan = build_plan(self.param_groups, self.defaults, self, kept.options, kept.log, kept.same_rows)
-        kept.same_rows = kept.plan.same_rows
-        return kept.plan
-
-    def _refreshed(self) -> tuple[BuiltPlan, Sequence[tuple[int, str]]]:
-        """The plan of the groups as they are now, and the rows that it cannot step as they are."""
-        kept = self._kept
-        for _ in range(2):
-            plan = kept.plan or self._new_plan()
-            found = plan.refresh(self.param_groups, self.state, self.defaults)
-            if found is not None:
-                return plan, found
-            kept.plan = None
-        raise RuntimeError(
-            "the param groups change while the plan is built from them, or are not a list of dicts whose 'params' are "
-            "lists"
-        )
-
-    def _ready(self) -> tuple[BuiltPlan, dict[int, Row], dict[int, dict[str, Any]]]:
-        """A refreshed plan; the rows that the eager path takes, by index, and their groups."""
-        plan = self._kept.plan
-        found = None if plan is None else plan.refresh(self.param_groups, self.state, self.defaults)
-        if plan is None or found is None:  # no plan yet, or the groups are no longer this one's
-            self._kept.plan = None
-            plan, found = self._refreshed()
-        if plan.buffers and plan.native.captured():
-            plan.check_capture(found, self.param_groups, self)
-        if not found:
-            return plan, NOTHING, NOTHING
-        rows = [plan.rows[index] for index, _ in found]
-        groups = {row.group: {**self.defaults, **self.param_groups[row.group]} for row in rows}
-        make_ready(rows, groups, self.state, self, self.options, self.defaults, self._kept.log)
-        plan, found = self._refreshed()
-        for index, kind in found:
-            row = plan.rows[index]
-            if row.backend != "eager":
-                numbers = self.tensor_state_names(groups[row.group])
-                reason = row.refused or why_refused(row, kind, self.state.get(row.param, {}), numbers)
-                self._kept.log.serves(row.name, reason, kind=row.refused or kind)
-        return plan, {index: plan.rows[index] for index, _ in found}, groups
-
     def refresh_masters(self) -> None:
         """Rebuild every master weight from its parameter: what it held below the parameter's precision is forgotten.
 
         No step needs this: an element that was written, through ``param.data`` too, counts as it is.
         """
-        for place in parameters(self.param_groups):
-            option = self.options.master_weights
-            key = masters.key_for(place.param, option, place.name)
-            if option is not None and key in self.state.get(place.param, {}):
-                with lasting():
-                    self.state[place.param][key] = masters.build(place.param, option)
+        masters.rebuild(parameters(self.param_groups), self.state, self.options.master_weights)
 
     # Checkpoints ------------------------------------------------------------------------------------------------
 

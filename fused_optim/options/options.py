@@ -148,6 +148,27 @@ class Options:
     factors: Factors = field(default_factory=no_factors)
     matrices: MatrixOptions | None = None  # which parameters are some
 
+    @classmethod
+    def of_arguments(cls, *, state_dtype: Any, rounding: Any, seed: Any, grad_clip: Any, **unchecked: Any) -> Options:
+        """The options that the constructor's arguments give, without factors.
+
+        Raises:
+            ValueError, TypeError: an argument that is not one of its choices; the text names it.
+        """
+        check_state_dtype(state_dtype)
+        check_rounding(rounding)
+        if grad_clip is not None and not isinstance(grad_clip, GradClip):
+            raise TypeError(
+                f"grad_clip must be ClipGradByGlobalNorm, ClipGradByNorm or ClipGradByValue, got {grad_clip!r}"
+            )
+        return cls(
+            state_dtype=dict(state_dtype) if isinstance(state_dtype, Mapping) else state_dtype,
+            rounding=rounding,
+            seed=checked_seed(seed),
+            grad_clip=grad_clip,
+            **unchecked,
+        )
+
     @property
     def clip(self) -> ClipOptions:
         return NO_CLIP if self.grad_clip is None else self.grad_clip.options

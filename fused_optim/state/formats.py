@@ -7,14 +7,17 @@ their scales. Which of the two a new state is, `format_of` decides by the optimi
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
+from ..backends import FallbackLog
 from ..options.options import EIGHT_BIT, NARROW, Options
+from ..parameters import Place
+from ..rule import Rule
 from ..tensors import dtensor_type, is_sharded, local, same_placement
 from . import codec
 
@@ -34,18 +37,19 @@ def is_code(value: Any) -> bool:
     return isinstance(value, Tensor) and value.dtype in CODES.values()
 
 
-def check_names(wanted: Any, names: Collection[str], numbers: Collection[str]) -> None:
-    """Refuse a mapping of ``state_dtype`` that names no state.
-
-    Args:
-        wanted: the argument.
-        names: of the optimizer's states of a number an element.
-        numbers: of those of a number a tensor.
+def check_names(groups: Sequence[dict[str, Any]], defaults: dict[str, Any], rule: Rule, options: Options) -> None:
+    """Refuse a mapping of ``state_dtype`` that names no state with one number an element.
 
     Raises:
         ValueError: the text names what there is.
     """
-    for name in wanted if isinstance(wanted, Mapping) else ():
+    wanted = options.state_dtype
+    if not isinstance(wanted, Mapping):
+        return
+    whole = [{**defaults, **group} for group in groups]
+    names = {name for group in whole for name in rule.state_names(group)}
+    numbers = {name for group in whole for name in rule.tensor_state_names(group)}
+    for name in wanted:
         if name in names:
             continue
         listed = ", ".join(map(repr, sorted(names))) or "none"
@@ -53,6 +57,23 @@ def check_names(wanted: Any, names: Collection[str], numbers: Collection[str]) -
         raise ValueError(
             f"state_dtype={dict(wanted)}: {name!r} is {kind}; the states of a number an element are {listed}"
         )
+
+
+def say_what_is_wider(
+    places: Iterable[Place], defaults: dict[str, Any], rule: Rule, options: Options, log: FallbackLog
+) -> None:
+    """Say once which states were to be codes of a byte and cannot be."""
+    found = []
+    for place in places:
+        reasons: dict[str, list[str]] = {}
+        for name in rule.state_names({**defaults, **place.group}):
+            reason = why_wider(name, place.param, options, place.name)
+            if reason is not None:
+                reasons.setdefault(reason, []).append(name)
+        found += [f"{', '.join(names)} of {place.name}: {reason}" for reason, names in reasons.items()]
+    if found:
+        more = f"; and {len(found) - 20} more" if len(found) > 20 else ""
+        log.tells("%s: states that are kept wider than 8 bits: %s", "; ".join(found[:20]) + more)
 
 
 def why_no_code(name: str, param: Tensor) -> str | None:

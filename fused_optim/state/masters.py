@@ -12,12 +12,14 @@ or down by a random word at each step, so that what a step adds below them is no
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..tensors import like, local
+from ..parameters import Place
+from ..tensors import lasting, like, local
 
 KEYS = {"float32": "master_param", "split": "param_remainder", "split8": "param_remainder"}
 DTYPES = {"float32": torch.float32, "split": torch.int16, "split8": torch.int8}
@@ -113,6 +115,15 @@ def build(param: Tensor, option: str) -> Tensor:
     if option == "float32":
         return torch.empty_like(param, dtype=torch.float32, requires_grad=False).copy_(param.detach())
     return torch.zeros_like(param, dtype=DTYPES[option], requires_grad=False)
+
+
+def rebuild(places: Iterable[Place], states: dict[Tensor, Any], option: str | None) -> None:
+    """A new master in place of each that there is."""
+    for place in places:
+        key = key_for(place.param, option, place.name)
+        if option is not None and key in states.get(place.param, {}):
+            with lasting():
+                states[place.param][key] = build(place.param, option)
 
 
 def rename_remainder(state: dict[str, Any]) -> None:

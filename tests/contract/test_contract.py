@@ -854,16 +854,16 @@ def test_one_optimizer_in_two_threads_is_refused(backend: str, monkeypatch: pyte
         fused_optim.AdamW(new_params(shapes=FEW, device=device_of(backend)), backend=backend) for _ in range(2)
     )
     began, go_on = threading.Event(), threading.Event()
-    make = optimizer._ready
+    make = optimizer._kept.ready
 
-    def wait_once() -> Any:
-        found = make()  # the gradients are held from here on
+    def wait_once(*of: Any) -> Any:
+        found = make(*of)  # the gradients are held from here on
         if not began.is_set():
             began.set()
             assert go_on.wait(60)
         return found
 
-    monkeypatch.setattr(optimizer, "_ready", wait_once)
+    monkeypatch.setattr(optimizer._kept, "ready", wait_once)
     for one in (optimizer, twin):
         set_grads(one.param_groups[0]["params"], 0)
     twin.step()
