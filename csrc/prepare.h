@@ -80,7 +80,7 @@ constexpr int per_tensor_states() {
   return count;
 }
 
-// Those of a parameter's states: the room for a direction that is kept between two passes is none.
+// The states that a parameter has: without the room for a direction that is kept between two passes.
 template <class Rule>
 constexpr int parameter_states() {
   return Rule::kStateCount - (Rule::kKeepsDirection ? 1 : 0);

@@ -167,6 +167,31 @@ def test_the_tree_lists_every_file() -> None:
     assert [folder for folder in sorted(folders) if not (ROOT / folder).is_dir()] == []
 
 
+def places_to_look() -> list[tuple[list[str], list[Path]]]:
+    """What the rows of "Where to look" in docs/architecture.md name: functions and classes, and the files for them."""
+    section = (ROOT / "docs" / "architecture.md").read_text().split("### Where to look")[1].split("\n#")[0]
+    rows = [re.findall(r"`([^`]+)`", line) for line in section.splitlines() if line.startswith("| ") and "`" in line]
+    return [
+        (
+            [word for word in words if re.fullmatch(r"\w+", word)],
+            [
+                ROOT / (word if word.startswith(("csrc/", "kernels/")) else f"fused_optim/{word}")
+                for word in words
+                if "." in word
+            ],
+        )
+        for words in rows
+    ]
+
+
+def test_where_to_look_names_what_is_there() -> None:
+    found = places_to_look()
+    assert len(found) >= 10
+    for words, paths in found:
+        code = "\n".join(code_of(path) for path in paths)
+        assert [word for word in words if not re.search(rf"\b{word}\b", code)] == []
+
+
 def imports_of(path: Path, modules: dict[str, Path]) -> set[Path]:
     """The files of the package that a file imports, those within functions and for types included."""
     package = path.relative_to(ROOT).parts[:-1]
