@@ -61,7 +61,7 @@ help:
 	@test -x .venv/bin/python || $(BASE_PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
 		{ echo "$(BASE_PYTHON) cannot make a virtual environment; apt install python3-venv (Debian, Ubuntu)" >&2; exit 1; }
 	@test -x .venv/bin/python || $(BASE_PYTHON) -m venv .venv || { rm -rf .venv; exit 1; }
-	@echo "installing torch and what the demo needs into .venv; without a GPU, PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu makes that 0.3 GB"
+	@echo "installing torch and what the demo needs into .venv; where there is no GPU, PIP_EXTRA_INDEX_URL may name an index of torch builds without CUDA, which are smaller"
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements/demo.txt
 	@touch $@
 
