@@ -91,7 +91,7 @@ class FreshBuild(build_py):
         if not self.editable_mode:
             shutil.rmtree(self.build_lib, ignore_errors=True)
         super().run()
-        # Read by fused_optim/extension.py.
+        # Read by fused_optim/backends/extension.py.
         note = (ROOT if self.editable_mode else Path(self.build_lib)) / "fused_optim" / "_no_extension.txt"
         note.unlink(missing_ok=True)
         if WHY_NO_EXTENSION is not None:

@@ -7,7 +7,7 @@ import os
 import sys
 from pathlib import Path
 
-from fused_optim import backends
+from fused_optim.backends import choice
 
 try:
     from . import commands
@@ -51,7 +51,7 @@ def parser() -> argparse.ArgumentParser:
     profile.add_argument("--shapes", type=Path, metavar="FILE", help="instead of --model: a file of write_shapes")
     profile.add_argument("--optimizer", default="AdamW", metavar="NAME", help="default: %(default)s")
     profile.add_argument("--peer", metavar="NAME", help="profile this peer instead of ours")
-    profile.add_argument("--backend", choices=backends.BACKENDS, help="of ours; default: the best there is")
+    profile.add_argument("--backend", choices=choice.BACKENDS, help="of ours; default: the best there is")
     profile.add_argument("--dtype", default="float32", metavar="NAME", help="default: %(default)s")
     profile.add_argument("--device", metavar="DEVICE", help="default: cuda where there is one, else cpu")
     profile.add_argument("--tokens", type=count, default=256, help="of the batch (default: %(default)s)")
@@ -119,7 +119,7 @@ def add_grid(step: argparse.ArgumentParser) -> None:
     grid.add_argument("--model", action="append", metavar="NAME", help=", ".join(MODELS))
     grid.add_argument("--shapes", action="append", type=Path, metavar="FILE", help="a file of write_shapes")
     grid.add_argument("--dtype", action="append", metavar="NAME", help="float32, bfloat16, float16, float64")
-    grid.add_argument("--backend", action="append", metavar="NAME", help=", ".join(backends.BACKENDS))
+    grid.add_argument("--backend", action="append", metavar="NAME", help=", ".join(choice.BACKENDS))
     grid.add_argument("--peer", action="append", metavar="NAME", help=f"{', '.join(PEERS)}, or none")
     grid.add_argument("--device", metavar="DEVICE", help="default: cuda where there is one, else cpu")
 

@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from fused_optim import backends
+from fused_optim.backends import choice
 
 from . import results, tables
 from .cases import CASES
@@ -73,7 +73,7 @@ def grid_of(arguments: argparse.Namespace) -> Grid | None:
         models=models or models_named(["resnet-50"]),
         dtypes=pick("--dtype", arguments.dtype or ["float32"], list(DTYPES)),
         device=device_of(arguments.device),
-        backends=pick("--backend", arguments.backend or [], backends.BACKENDS),
+        backends=pick("--backend", arguments.backend or [], choice.BACKENDS),
         peers=None if none else pick("--peer", peers, list(PEERS)),
     )
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from fused_optim import backends
+from fused_optim.backends import choice
 
 from .material import Material
 from .optimizers import Recipe, Stepper
@@ -66,21 +66,21 @@ def contenders_for(
     """
     found: list[Contender] = []
     absent: list[Absent] = []
-    for backend in only_backends or backends.BACKENDS:
-        if not backends.takes(backend, device):
+    for backend in only_backends or choice.BACKENDS:
+        if not choice.takes(backend, device):
             if only_backends:
                 absent.append(Absent(name_of(backend), f"takes no tensor on {device.type}"))
             continue
-        if backend == "triton" and backends.interprets_triton() and not only_backends:
+        if backend == "triton" and choice.interprets_triton() and not only_backends:
             continue  # whoever interprets kernels does not ask how fast they are
-        reason = backends.why_missing(backend, device.index)
+        reason = choice.why_missing(backend, device.index)
         if reason is not None:
             absent.append(Absent(name_of(backend), reason))
             continue
         found.append(ours(recipe, backend))
         if backend == "cuda":
             found.append(ours(recipe, backend, graphed=True))
-    best = name_of(backends.choose(device)[0])
+    best = name_of(choice.choose(device)[0])
     found.sort(key=lambda contender: contender.name != best)
     for name in () if only_peers is None else only_peers or PEERS:
         peer = PEERS[name]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from fused_optim import extension
+from fused_optim.backends import extension
 
 from .material import Material
 from .optimizers import Recipe, Stepper

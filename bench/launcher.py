@@ -15,7 +15,8 @@ import torch
 from torch.nn import Parameter
 
 import fused_optim
-from fused_optim import FusedOptimizer, extension
+from fused_optim import FusedOptimizer
+from fused_optim.backends import extension
 
 from .measure import row_of_pairs
 

@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, record_function
 from torch.profiler import profile as profiled
 
-from fused_optim import FusedOptimizer, backends
+from fused_optim import FusedOptimizer
+from fused_optim.backends import choice
 from fused_optim.eager.steps import EagerSteps
 
 from .contenders import contenders_for, ours
@@ -261,11 +262,11 @@ def profile_model(
             raise ValueError("; ".join(f"--peer {name}: {reason}" for name, reason in absent if name in peers))
         contender = chosen[0]
     else:
-        backend = backend or backends.choose(device)[0]
-        reason = backends.why_missing(backend, device.index)
+        backend = backend or choice.choose(device)[0]
+        reason = choice.why_missing(backend, device.index)
         if reason is not None:
             raise ValueError(f"--backend {backend} cannot be used: {reason}")
-        if not backends.takes(backend, device):
+        if not choice.takes(backend, device):
             raise ValueError(f"--backend {backend} takes no tensor on {device}")
         contender = ours(recipe, backend)
 

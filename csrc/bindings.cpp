@@ -6,6 +6,7 @@
 #include <memory>
 #include <string>
 
+#include "cpu/threads.h"
 #include "plan/plan.h"
 #include "plan/rule_names.h"
 #include "plan/triton_table.h"

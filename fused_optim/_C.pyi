@@ -6,8 +6,8 @@ from torch import Tensor
 from .plan.step import Step
 from .plan.tensor_shim import TensorShim
 from .row import Row
+from .rule.trust_ratio import TrustRatio
 from .tensors import NegativeBit
-from .trust_ratio import TrustRatio
 
 class Plan:
     def __init__(

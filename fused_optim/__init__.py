@@ -1,13 +1,12 @@
 """Fused optimizers for PyTorch: one plan for all parameter groups, and launches whose number they do not change.
 
-The rooms: optimizers/ has the classes, each with its formula; options/ what all of them take; optimizer.py is the step
-that they share. It has plan/ read which memory is to be stepped with which numbers, state/ create and check what a
-parameter keeps, and eager/ step what no fused backend takes. backends.py decides who steps; _C is built from csrc/.
+The rooms: optimizers/ has the classes, each with its formula, written in what rule/ has; options/ what all of them
+take; optimizer.py is the step that they share. It has plan/ read which memory is to be stepped with which numbers,
+state/ create and check what a parameter keeps, and eager/ step what no fused backend takes. backends/ decides who
+steps; report/ says what is installed and what an optimizer does; _C is built from csrc/.
 """
 
 from . import earlier_names
-from .config import __version__, show_config
-from .description import describe
 from .grad_scaler import GradScaler
 from .norms import Norms
 from .optimizer import FusedOptimizer
@@ -23,6 +22,8 @@ from .optimizers.sgd import SGD
 from .options.clip import ClipGradByGlobalNorm, ClipGradByNorm, ClipGradByValue
 from .options.layers import fan_in_lr_scale, layer_decay
 from .options.scales import matrices_only
+from .report.config import __version__, show_config
+from .report.description import describe
 
 earlier_names.give_to(__name__)
 

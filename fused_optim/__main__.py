@@ -1,5 +1,5 @@
 """`python -m fused_optim` prints the configuration."""
 
-from .config import show_config
+from .report.config import show_config
 
 show_config()

@@ -1,4 +1,4 @@
-"""The names that modules had before there were folders: pickles name a class by its module."""
+"""The names that modules had before they stood in their folders: pickles name a class by its module."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import sys
 MODULES = {
     **dict.fromkeys(("adamw", "adamwdl", "lamb", "larc", "lars", "lion", "novograd", "sgd"), "optimizers"),
     **dict.fromkeys(("clip", "scales"), "options"),
+    "trust_ratio": "rule",
 }
 
 

@@ -8,15 +8,15 @@ from typing import Any
 
 from torch import Tensor
 
-from .backends import FallbackLog
+from .backends.choice import FallbackLog
 from .norms import LastStep
 from .options.options import Options
 from .plan.built_plan import BuiltPlan
 from .plan.plan import why_refused
 from .plan.planner import build_plan
+from .plan.readiness import make_ready
 from .row import Row
-from .rule import Rule
-from .state.readiness import make_ready
+from .rule.contract import Rule
 from .tensors import lasting
 
 # No rows, or no groups.

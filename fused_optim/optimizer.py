@@ -4,7 +4,7 @@ One step, `_step` below:
 
 1. `plan.refresh` reads every address, layout and hyperparameter again and reports the rows that cannot be stepped as
    they are: no state yet, a gradient of another layout, a parameter that no native backend takes.
-2. Those are looked at in Python (`kept.py`, `state/readiness.py`): wrong input is refused before anything has changed,
+2. Those are looked at in Python (`kept.py`, `plan/readiness.py`): wrong input is refused before anything has changed,
    state is created or brought into shape; what is still not ready goes to the eager path (`eager/`), with one log line.
 3. `plan.apply` updates all other rows at once.
 """
@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd import profiler
 from torch.optim.optimizer import Optimizer, ParamsT, _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
-from . import backends
+from .backends import choice
 from .eager.steps import NO_STEPS, EagerSteps
 from .kept import Kept
 from .norms import LastStep, Norms, global_norm
@@ -31,12 +31,12 @@ from .parameters import parameters
 from .plan.built_plan import BuiltPlan
 from .plan.loss_scale import LossScale
 from .plan.planner import check_flattened
+from .plan.shards import Exchange
 from .plan.step import Step
-from .rule import Rule
-from .shards import Exchange
+from .rule.contract import Rule
+from .rule.trust_ratio import TrustRatio
 from .state import checkpoint, formats, masters
 from .tensors import is_flattened, lasting
-from .trust_ratio import TrustRatio
 
 
 class FusedOptimizer(Rule, torch.optim.Optimizer):
@@ -98,7 +98,7 @@ class FusedOptimizer(Rule, torch.optim.Optimizer):
         lazy_mode: bool = False,
         matrices: MatrixOptions | None = None,
     ) -> None:
-        forced = backends.requested(backend)
+        forced = choice.requested(backend)
         masters.check_option(master_weights)
         options = Options.of_arguments(
             backend=forced,
@@ -113,7 +113,7 @@ class FusedOptimizer(Rule, torch.optim.Optimizer):
         self._kept = Kept(options, type(self).__name__)
         super().__init__(params, defaults)
         if forced is not None:
-            backends.check_forced(forced, self._devices())
+            choice.check_forced(forced, self._devices())
         places = list(parameters(self.param_groups))
         factors = Factors.of_arguments(lr_scale, weight_decay_scale, grad_clip, exclude)
         factors.resolve(places)
@@ -174,7 +174,7 @@ class FusedOptimizer(Rule, torch.optim.Optimizer):
     @property
     def backend(self) -> str:
         """The backend that serves the parameters; for parameters on several devices several, as ``"cpu, cuda"``."""
-        return ", ".join(sorted({backends.choose(device, self.options.backend)[0] for device in self._devices()}))
+        return ", ".join(sorted({choice.choose(device, self.options.backend)[0] for device in self._devices()}))
 
     @property
     def last_grad_norm(self) -> Tensor | None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .orthogonal import Matrices
+from .rule.orthogonal import Matrices
 
 # How a number lies in memory, as `DType` in csrc/row.h numbers it. int16 and int8 are remainders of split master
 # weights; of a state int8 and uint8 are codes.

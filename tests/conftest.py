@@ -21,7 +21,7 @@ from support import triton_interpreter
 from support.ranks import Ranks
 from support.sources import ROOT
 
-from fused_optim import extension
+from fused_optim.backends import extension
 
 # The same examples in every run: a failure in CI is one that anyone can repeat. To search for new ones:
 # pytest --hypothesis-profile=explore

@@ -1,22 +1,15 @@
 // The CPU backend's driver: which kernels, how many threads, who does which elements.
 #include "cpu/phases.h"
 
-#include <dlfcn.h>
-#include <pthread.h>
-
 #include <algorithm>
 #include <atomic>
 #include <cmath>
 #include <cstring>
 #include <functional>
-#include <system_error>
-#include <thread>
 #include <utility>
 #include <vector>
 
-#if defined(__x86_64__)
-#include <xmmintrin.h>
-#endif
+#include "cpu/threads.h"
 
 namespace fused_optim {
 namespace {
@@ -89,60 +82,6 @@ template <class... R>
 int per_tensor_states_of(RuleList<R...>, int rule) {
   static constexpr int table[] = {per_tensor_states<R>()...};
   return table[rule];
-}
-
-// torch's own OpenMP runtime, reached without linking one: a second runtime would spin against its workers.
-using GompParallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
-
-GompParallel find_openmp() {
-  static const auto function = reinterpret_cast<GompParallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
-  return function;
-}
-
-// A forked child has none of its parent's workers, so a pool would wait for ever; fresh threads do not.
-// Watched from the moment the library is loaded: torch may have started its workers long before our first
-// step.
-std::atomic<bool> forked{false};
-const bool watches_forks = pthread_atfork(nullptr, nullptr, [] { forked = true; }) == 0;
-
-// Threads that take tasks from one list until it is empty.
-struct Team {
-  void (*run)(const void* job, size_t task);
-  const void* job;
-  size_t tasks;
-  std::atomic<size_t> next{0};
-#if defined(__x86_64__)
-  unsigned control = _mm_getcsr();  // denormals and rounding as the caller has them
-#endif
-};
-
-void work(void* argument) {
-  Team& team = *static_cast<Team*>(argument);
-#if defined(__x86_64__)
-  const unsigned own = _mm_getcsr();
-  _mm_setcsr(team.control);
-#endif
-  for (size_t i; (i = team.next.fetch_add(1, std::memory_order_relaxed)) < team.tasks;) team.run(team.job, i);
-#if defined(__x86_64__)
-  _mm_setcsr(own);
-#endif
-}
-
-template <class Job>
-void run_tasks(const Job& job, size_t tasks, int threads) {
-  Team team{[](const void* job_pointer, size_t task) { (*static_cast<const Job*>(job_pointer))(task); }, &job,
-            tasks};
-  if (threads <= 1 || tasks <= 1) return work(&team);
-  const GompParallel parallel = watches_forks && !forked ? find_openmp() : nullptr;
-  if (parallel != nullptr) return parallel(work, &team, static_cast<unsigned>(threads), 0);
-  std::vector<std::thread> others;
-  try {
-    for (int i = 1; i < threads; ++i) others.emplace_back(work, &team);
-  } catch (const std::system_error&) {
-    // No more threads to be had: those that started, and this one, do all of it.
-  }
-  work(&team);
-  for (auto& other : others) other.join();
 }
 
 int64_t active_elements(const std::vector<Row>& rows) {
@@ -441,8 +380,6 @@ void step_rows(const CpuStep& step, bool reduced, double global_norm, const std:
 }
 
 }  // namespace
-
-bool has_openmp() { return find_openmp() != nullptr; }
 
 const CpuKernels* choose_cpu_kernels(const char* requested) {
   const CpuKernels* available[3];

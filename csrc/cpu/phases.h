@@ -1,7 +1,7 @@
 // reduce, prepare and apply on CPU threads.
 //
-// phases.cpp is the driver: which kernels, how many threads, who does which elements. kernels.cpp has the
-// element loops; it is compiled once for each instruction set.
+// phases.cpp is the driver: which kernels, how many threads, who does which elements. threads.cpp starts
+// them. kernels.cpp has the element loops; it is compiled once for each instruction set.
 #pragma once
 
 #include <atomic>
@@ -12,9 +12,6 @@
 #include "cpu/kernels.h"
 
 namespace fused_optim {
-
-// Whether an OpenMP runtime was found in the process; otherwise std::thread serves.
-bool has_openmp();
 
 // Which norms a rule with these hyperparameters reads.
 unsigned needs_of_rule(int rule, const GroupHyper& group);

@@ -44,8 +44,8 @@ class Plan {
   // of the groups. triton_rows: for each device the indices of its rows that Triton steps; this plan only
   // reads them. defaults: hyperparameters that a group may lack. structural: group keys for which a change
   // between true and false calls for a new plan. trust_ratio: None, or called with a group whose items have
-  // changed: returns its TrustRatio (fused_optim/trust_ratio.py) or None. limits: a dict from keys of groups
-  // to the least and the greatest number. check: None, or called with the index and the group where a
+  // changed: returns its TrustRatio (fused_optim/rule/trust_ratio.py) or None. limits: a dict from keys of
+  // groups to the least and the greatest number. check: None, or called with the index and the group where a
   // hyperparameter cannot be used: raises what there is to say.
   bool build(PyObject* rules, PyObject* rows, PyObject* triton_rows, PyObject* defaults, PyObject* structural,
              PyObject* trust_ratio, PyObject* limits, PyObject* check);

@@ -11,7 +11,7 @@ enum ZeroNorm { kZeroNormOne = 0, kZeroNormSkip, kZeroNormFloor, kZeroNormRatioO
 // norm is then that of the sum.
 enum TrustWeightDecay { kDecayOutside = 0, kDecayInRatio, kDecayInNorm };
 
-// Options of a group, all doubles; fused_optim/trust_ratio.py has the same fields in the same order.
+// Options of a group, all doubles; fused_optim/rule/trust_ratio.py has the same fields in the same order.
 struct TrustRatio {
   double coefficient, eps, min_update;
   double clip;          // divide by the learning rate, and at most 1

@@ -14,14 +14,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..arithmetic import Number, where
-from ..hyperparameters import is_sequence, plain_number
 from ..options.options import NARROW
-from ..orthogonal import Matrices, orthogonalize_
-from ..rule import Rule, TensorContext
+from ..rule.arithmetic import Number, where
+from ..rule.contract import Rule, TensorContext
+from ..rule.hyperparameters import is_sequence, plain_number
+from ..rule.orthogonal import Matrices, orthogonalize_
+from ..rule.trust_ratio import IN_NORM, OUTSIDE, SKIP, TrustRatio
 from ..state import codec, formats, masters
 from ..tensors import is_dense, is_plain
-from ..trust_ratio import IN_NORM, OUTSIDE, SKIP, TrustRatio
 
 
 class Randomness(NamedTuple):

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from ..options.clip import GLOBAL_NORM, NO_CLIP, NORM, VALUE, ClipOptions
+from ..plan.shards import Shards
 from ..row import NORMS, Row
-from ..rule import Rule
-from ..shards import Shards
+from ..rule.contract import Rule
 from ..state.formats import scale_key
 from ..tensors import is_sharded, local
 from .parameter import EagerStep, MeasuredNorms, Randomness, TensorNorms, step_eager

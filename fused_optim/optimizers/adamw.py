@@ -10,14 +10,14 @@ from torch import Tensor
 from torch.optim import Adam as TorchAdam  # at import: a user may put ours into torch.optim
 from torch.optim.optimizer import ParamsT
 
-from ..arithmetic import one_minus_power, square_root
 from ..optimizer import FusedOptimizer
 from ..options.clip import GradClip
 from ..options.options import StateDtype
 from ..options.peers import refuse_peer_arguments
 from ..options.scales import Scale
 from ..options.texts import explains_options
-from ..rule import TensorContext
+from ..rule.arithmetic import one_minus_power, square_root
+from ..rule.contract import TensorContext
 
 # Which learning rate decoupled weight decay takes; csrc/rules/adamw.h has the same.
 DECAY_SCALINGS = ("scaled", "base", "double")

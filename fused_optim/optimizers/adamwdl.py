@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from ..backends import logger
+from ..backends.choice import logger
 from ..options.clip import GradClip
 from ..options.options import StateDtype
 from ..options.peers import refuse_peer_arguments

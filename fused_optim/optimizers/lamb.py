@@ -8,15 +8,15 @@ from typing import Any
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from ..arithmetic import Number, divide, one_minus_power, square_root, where
-from ..hyperparameters import check_arguments
 from ..optimizer import FusedOptimizer
 from ..options.clip import ClipGradByGlobalNorm, GradClip
 from ..options.options import StateDtype
 from ..options.peers import refuse_peer_arguments
 from ..options.scales import Exclude, Scale
 from ..options.texts import explains_options
-from ..rule import TensorContext
+from ..rule.arithmetic import Number, divide, one_minus_power, square_root, where
+from ..rule.contract import TensorContext
+from ..rule.hyperparameters import check_arguments
 
 VARIANTS = ("timm", "apex", "paper")
 

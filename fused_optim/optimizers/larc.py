@@ -11,18 +11,18 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from ..arithmetic import Number, where
-from ..backends import logger
+from ..backends.choice import logger
 from ..eager.parameter import squares_dtype
-from ..hyperparameters import plain_number
 from ..norms import Norms
 from ..optimizer import FusedOptimizer
 from ..options.peers import refuse_peer_arguments
 from ..options.scales import Exclude, ScaleColumn, excluded
 from ..parameters import Place, parameters
-from ..shards import refuse_flattened
+from ..plan.shards import refuse_flattened
+from ..rule.arithmetic import Number, where
+from ..rule.hyperparameters import plain_number
+from ..rule.trust_ratio import FLOOR, IN_RATIO, ONE, OUTSIDE, SKIP, TrustRatio
 from ..tensors import is_flattened
-from ..trust_ratio import FLOOR, IN_RATIO, ONE, OUTSIDE, SKIP, TrustRatio
 from .lamb import LAMB
 from .lars import LARS, refuse_clip
 from .novograd import NovoGrad

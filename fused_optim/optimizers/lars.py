@@ -8,13 +8,13 @@ from typing import Any
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from ..hyperparameters import check_arguments, check_limits
 from ..options.clip import ClipGradByGlobalNorm, ClipGradByNorm, GradClip
 from ..options.options import StateDtype
 from ..options.peers import refuse_peer_arguments
 from ..options.scales import Exclude, Scale
 from ..options.texts import explains_options
-from ..trust_ratio import IN_NORM, IN_RATIO, ONE, RATIO_ONE, TrustRatio
+from ..rule.hyperparameters import check_arguments, check_limits
+from ..rule.trust_ratio import IN_NORM, IN_RATIO, ONE, RATIO_ONE, TrustRatio
 from .sgd import MomentumOptimizer
 
 VARIANTS = ("timm", "optax", "kozistr")

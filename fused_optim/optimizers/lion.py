@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from ..hyperparameters import check_arguments
 from ..optimizer import FusedOptimizer
 from ..options.clip import GradClip
 from ..options.options import StateDtype
 from ..options.peers import refuse_peer_arguments
 from ..options.scales import Scale
 from ..options.texts import explains_options
-from ..rule import TensorContext
+from ..rule.contract import TensorContext
+from ..rule.hyperparameters import check_arguments
 
 
 def prepare(group: dict[str, Any], tensor: TensorContext) -> SimpleNamespace:

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
-from ..hyperparameters import check_arguments
 from ..optimizer import FusedOptimizer
 from ..options.clip import GradClip
 from ..options.layers import unwrapped
@@ -20,9 +19,10 @@ from ..options.options import StateDtype
 from ..options.peers import refuse_peer_arguments
 from ..options.scales import Scale, ScaleColumn, plain_name
 from ..options.texts import explains_options
-from ..orthogonal import ADJUSTMENTS, POLYNOMIALS, Iteration, Matrices, Polynomial, adjustment, polynomials_of
 from ..parameters import Place, parameters
-from ..rule import TensorContext
+from ..rule.contract import TensorContext
+from ..rule.hyperparameters import check_arguments
+from ..rule.orthogonal import ADJUSTMENTS, POLYNOMIALS, Iteration, Matrices, Polynomial, adjustment, polynomials_of
 from . import adamw
 
 UseMuon = bool | Literal["auto"]

@@ -8,15 +8,15 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from ..arithmetic import divide, larger, one_minus_power, square_root, where
-from ..hyperparameters import check_arguments
 from ..optimizer import FusedOptimizer
 from ..options.clip import GradClip
 from ..options.options import StateDtype
 from ..options.peers import refuse_peer_arguments
 from ..options.scales import Scale
 from ..options.texts import explains_options
-from ..rule import TensorContext
+from ..rule.arithmetic import divide, larger, one_minus_power, square_root, where
+from ..rule.contract import TensorContext
+from ..rule.hyperparameters import check_arguments
 from .momentum import update_momentum
 
 

@@ -10,14 +10,14 @@ from torch import Tensor
 from torch.optim import SGD as TorchSGD  # at import: a user may put ours into torch.optim
 from torch.optim.optimizer import ParamsT
 
-from ..arithmetic import where
 from ..optimizer import FusedOptimizer
 from ..options.clip import GradClip
 from ..options.options import StateDtype
 from ..options.peers import refuse_peer_arguments
 from ..options.scales import Scale
 from ..options.texts import explains_options
-from ..rule import TensorContext
+from ..rule.arithmetic import where
+from ..rule.contract import TensorContext
 from .momentum import update_momentum
 
 

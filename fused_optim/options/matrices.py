@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..orthogonal import Matrices
 from ..parameters import Place
+from ..rule.orthogonal import Matrices
 from .scales import ScaleColumn
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ..parameters import Place, parameters
-from ..trust_ratio import TrustRatio
+from ..rule.trust_ratio import TrustRatio
 from .clip import NO_CLIP, ClipOptions, GradClip
 from .matrices import MatrixOptions
 from .scales import Exclude, Scale, ScaleColumn, column_of, excluded

@@ -10,13 +10,13 @@ from torch import Tensor
 
 from ..options.clip import NO_CLIP, ClipOptions
 from ..row import Row
-from ..rule import Rule
-from ..shards import Shards
+from ..rule.contract import Rule
 from ..tensors import is_flattened
 from .device_buffers import DeviceBuffers
 from .directions import Directions, Settings
 from .loss_scale import LossScale
 from .plan import DEVICE_BACKENDS, Plan, why_not_native
+from .shards import Shards
 from .step import Step
 
 

@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..orthogonal import Iteration, matrices_in_memory, orthogonalize_
 from ..row import DTYPES, FIRST_STATE, Row
-from ..rule import Rule
+from ..rule.contract import Rule
+from ..rule.orthogonal import Iteration, matrices_in_memory, orthogonalize_
 from ..tensors import local
 
 

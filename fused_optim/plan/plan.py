@@ -8,8 +8,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ..orthogonal import Matrices, matrices_in_memory
 from ..row import Row
+from ..rule.orthogonal import Matrices, matrices_in_memory
 from ..tensors import is_dense, is_plain, is_sharded, local, same_strides
 from .step import Step
 

@@ -9,15 +9,15 @@ from typing import Any
 
 import torch
 
-from .. import backends, extension
-from ..backends import FallbackLog
-from ..hyperparameters import LIMITS
+from ..backends import choice, extension
+from ..backends.choice import FallbackLog
 from ..options.clip import GLOBAL_NORM, NORM
 from ..options.options import Options
 from ..parameters import Place, parameters
 from ..row import DTYPES, Row
-from ..rule import Rule
-from ..shards import Shards, check_placement, check_same_rows, refuse_flattened
+from ..rule.contract import Rule
+from ..rule.hyperparameters import LIMITS
+from ..rule.trust_ratio import TrustRatio
 from ..state import formats, masters
 from ..tensors import (
     current_stream,
@@ -30,12 +30,12 @@ from ..tensors import (
     negative_bit,
     same_placement,
 )
-from ..trust_ratio import TrustRatio
 from .built_plan import BuiltPlan, is_on_device, rows_on_devices
 from .directions import Directions, Settings
 from .plan import Plan, why_not_native
 from .python_plan import PythonPlan
 from .read_groups import ReadForTriton
+from .shards import Shards, check_placement, check_same_rows, refuse_flattened
 from .tensor_shim import tensor_shim
 from .triton_plan import TritonPlan, TritonRows
 
@@ -131,7 +131,7 @@ def row_of(place: Place, rule: Rule, options: Options, index: int) -> tuple[Row,
     ``index``: of the parameter among all of the optimizer.
     """
     param = place.param
-    backend, passed_over = backends.choose(param.device, options.backend)
+    backend, passed_over = choice.choose(param.device, options.backend)
     lr_scale, weight_decay_scale, clips, has_trust_ratio = options.factors.of(place)
     if rule.exempt(place.group, param):
         weight_decay_scale = has_trust_ratio = 0.0

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..hyperparameters import is_number, is_sequence, shown
-from ..trust_ratio import TrustRatio
+from ..rule.hyperparameters import is_number, is_sequence, shown
+from ..rule.trust_ratio import TrustRatio
 from .memory import memory_of
 
 

@@ -9,11 +9,11 @@ from typing import Any
 
 from torch import Tensor
 
-from ..backends import logger
-from ..hyperparameters import is_number, plain_number, shown
+from ..backends.choice import logger
 from ..options.options import Options
 from ..parameters import Place, parameters
-from ..rule import Rule
+from ..rule.contract import Rule
+from ..rule.hyperparameters import is_number, plain_number, shown
 from . import foreign, formats, masters
 from .states import REMAINDERS, like_param, new_number, not_begun, number_of
 

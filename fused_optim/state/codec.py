@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..arithmetic import square_root
+from ..rule.arithmetic import square_root
 
 GROUP = 32
 # The random word that rounds to nearest: for what is encoded outside of a step.

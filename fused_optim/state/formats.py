@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from ..backends import FallbackLog
+from ..backends.choice import FallbackLog
 from ..options.options import EIGHT_BIT, NARROW, Options
 from ..parameters import Place
-from ..rule import Rule
+from ..rule.contract import Rule
 from ..tensors import dtensor_type, is_sharded, local, same_placement
 from . import codec
 

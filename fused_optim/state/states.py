@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from ..eager import sparse
-from ..hyperparameters import is_number, shown
 from ..options.options import Options
 from ..row import Row
-from ..rule import Rule
+from ..rule.contract import Rule
+from ..rule.hyperparameters import is_number, shown
 from ..tensors import is_plain, is_sharded, local, same_placement
 from . import formats, masters
 

@@ -39,7 +39,10 @@ def compile_formats(folder: Path) -> Path:
 
 def compile_steps(compiler: str, folder: Path, capabilities: list[str]) -> Path:
     folder.mkdir()
-    sources = [ROOT / "tests" / "csrc" / "steps_test.cpp", ROOT / "csrc" / "cpu" / "phases.cpp"]
+    sources = [
+        ROOT / "tests" / "csrc" / "steps_test.cpp",
+        *(ROOT / "csrc" / "cpu" / f"{name}.cpp" for name in ("phases", "threads")),
+    ]
     objects = [compile_objects(compiler, source, folder / f"{source.stem}.o") for source in sources]
     for name in capabilities:
         flags = (*CAPABILITIES[name], f"-DFO_CPU_CAPABILITY={name}")

@@ -11,7 +11,8 @@ import torch
 from torch.nn import Parameter
 
 import fused_optim
-from fused_optim import backends, config, extension
+from fused_optim.backends import choice, extension
+from fused_optim.report import config
 
 
 def test_cpu_tensors_go_through_the_cpu_backend() -> None:
@@ -35,7 +36,7 @@ def test_unknown_names_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_forced_backend_that_is_missing_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backends, "why_missing", lambda backend, device: "the reason")
+    monkeypatch.setattr(choice, "why_missing", lambda backend, device: "the reason")
     with pytest.raises(RuntimeError, match="backend='triton' cannot be used: the reason"):
         fused_optim.AdamW([Parameter(torch.ones(2))], backend="triton")
 
@@ -43,8 +44,8 @@ def test_forced_backend_that_is_missing_says_why(monkeypatch: pytest.MonkeyPatch
 def test_forced_backend_asks_the_devices_of_the_parameters_and_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
     """Asking makes a CUDA context, which takes memory on that device."""
     asked = []
-    monkeypatch.setattr(backends, "why_missing", lambda backend, device: asked.append(device))
-    backends.check_forced("cuda", [torch.device("cuda", 3), torch.device("cpu"), torch.device("cuda", 3)])
+    monkeypatch.setattr(choice, "why_missing", lambda backend, device: asked.append(device))
+    choice.check_forced("cuda", [torch.device("cuda", 3), torch.device("cpu"), torch.device("cuda", 3)])
     assert asked == [3]
 
 
@@ -71,11 +72,11 @@ def test_missing_extension_falls_back_visibly(
     assert optimizer.backend == "eager"
     (line,) = [record.getMessage() for record in caplog.records]
     assert "the reason" in line
-    assert backends.why_missing("cpu") == "the reason"
+    assert choice.why_missing("cpu") == "the reason"
 
 
 def test_show_config_names_versions_and_backends(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backends, "_why_no_triton", lambda: "the reason")
+    monkeypatch.setattr(choice, "_why_no_triton", lambda: "the reason")
     out = io.StringIO()
     fused_optim.show_config(file=out)
     for word in (fused_optim.__version__, torch.__version__, "cpu tensors"):
@@ -108,8 +109,8 @@ def test_show_config_says_which_reader_serves_and_why(monkeypatch: pytest.Monkey
 
 @pytest.mark.interpreted
 def test_interpreted_kernels_serve_no_gpu() -> None:
-    assert not backends.takes("triton", torch.device("cuda"))
-    assert backends.takes("triton", torch.device("cpu"))
-    backend, passed_over = backends.choose(torch.device("cuda"))
+    assert not choice.takes("triton", torch.device("cuda"))
+    assert choice.takes("triton", torch.device("cpu"))
+    backend, passed_over = choice.choose(torch.device("cuda"))
     assert backend == "eager"
     assert "no triton backend: under TRITON_INTERPRET=1 it takes CPU tensors" in str(passed_over)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from support.sources import ROOT, sources
 
-from fused_optim import extension
+from fused_optim.backends import extension
 
 CSRC = ROOT / "csrc"
 CUDA_SOURCES = sources("csrc", ".cu", at_least=7)

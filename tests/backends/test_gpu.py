@@ -31,7 +31,8 @@ from cases import (
 )
 from torch.nn import Parameter
 
-from fused_optim import AdamW, ClipGradByGlobalNorm, GradScaler, extension
+from fused_optim import AdamW, ClipGradByGlobalNorm, GradScaler
+from fused_optim.backends import extension
 
 pytestmark = [
     pytest.mark.gpu,

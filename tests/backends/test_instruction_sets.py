@@ -36,7 +36,7 @@ from support.sources import ROOT
 from torch import Tensor
 from torch.nn import Parameter
 
-from fused_optim import extension
+from fused_optim.backends import extension
 
 pytestmark = pytest.mark.usefixtures("all_native")
 

@@ -12,7 +12,7 @@ from types import ModuleType
 import pytest
 from support.sources import ROOT
 
-from fused_optim import extension
+from fused_optim.backends import extension
 
 CSRC = ROOT / "csrc"
 FLAGS = ("-std=c++17", "-O3", "-fmad=false", "--expt-relaxed-constexpr", f"-I{CSRC}")  # as CMakeLists.txt has them

@@ -39,18 +39,8 @@ from cases import (
 from torch import Tensor
 from torch.nn import Parameter
 
-from fused_optim import (
-    LAMB,
-    LARC,
-    SGD,
-    Adam,
-    AdamW,
-    ClipGradByGlobalNorm,
-    ClipGradByNorm,
-    ClipGradByValue,
-    GradScaler,
-    extension,
-)
+from fused_optim import LAMB, LARC, SGD, Adam, AdamW, ClipGradByGlobalNorm, ClipGradByNorm, ClipGradByValue, GradScaler
+from fused_optim.backends import extension
 
 TILE, CHUNK, BY_WARP = 1024, 32 * 1024, 4 * 1024  # csrc/cuda/layout.h, kernels/apply.py, kernels/reduce.py
 

@@ -31,16 +31,8 @@ from cases import (
 )
 from torch.nn import Parameter
 
-from fused_optim import (
-    LARC,
-    SGD,
-    AdamW,
-    ClipGradByGlobalNorm,
-    ClipGradByNorm,
-    backends,
-    extension,
-    row,
-)
+from fused_optim import LARC, SGD, AdamW, ClipGradByGlobalNorm, ClipGradByNorm, row
+from fused_optim.backends import choice, extension
 from fused_optim.plan import python_plan
 
 pytestmark = pytest.mark.interpreted
@@ -478,8 +470,8 @@ def test_it_is_said_why_triton_cannot_be_used(monkeypatch: pytest.MonkeyPatch) -
     import triton
 
     def reason() -> str | None:
-        backends._why_no_triton.cache_clear()
-        return backends.why_missing("triton")
+        choice._why_no_triton.cache_clear()
+        return choice.why_missing("triton")
 
     assert reason() is None
     monkeypatch.setenv("TRITON_INTERPRET", "0")
@@ -499,7 +491,7 @@ def test_it_is_said_why_triton_cannot_be_used(monkeypatch: pytest.MonkeyPatch) -
     with pytest.raises(RuntimeError, match=r"backend='triton' cannot be used: triton cannot be imported"):
         AdamW([Parameter(torch.ones(2))], backend="triton")
     monkeypatch.undo()
-    backends._why_no_triton.cache_clear()
+    choice._why_no_triton.cache_clear()
 
 
 def test_single_tensors_that_it_cannot_take_go_through_the_witness(fallbacks: list[str]) -> None:
@@ -516,7 +508,7 @@ def test_single_tensors_that_it_cannot_take_go_through_the_witness(fallbacks: li
 def test_a_backend_that_is_passed_over_is_named(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(backends, "choose", lambda device, forced=None: ("triton", "no cuda backend: the reason"))
+    monkeypatch.setattr(choice, "choose", lambda device, forced=None: ("triton", "no cuda backend: the reason"))
     param = Parameter(torch.ones(3))
     param.grad = torch.ones(3)
     with caplog.at_level(logging.WARNING, logger="fused_optim"):

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from fused_optim import backends, extension
+from fused_optim.backends import choice, extension
 from fused_optim.tensors import describe_tensor
 
 from .build import OnHost
@@ -40,7 +40,7 @@ def cuda_phases(shim: OnHost) -> Iterator[None]:
 
     real = extension._C
     cuda = SimpleNamespace(chosen=False)
-    choose = backends.choose
+    choose = choice.choose
 
     def choose_here(device: torch.device, forced: str | None = None) -> tuple[str, str | None]:
         cuda.chosen = forced == "cuda"
@@ -48,6 +48,6 @@ def cuda_phases(shim: OnHost) -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(extension, "_C", SimpleNamespace(**{**vars(real), "Plan": make_plan}))
-        patch.setattr(backends, "choose", choose_here)
-        patch.setattr(backends, "check_forced", lambda backend, devices: None)
+        patch.setattr(choice, "choose", choose_here)
+        patch.setattr(choice, "check_forced", lambda backend, devices: None)
         yield

@@ -39,8 +39,8 @@ from fused_optim import (
     ClipGradByValue,
     Lion,
     NovoGrad,
-    extension,
 )
+from fused_optim.backends import extension
 
 Make = Callable[..., Any]
 

@@ -12,6 +12,7 @@ from support.sources import sources
 
 import fused_optim
 from fused_optim.options import texts
+from fused_optim.rule.trust_ratio import TrustRatio
 
 OPTIMIZERS = ("Adam", "AdamW", "AdamWDL", "SGD", "NovoGrad", "LARC", "LARS", "LAMB", "Lion", "Muon")
 OURS = {
@@ -164,6 +165,10 @@ def test_a_clip_that_was_pickled_before_there_were_folders() -> None:
 @pytest.mark.parametrize("name", EARLIER_CLASSES)
 def test_a_class_is_found_where_earlier_pickles_look_for_it(name: str) -> None:
     assert pickle.loads(f"cfused_optim.{EARLIER_CLASSES[name]}\n{name}\n.".encode()) is getattr(fused_optim, name)
+
+
+def test_a_trust_ratio_that_was_pickled_in_an_earlier_module() -> None:
+    assert pickle.loads(b"cfused_optim.trust_ratio\nTrustRatio\n.") is TrustRatio
 
 
 def test_what_is_pickled_now_names_the_new_modules() -> None:

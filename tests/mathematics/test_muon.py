@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from fused_optim import AdamW, ClipGradByGlobalNorm, Muon, muon_groups
-from fused_optim.orthogonal import POLYNOMIALS, Iteration, orthogonalize_, polynomials_of
+from fused_optim.rule.orthogonal import POLYNOMIALS, Iteration, orthogonalize_, polynomials_of
 
 each_implementation = pytest.mark.parametrize("backend", ["cpu", "eager"])
 # Products in float64: another order of the terms does not show.

@@ -114,7 +114,7 @@ def readable(text: str) -> str:
 def test_messages_are_found_in_every_language() -> None:
     assert len(messages()) >= 140
     files = {file for file, _ in messages()}
-    python = {"states.py", "read_groups.py", "backends.py", "extension.py", "setup.py"}
+    python = {"states.py", "read_groups.py", "choice.py", "extension.py", "setup.py"}
     assert python | {"groups.cpp", "CMakeLists.txt"} <= files
 
 

@@ -15,7 +15,7 @@ from types import ModuleType
 import pytest
 from support.sources import ROOT
 
-from fused_optim import extension
+from fused_optim.backends import extension
 
 pytestmark = pytest.mark.requires(modules=("elftools",))
 

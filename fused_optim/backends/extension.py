@@ -17,8 +17,9 @@ from types import ModuleType
 
 logger = logging.getLogger("fused_optim")
 
-_NAME = f"{__package__}._C"
-_FOLDER = Path(__file__).resolve().parent
+_PACKAGE = __package__.rpartition(".")[0]
+_NAME = f"{_PACKAGE}._C"
+_FOLDER = Path(__file__).resolve().parents[1]  # the package's
 # Written by setup.py where it builds none.
 _NOTE = _FOLDER / "_no_extension.txt"
 
@@ -47,7 +48,7 @@ def _installed() -> tuple[str, Path] | None:
 
 def _borrow(tree: Path) -> str | None:
     """In a tree that is not built: have the installed extension found, or say why none serves. Either is logged."""
-    path = sys.modules[__package__].__path__
+    path = sys.modules[_PACKAGE].__path__
     path.append(str(tree))  # where kernels/ and bench/ lie
     installed = _installed()
     serves = installed is not None and installed[0] == version

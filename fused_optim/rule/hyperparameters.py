@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .tensors import is_plain
+from ..tensors import is_plain
 
 # The least and the greatest number that a hyperparameter may be, in a constructor and in a group. A decay rate is
 # below 1.

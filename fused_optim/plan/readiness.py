@@ -7,13 +7,13 @@ from typing import Any
 
 from torch import Tensor
 
-from ..backends import FallbackLog
+from ..backends.choice import FallbackLog
 from ..options.options import Options
 from ..row import Row
-from ..rule import Rule
-from ..shards import redistribute_grad
+from ..rule.contract import Rule
+from ..state import states
 from ..tensors import lasting
-from . import states
+from .shards import redistribute_grad
 
 
 def make_ready(

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple, NoReturn, cast
 import torch
 from torch import Tensor
 
-from .row import GRAD_MAX, GRAD_SQ, NORMS, Row
-from .tensors import is_sharded, like, same_placement
+from ..row import GRAD_MAX, GRAD_SQ, NORMS, Row
+from ..tensors import is_sharded, like, same_placement
 
 
 def check_placement(param: Tensor, place: str) -> None:

@@ -9,10 +9,10 @@ from typing import TextIO
 
 import torch
 
-from . import extension
-from .backends import AUTOMATIC, choose, why_missing
-from .plan.tensor_shim import tensor_shim
-from .tensors import negative_bit
+from ..backends import extension
+from ..backends.choice import AUTOMATIC, choose, why_missing
+from ..plan.tensor_shim import tensor_shim
+from ..tensors import negative_bit
 
 __version__ = extension.version
 

@@ -10,15 +10,15 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from .hyperparameters import is_number
-from .optimizer import FusedOptimizer
-from .options.options import Options
-from .parameters import parameters
-from .plan.planner import row_of
-from .row import Row
-from .rule import Rule
-from .state import codec, formats, masters, states
-from .tensors import local
+from ..optimizer import FusedOptimizer
+from ..options.options import Options
+from ..parameters import parameters
+from ..plan.planner import row_of
+from ..row import Row
+from ..rule.contract import Rule
+from ..rule.hyperparameters import is_number
+from ..state import codec, formats, masters, states
+from ..tensors import local
 
 HEADINGS = ("parameter", "shape", "dtype", "lr", "weight decay", "state", "bytes", "backend")
 NUMBERS = ("lr", "weight decay", "bytes")

@@ -13,10 +13,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ..parameters import Place
 from .arithmetic import Number
 from .hyperparameters import check_group
 from .orthogonal import Iteration, Matrices
-from .parameters import Place
 from .trust_ratio import TrustRatio
 
 

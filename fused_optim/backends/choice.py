@@ -56,7 +56,7 @@ def _why_no_triton() -> str | None:
         oldest = ".".join(map(str, OLDEST_TRITON))
         return f"triton {triton.__version__} is too old: install triton>={oldest}"
     if interprets_triton():
-        from .kernels import refresh
+        from ..kernels import refresh
 
         return None if refresh.INTERPRETED else "TRITON_INTERPRET was set after the kernels had been imported"
     if not torch.cuda.is_available():
