@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .rule.orthogonal import Matrices
+from .tensors import Layout
 
 # How a number lies in memory, as `DType` in csrc/row.h numbers it. int16 and int8 are remainders of split master
 # weights; of a state int8 and uint8 are codes.
@@ -51,7 +52,8 @@ class Row:
     has_trust_ratio: bool  # takes part in trust ratios
     master: str | None  # state key of its master weight
     dtype: torch.dtype  # of the parameter, and
-    device: torch.device  # where it was, when the plan was built
+    device: torch.device  # where it was, when the plan was built,
+    layout: Layout | None  # and how its elements lay there
     name: str
     backend: str
     refused: str | None  # why no native backend takes it

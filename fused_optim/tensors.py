@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
-from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
+from torch.nn.parameter import UninitializedTensorMixin, is_lazy  # type: ignore[attr-defined]
 
 # As `TensorKind` in csrc/plan/tensor_reader.h numbers them.
 OTHER, PLAIN, SHARDED = range(3)
@@ -57,6 +57,17 @@ def is_dense(tensor: Tensor) -> bool:
             return tensor.numel() == 0
         expected *= size
     return True
+
+
+# A tensor's shape and its strides.
+Layout = tuple[tuple[int, ...], tuple[int, ...]]
+
+
+def layout_of(tensor: Tensor) -> Layout | None:
+    """None for a tensor that has no strides, or whose shape is not known yet."""
+    if is_lazy(tensor) or tensor.layout != torch.strided:
+        return None
+    return tuple(tensor.shape), tensor.stride()
 
 
 def same_strides(tensor: Tensor, other: Tensor) -> bool:

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..options.clip import NO_CLIP, ClipOptions
 from ..row import Row
 from ..rule.contract import Rule
-from ..tensors import is_flattened
+from ..tensors import is_flattened, layout_of
 from .device_buffers import DeviceBuffers
 from .directions import Directions, Settings
 from .loss_scale import LossScale
@@ -79,9 +79,9 @@ class BuiltPlan:
 
     def _is_current(self, row: Row, param_groups: Sequence[dict[str, Any]], defaults: dict[str, Any]) -> bool:
         """Whether a parameter that the native plan does not take still is what the plan was built for."""
-        group = {**defaults, **param_groups[row.group]}
-        return (row.param.dtype, row.param.device) == (row.dtype, row.device) and (
-            row.refused == why_not_native(row.param, group, row.backend, row.matrices, draws=row.draws)
+        group, param = {**defaults, **param_groups[row.group]}, row.param
+        return (param.dtype, param.device, layout_of(param)) == (row.dtype, row.device, row.layout) and (
+            row.refused == why_not_native(param, group, row.backend, row.matrices, draws=row.draws)
         )
 
     def new_step(self, scale: LossScale, clip: ClipOptions, *, waits: bool) -> Step:

@@ -142,7 +142,9 @@ def check_state(row: Row, state: Any, group: dict[str, Any], rule: Rule) -> None
     for name in number_names(row, group, rule):
         value = number_of(state, name, group, rule.missing_step)
         counts = is_number(value) and getattr(value, "dtype", None) != torch.bool
-        if not counts and not (value is None and name in rule.late_states):
+        # A state that was begun by steps without random words has no count for them.
+        begins = name in rule.late_states or name not in rule.tensor_state_names(group)
+        if not counts and not (value is None and begins):
             raise RuntimeError(
                 f"state {name!r} of {row.name} must be a number or a one-element Tensor, found {shown(value)}; "
                 "delete optimizer.state[param] to start it anew"

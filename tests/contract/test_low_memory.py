@@ -447,6 +447,20 @@ def test_a_rule_that_counts_no_steps_counts_them_for_its_words() -> None:
     assert {tuple(optimizer.state[param]) for param in plain} == {("exp_avg",)}
 
 
+@pytest.mark.parametrize("name", ["Lion", "Muon"])
+@pytest.mark.parametrize("options", [{"state_dtype": "8bit"}, {"rounding": "stochastic"}, {"master_weights": "split8"}])
+def test_the_count_for_random_words_begins_where_a_checkpoint_has_none(name: str, options: dict[str, Any]) -> None:
+    """torch's Muon keeps no step, and neither does a rule that counts none before it draws words."""
+    shapes = SHAPES[:1]
+    before = ROWS[name].make(new_params(torch.bfloat16, shapes), "default")
+    train(before, params_of(before), 2)
+    optimizer = ROWS[name].make(new_params(torch.bfloat16, shapes), "default", **options)
+    optimizer.load_state_dict(before.state_dict())
+    train(optimizer, params_of(optimizer), 1)
+    (param,) = params_of(optimizer)
+    assert float(optimizer.state[param]["step"]) == 1
+
+
 def test_a_group_that_is_added_takes_part(caplog: pytest.LogCaptureFixture) -> None:
     params = new_params(torch.bfloat16, SHAPES)
     optimizer = AdamW(params[:2], state_dtype="8bit", master_weights="split8")
@@ -542,6 +556,33 @@ def test_scales_that_do_not_fit_their_codes_are_refused(fault: str) -> None:
     broken_dicts()[fault](optimizer.state[params_of(optimizer)[1]])
     with pytest.raises(RuntimeError, match=r"the state of param_groups\[0\]\['params'\]\[1\] cannot be read"):
         optimizer.step()
+
+
+@pytest.mark.parametrize("backend", ["cpu", "eager"])
+@pytest.mark.parametrize("name", ["AdamW", "Lion"])
+@pytest.mark.parametrize(
+    "other",
+    [lambda old: old.t().contiguous().t(), lambda old: torch.ones(2, 3), lambda old: torch.ones(96, 64)],
+    ids=["transposed", "smaller", "of another shape"],
+)
+def test_a_parameter_of_another_shape_or_layout(other: Callable[[Tensor], Tensor], name: str, backend: str) -> None:
+    """Which states are codes, whose steps are counted, and from which words, is asked again."""
+    shapes = SHAPES[:1]
+    options = {"state_dtype": "8bit", "backend": backend}
+    optimizer = ROWS[name].make(new_params(shapes=shapes), "default", **options)
+    (param,) = params_of(optimizer)
+    train(optimizer, [param], 2)
+    param.data, param.grad = other(param.data), None
+    if param.shape != shapes[0]:
+        optimizer.state.clear()
+    twin = torch.nn.Parameter(param.detach().clone(memory_format=torch.preserve_format))
+    fresh = ROWS[name].make([twin], "default", **options)
+    fresh.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    train(optimizer, [param], 2, first=2)
+    train(fresh, [twin], 2, first=2)
+    assert_same_results(optimizer, fresh)
+    codes = param.numel() > 4096 and param.is_contiguous()
+    assert optimizer.state[param]["exp_avg"].dtype == (torch.int8 if codes else torch.float32)
 
 
 def test_what_stays_wider_is_said_once(caplog: pytest.LogCaptureFixture) -> None:

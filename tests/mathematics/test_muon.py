@@ -215,6 +215,20 @@ def test_a_parameter_without_gradient_is_left_alone(backend: str) -> None:
     assert not torch.equal(before[3]["param"], params[3])  # of the same shape
 
 
+@each_implementation
+def test_a_parameter_of_another_shape_is_other_matrices(backend: str) -> None:
+    mine, theirs = (new_params(shapes=[(4, 6)]) for _ in range(2))
+    optimizer = Muon(mine, **EXACT, backend=backend)
+    train(optimizer, mine, 1)
+    for (param,) in (mine, theirs):
+        param.grad, param.data = None, torch.linspace(-1, 1, 48).view(8, 6)
+    optimizer.state.clear()
+    train(optimizer, mine, 2)
+    other = Muon(theirs, **EXACT, backend=backend)
+    train(other, theirs, 2)
+    assert_same_results(optimizer, other)
+
+
 # Shapes ---------------------------------------------------------------------------------------------------------
 
 
