@@ -18,7 +18,7 @@ from ..options.options import NARROW
 from ..rule.arithmetic import Number, where
 from ..rule.contract import Rule, TensorContext
 from ..rule.hyperparameters import is_sequence, plain_number
-from ..rule.orthogonal import Matrices, orthogonalize_
+from ..rule.orthogonal import Matrices, kept_dtype, orthogonalize_
 from ..rule.trust_ratio import IN_NORM, OUTSIDE, SKIP, TrustRatio
 from ..state import codec, formats, masters
 from ..tensors import is_dense, is_plain
@@ -283,7 +283,8 @@ def step_eager(
     elif matrices is not None:
         assert iteration is not None
         rule.accumulate(grad, wide, s)
-        directions = wide.pop("direction").to(iteration.dtype, copy=True).contiguous()
+        kept = kept_dtype(iteration.dtype, dtype)
+        directions = wide.pop("direction").to(kept, copy=True).contiguous()
         orthogonal = orthogonalize_(directions.view(matrices), iteration).view(whole.shape).to(dtype)
         direction = rule.direction(whole, {"direction": orthogonal}, s)
         result = whole - s.step_size * direction

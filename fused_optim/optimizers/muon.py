@@ -14,7 +14,7 @@ from torch.optim.optimizer import ParamsT
 from ..optimizer import FusedOptimizer
 from ..options.clip import GradClip
 from ..options.layers import unwrapped
-from ..options.matrices import MatrixOptions, check_matrix, is_matrix
+from ..options.matrices import MatrixOptions, check_flatten, check_matrix, checked_are_matrices, is_matrix
 from ..options.options import StateDtype
 from ..options.peers import refuse_peer_arguments
 from ..options.scales import Scale, ScaleColumn, plain_name
@@ -96,7 +96,8 @@ class Muon(FusedOptimizer):
         matrices, as experts have them; more are flattened from the second on, as convolutions (see ``flatten``). Each
         has the state ``momentum_buffer`` of its own shape and dtype, as in torch. The products are in ``ns_dtype``,
         everything else is computed in float32 (float64 for float64 parameters), and each result is rounded once when
-        it is stored. Between steps one buffer of ``ns_dtype`` and of the parameters' size is kept beside the state.
+        it is stored. Between steps one buffer of the parameters' size is kept beside the state, in ``ns_dtype``, or in
+        float32 where that is float16.
 
     Args:
         lr: learning rate :math:`\gamma \ge 0`; a number or a one-element Tensor. Default 1e-3.
@@ -121,7 +122,8 @@ class Muon(FusedOptimizer):
         flatten: whether parameters of three and more dimensions are one matrix each, of dimension 0 and all others, or
             else batches of matrices of their last two; a group may say it too. Default None: True from four dimensions
             on.
-        ns_dtype: dtype of the products. Default None: bfloat16, as in torch; float64 for float64 parameters.
+        ns_dtype: dtype of the products: bfloat16, float16, float32 or float64. Default None: bfloat16, as in torch;
+            float64 for float64 parameters.
 
     Raises:
         ValueError: ``lr``, ``weight_decay``, ``momentum`` or ``eps`` out of range; an unknown ``adjust_lr_fn``;
@@ -196,8 +198,8 @@ class Muon(FusedOptimizer):
                 f"Adjust learning rate function {adjust_lr_fn} is not supported; take one of {', '.join(ADJUSTMENTS)}"
             )
         polynomials_of(ns_coefficients, ns_steps)
-        if use_muon not in (True, False, "auto"):
-            raise ValueError(f"use_muon must be True, False or 'auto', got {use_muon!r}")
+        use_muon = checked_are_matrices(use_muon, "use_muon")
+        check_flatten(flatten, "flatten")
         if ns_dtype not in (None, *DTYPES):
             raise ValueError(f"ns_dtype must be one of {', '.join(map(str, DTYPES))}, got {ns_dtype}")
         adamw_lr = lr if adamw_lr is None else adamw_lr
@@ -261,19 +263,23 @@ class Muon(FusedOptimizer):
 
     def _split(self, group: dict[str, Any]) -> Iterator[dict[str, Any]]:
         """The groups that a group makes, with AdamW's hyperparameters in those that are its."""
-        use_muon = group.get("use_muon", self._told.default)
-        if use_muon not in (True, False, "auto"):
-            place = f"param_groups[{len(self.param_groups)}]['use_muon']"
-            raise ValueError(f"{place} must be True, False or 'auto', got {use_muon!r}")
+        place = f"param_groups[{len(self.param_groups)}]"
+        use_muon = checked_are_matrices(group.get("use_muon", self._told.default), f"{place}['use_muon']")
+        check_flatten(group.get("flatten"), f"{place}['flatten']")
         if use_muon == "auto" and not isinstance(group["params"], set):  # which torch refuses
             params = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
-            tensors = [entry[1] if isinstance(entry, tuple) else entry for entry in params]
-            are_muons = [not isinstance(tensor, Tensor) or is_matrix(tensor) for tensor in tensors]
+            names = group.get("param_names", ())
+            if len(names) == len(params):  # those of another optimizer's group
+                params = [(name, entry) if isinstance(entry, Tensor) else entry for name, entry in zip(names, params)]
+            are_muons = [_is_matrix(entry, f"{place}['params'][{index}]") for index, entry in enumerate(params)]
+            rest = {key: value for key, value in group.items() if key != "param_names"}
             for use in (True, False):
                 part = [entry for entry, is_muons in zip(params, are_muons) if is_muons == use]
                 if part:
-                    yield from self._split({**group, "params": part, "use_muon": use})
+                    yield from self._split({**rest, "params": part, "use_muon": use})
             return
+        if "use_muon" in group:
+            group["use_muon"] = use_muon
         if use_muon is False:
             group["use_muon"] = False
             for key, value in self._told.others.items():
@@ -306,9 +312,21 @@ class Muon(FusedOptimizer):
         )
 
     def check_group(self, index: int, group: dict[str, Any], defaults: dict[str, Any], of: str = "") -> None:
+        place = f"param_groups[{index}]"
+        use_muon = group.get("use_muon", True)
+        if checked_are_matrices(use_muon, f"{place}['use_muon']{of}") == "auto":
+            raise ValueError(f"{place}['use_muon']{of} must be True or False: 'auto' is for a group that is added")
+        check_flatten(group.get("flatten"), f"{place}['flatten']{of}")
         if is_adamw(group):
             defaults = {key: value for key, value in defaults.items() if key in ("maximize", "capturable")}
-            return super().check_group(index, group, {**defaults, **self._told.others}, of)
+            super().check_group(index, group, {**defaults, **self._told.others}, of)
+            missing = [key for key in self._told.others if key not in group]
+            if missing and not of:  # a checkpoint of Keller Jordan's has not all of them: see __setstate__
+                raise KeyError(
+                    f"{place} has use_muon=False, but not what AdamW's groups have: {', '.join(map(repr, missing))}; "
+                    "give it those keys, too, or add its parameters by add_param_group()"
+                )
+            return
         group = {**defaults, **group}
         try:
             polynomials_of(group["ns_coefficients"], group["ns_steps"])
@@ -366,11 +384,17 @@ def muon_groups(model: nn.Module, *, adamw: Sequence[str] = ()) -> list[dict[str
         "others": {"params": [], "use_muon": False},
     }
     for name, param in named.items():
-        is_hidden = is_matrix(param) and param.shape[0] > 1 and (param.ndim == 2 or param.shape[1] > 1)
+        is_hidden = is_matrix(param, repr(name)) and param.shape[0] > 1 and (param.ndim == 2 or param.shape[1] > 1)
         by_name = any(fnmatchcase(plain_name(name), pattern) for pattern in adamw)
         kind = "others" if not is_hidden or by_name or id(param) in left_out else "matrices"
         groups["flat" if kind == "matrices" and id(param) in flat else kind]["params"].append((name, param))
     return [group for group in groups.values() if group["params"]]
+
+
+def _is_matrix(entry: Any, place: str) -> bool:
+    """Whether an entry of a group's params is a matrix; of what is no tensor torch says so."""
+    name, tensor = (repr(entry[0]), entry[1]) if isinstance(entry, tuple) else (place, entry)
+    return not isinstance(tensor, Tensor) or is_matrix(tensor, name)
 
 
 def _heads_of(model: nn.Module) -> Iterable[nn.Module]:

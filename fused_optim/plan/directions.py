@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import weakref
 from collections.abc import Mapping, Sequence
+from operator import is_
 from typing import Any, NamedTuple
 
 import torch
@@ -12,8 +12,10 @@ from torch import Tensor
 
 from ..row import DTYPES, FIRST_STATE, Row
 from ..rule.contract import Rule
-from ..rule.orthogonal import Iteration, matrices_in_memory, orthogonalize_
+from ..rule.hyperparameters import comparable
+from ..rule.orthogonal import Iteration, kept_dtype, matrices_in_memory, orthogonalize_
 from ..tensors import local
+from .read_groups import is_constant
 
 
 class Batch(NamedTuple):
@@ -39,14 +41,19 @@ class Settings:
 
     def __init__(self, groups: Sequence[dict[str, Any]], keys: Sequence[str]) -> None:
         self._keys = keys
-        self._said = copy.deepcopy(self._of(groups))
+        self._found = self._of(groups)
+        self._said = list(map(comparable, self._found))
+        self._constant = all(map(is_constant, self._found))
 
     def hold(self, groups: Sequence[dict[str, Any]]) -> bool:
         """Whether the groups still say the same."""
-        return self._of(groups) == self._said
+        found = self._of(groups)
+        if self._constant and len(found) == len(self._found) and all(map(is_, found, self._found)):
+            return True
+        return list(map(comparable, found)) == self._said
 
-    def _of(self, groups: Sequence[dict[str, Any]]) -> list[list[Any]]:
-        return [[group.get(key) for key in self._keys] for group in groups]
+    def _of(self, groups: Sequence[dict[str, Any]]) -> list[Any]:
+        return [group.get(key) for group in groups for key in self._keys]
 
 
 class Directions:
@@ -80,8 +87,7 @@ class Directions:
             if row.matrices is None or not row.native or 0 in row.param.shape:
                 continue
             iteration = rule.iteration(groups[row.group], row.matrices, row.dtype)
-            narrow = iteration.dtype == torch.float64 and row.dtype != torch.float64
-            dtype = torch.float32 if narrow else iteration.dtype  # no wider than what the passes compute in
+            dtype = kept_dtype(iteration.dtype, row.dtype)
             in_memory = matrices_in_memory(local(row.param), row.matrices)
             assert in_memory is not None
             key = (row.device, dtype, (in_memory.rows, in_memory.columns), iteration)

@@ -130,6 +130,14 @@ def shown(value: Any) -> str:
     return f"a {type(value).__name__}" if isinstance(value, Mapping) else reprlib.repr(value)
 
 
+def comparable(value: Any) -> Any:
+    """A hyperparameter as a value that does not change and that ``==`` compares as a whole: arrays and tensors as the
+    numbers in them, sequences as tuples."""
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    return tuple(map(comparable, value)) if is_sequence(value) else value
+
+
 def plain_number(value: Any) -> Any:
     """A number of numpy's, or an array of it that has no dimension, as Python's."""
     return value.item() if getattr(value, "shape", None) == () and not isinstance(value, Tensor) else value

@@ -8,13 +8,15 @@ With the singular value decomposition :math:`X = U S V^T`, an odd polynomial :ma
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .hyperparameters import is_sequence, shown
+from .hyperparameters import comparable, is_sequence, shown
 
 Polynomial = tuple[float, float, float]
 
@@ -98,10 +100,15 @@ def polynomials_of(ns_coefficients: Any, ns_steps: Any) -> tuple[Polynomial, ...
         ValueError: torch's texts for coefficients that are not three numbers and for 100 steps or more; an unknown
             name; ``ns_steps`` other than an integer of 0 or more.
     """
-    if isinstance(ns_steps, bool) or not isinstance(ns_steps, int) or ns_steps < 0:
+    try:
+        steps = -1 if isinstance(ns_steps, bool) else operator.index(ns_steps)
+    except TypeError:
+        steps = -1
+    if steps < 0:
         raise ValueError(f"ns_steps must be an integer of 0 or more, got {shown(ns_steps)}")
-    if ns_steps >= 100:
-        raise ValueError(f"Number of steps must be less than 100 for computational efficiency, got ns_steps={ns_steps}")
+    if steps >= 100:
+        raise ValueError(f"Number of steps must be less than 100 for computational efficiency, got ns_steps={steps}")
+    ns_coefficients = comparable(ns_coefficients)
     if isinstance(ns_coefficients, str):
         if ns_coefficients not in POLYNOMIALS:
             names = ", ".join(map(repr, POLYNOMIALS))
@@ -112,7 +119,7 @@ def polynomials_of(ns_coefficients: Any, ns_steps: Any) -> tuple[Polynomial, ...
     else:
         known = ns_coefficients if is_sequence(ns_coefficients[0]) else (ns_coefficients,)
     found = []
-    for step in range(ns_steps):
+    for step in range(steps):
         polynomial = known[min(step, len(known) - 1)]
         if not is_sequence(polynomial) or len(polynomial) != 3:
             raise ValueError(f"Coefficients must be a tuple of exactly 3 values, got {shown(polynomial)}")
@@ -120,6 +127,8 @@ def polynomials_of(ns_coefficients: Any, ns_steps: Any) -> tuple[Polynomial, ...
             a, b, c = map(float, polynomial)
         except (TypeError, ValueError):
             raise ValueError(f"ns_coefficients must be numbers, got {shown(polynomial)}") from None
+        if not all(map(math.isfinite, (a, b, c))):
+            raise ValueError(f"ns_coefficients must be finite, got {shown(polynomial)}")
         found.append((a, b, c))
     return tuple(found)
 
@@ -138,11 +147,18 @@ def adjustment(adjust_lr_fn: str | None, rows: int, columns: int) -> float:
     return math.sqrt(ratio if adjust_lr_fn == "spectral_mup" else max(1.0, ratio))
 
 
+def kept_dtype(products: torch.dtype, param: torch.dtype) -> torch.dtype:
+    """The dtype in which a direction waits for its products: theirs, but no wider than what the passes of a parameter
+    of this dtype compute in, and not float16, in whose range a matrix lies only once it is divided by its norm."""
+    widest = torch.float64 if param == torch.float64 else torch.float32
+    return torch.float32 if products == torch.float16 or products.itemsize > widest.itemsize else products
+
+
 def orthogonalize_(matrices: Tensor, iteration: Iteration) -> Tensor:
     """Replace each matrix by the polynomials of it, one after the other, times the scale.
 
     Args:
-        matrices: [count, rows, columns], contiguous.
+        matrices: [count, rows, columns], contiguous, in the dtype of the products or in `kept_dtype`.
         iteration: see there.
 
     Returns:
@@ -150,24 +166,30 @@ def orthogonalize_(matrices: Tensor, iteration: Iteration) -> Tensor:
     """
     if matrices.numel() == 0:
         return matrices
-    if matrices.dtype != iteration.dtype:
-        return matrices.copy_(orthogonalize_(matrices.to(iteration.dtype), iteration))
-    wide = torch.float64 if matrices.dtype == torch.float64 else torch.float32
+    wide = torch.float64 if torch.float64 in (matrices.dtype, iteration.dtype) else torch.float32
     norm = torch.linalg.vector_norm(matrices, dim=(-2, -1), keepdim=True, dtype=wide).clamp_(min=iteration.eps)
-    if not iteration.polynomials:
-        return matrices.div_(norm).mul_(iteration.scale)
-    # Results are written to two places in turn, the last one to `matrices`.
-    one, other = torch.empty_like(matrices), matrices
+    products = matrices if matrices.dtype == iteration.dtype else torch.empty_like(matrices, dtype=iteration.dtype)
+    # Results are written to two places in turn, the last one to `products`.
+    one, other = torch.empty_like(products), products
     if len(iteration.polynomials) % 2 == 0:
         one, other = other, one
     torch.div(matrices, norm, out=one)
+    if not iteration.polynomials:
+        one.mul_(iteration.scale)
     is_tall = matrices.shape[-2] > matrices.shape[-1]
     factors = [1.0] * (len(iteration.polynomials) - 1) + [iteration.scale]
-    with torch.autocast(matrices.device.type, enabled=False):  # which would choose another dtype
+    with without_autocast(matrices.device.type):  # which would choose another dtype
         for (a, b, c), factor in zip(iteration.polynomials, factors):
             gram = torch.bmm(one.mT, one) if is_tall else torch.bmm(one, one.mT)
             inner = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
             left, right = (one, inner) if is_tall else (inner, one)
             torch.baddbmm(one, left, right, beta=a * factor, alpha=factor, out=other)
             one, other = other, one
-    return matrices
+    return matrices if products is matrices else matrices.copy_(products)
+
+
+def without_autocast(device_type: str) -> AbstractContextManager[Any]:
+    """Where operations take the dtypes that they are given; meta tensors, for one, know no autocast."""
+    if torch.amp.is_autocast_available(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()

@@ -142,9 +142,14 @@ def admit(
         rule.check_group(index, saved, defaults, of=" of the state dict")
         rule.trust_ratio({**defaults, **saved})  # which has limits of its own
         names = rule.state_names({**defaults, **saved})
+        becomes = {**defaults, **saved, "param_names": group.get("param_names")}
         for position, (param, key) in enumerate(zip(group["params"], saved["params"])):
             state = state_dict["state"].get(key)
             place = Place(index, group, position, param).name
+            try:
+                rule.matrices(Place(index, becomes, position, param))
+            except ValueError as error:
+                raise ValueError(f"param_groups[{index}] of the state dict: {error}") from None
             if state is not None and not isinstance(state, Mapping):
                 raise ValueError(f"the state of {place} in the state dict is {shown(state)}, not a dict")
             if state:

@@ -8,9 +8,19 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from cases import assert_near, assert_same_bits, assert_same_results, new_params, set_grads, snapshot, train
+from cases import (
+    assert_near,
+    assert_same_bits,
+    assert_same_results,
+    assert_same_snapshots,
+    new_params,
+    set_grads,
+    snapshot,
+    train,
+)
 from torch import Tensor, nn
 from torch.nn import Parameter
 
@@ -155,6 +165,68 @@ def test_auto_makes_two_groups_of_what_is_mixed() -> None:
     assert len(Muon(params[:1], use_muon="auto").param_groups) == 1
     optimizer.add_param_group({"params": [("late", Parameter(torch.ones(2))), ("last", Parameter(torch.eye(2)))]})
     assert [group["use_muon"] for group in optimizer.param_groups] == [True, False, True, False]
+
+
+def test_auto_takes_the_names_of_another_optimizers_groups() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    groups = torch.optim.AdamW(model.named_parameters()).param_groups
+    taken = [{key: group[key] for key in ("params", "param_names")} for group in groups]
+    optimizer = Muon(taken, use_muon="auto", heads={"0.weight": 2})
+    names = [group["param_names"] for group in optimizer.param_groups]
+    assert names == [["0.weight", "1.weight"], ["0.bias", "1.bias"]]
+
+
+@pytest.mark.parametrize("no", [False, np.False_, 0, torch.tensor(False)], ids=repr)
+def test_booleans_of_configurations(no: Any) -> None:
+    params = new_params(shapes=[(4, 3), (3,)])
+    for optimizer in (
+        Muon([{"params": params[:1]}, {"params": params[1:], "use_muon": no}]),
+        Muon([{"params": params[:1], "use_muon": np.True_}, {"params": params[1:]}], use_muon=no),
+    ):
+        assert [optimizer.param_groups[at].get("use_muon", True) for at in (0, 1)] == [True, False]
+        assert type(optimizer.param_groups[1]["use_muon"]) is bool
+        train(optimizer, params, 1)
+        assert [len(optimizer.state[param]) for param in params] == [1, 3]
+
+
+@each_implementation
+@pytest.mark.parametrize("make", [np.array, torch.tensor, list])
+def test_coefficients_of_any_kind_of_sequence(make: Callable[[Any], Any], backend: str) -> None:
+    """And what is written into one of them counts at the next step."""
+    mine, theirs = (new_params(shapes=[(4, 3)]) for _ in range(2))
+    coefficients = make([3.4445, -4.775, 2.0315])
+    optimizer = Muon(mine, **EXACT, ns_coefficients=coefficients, ns_steps=np.int64(3), backend=backend)
+    other = Muon(theirs, **EXACT, ns_steps=3, backend=backend)
+    train(optimizer, mine, 2)
+    train(other, theirs, 2)
+    assert_near(optimizer, other)
+    coefficients[0] = 3.0
+    other.param_groups[0]["ns_coefficients"] = (3.0, -4.775, 2.0315)
+    train(optimizer, mine, 2, first=2)
+    train(other, theirs, 2, first=2)
+    assert_near(optimizer, other)
+
+
+@each_implementation
+@pytest.mark.parametrize("magnitude", [1e6, 1.0, 1e-9])
+def test_products_in_float16_take_gradients_beyond_its_range(magnitude: float, backend: str) -> None:
+    """Until it is divided by its norm a direction lies in float32."""
+    mine, theirs = (new_params(shapes=[(8, 5)]) for _ in range(2))
+    narrow = Muon(mine, lr=0.02, ns_dtype=torch.float16, eps=1e-30, backend=backend)
+    wide = Muon(theirs, lr=0.02, ns_dtype=torch.float32, eps=1e-30, backend=backend)
+    for optimizer, params in ((narrow, mine), (wide, theirs)):
+        set_grads(params, 0)
+        params[0].grad.mul_(magnitude)
+        optimizer.step()
+    torch.testing.assert_close(mine, theirs, rtol=0, atol=2e-4)
+
+
+def test_meta_tensors() -> None:
+    (param,) = new_params(shapes=[(4, 3)], device=torch.device("meta"))
+    param.grad = torch.empty_like(param)
+    optimizer = Muon([param])
+    optimizer.step()
+    assert optimizer.state[param]["momentum_buffer"].device.type == "meta"
 
 
 def test_without_a_word_of_it_a_group_has_torchs_keys() -> None:
@@ -406,6 +478,12 @@ BAD: dict[str, tuple[list[tuple[int, ...]], dict[str, Any], str]] = {
     "no heads": ([(4, 4)], {"heads": [0]}, r"heads of '0' .* is 0, into which"),
     "use_muon": ([(2, 2)], {"use_muon": "always"}, "use_muon must be True, False or 'auto', got 'always'"),
     "ns_dtype": ([(2, 2)], {"ns_dtype": torch.int8}, r"ns_dtype must be one of .*got torch\.int8"),
+    "no number": (
+        [(2, 2)],
+        {"ns_coefficients": (1.0, float("nan"), 2.0)},
+        r"ns_coefficients must be finite, got \(1.0, nan, 2.0\)",
+    ),
+    "flatten": ([(2, 2)], {"flatten": "first"}, "flatten must be True, False or None, got 'first'"),
     "momentum": ([(2, 2)], {"momentum": -0.5}, "Invalid momentum value: -0.5"),
     "AdamW's betas": ([(2, 2)], {"adamw_betas": (1.0, 0.5)}, "Invalid beta parameter at index 0"),
 }
@@ -440,6 +518,9 @@ def test_a_sparse_gradient_is_refused(backend: str) -> None:
         ({"ns_steps": 100}, r"param_groups\[1\]: Number of steps must be less than 100"),
         ({"ns_coefficients": "newton"}, r"param_groups\[1\]: ns_coefficients must be three numbers or one of"),
         ({"adjust_lr_fn": "rms"}, r"param_groups\[1\]\['adjust_lr_fn'\] must be one of"),
+        ({"use_muon": "auto"}, r"param_groups\[1\]\['use_muon'\] must be True or False: 'auto' is for a group"),
+        ({"use_muon": "yes"}, r"param_groups\[1\]\['use_muon'\] must be True, False or 'auto', got 'yes'"),
+        ({"flatten": "first"}, r"param_groups\[1\]\['flatten'\] must be True, False or None, got 'first'"),
         ({"eps": -1.0}, r"param_groups\[1\]\['eps'\]: Invalid epsilon value"),
         ({"use_muon": False, "betas": (0.9, 1.5)}, r"param_groups\[1\]\['betas'\]: Invalid beta parameter at index 1"),
     ],
@@ -453,9 +534,41 @@ def test_a_group_is_refused_before_anything_has_changed(bad: dict[str, Any], tex
     set_grads(params, 1)
     with pytest.raises(ValueError, match=text):
         optimizer.step()
-    for one, other in zip(before, snapshot(optimizer), strict=True):
-        for key, value in one.items():
-            assert_same_bits(value, other[key], key)
+    assert_same_snapshots(before, snapshot(optimizer))
+
+
+def test_a_group_that_lacks_what_adamws_have_is_refused_with_the_remedy() -> None:
+    params = new_params(shapes=[(3, 2)])
+    optimizer = Muon(params, **EXACT)
+    optimizer.param_groups[0]["use_muon"] = False
+    set_grads(params, 0)
+    with pytest.raises(KeyError, match="what AdamW's groups have: 'betas', 'amsgrad', 'decoupled_weight_decay'; give"):
+        optimizer.step()
+
+
+def test_a_checkpoint_that_makes_a_vector_a_matrix_is_refused() -> None:
+    matrices, mixed = new_params(shapes=[(3, 2), (2, 2)]), new_params(shapes=[(3, 2), (4,)])
+    saved = Muon([{"params": [param]} for param in matrices]).state_dict()
+    optimizer = Muon([{"params": mixed[:1]}, {"params": mixed[1:], "use_muon": False}])
+    train(optimizer, mixed, 1)
+    before = copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(
+        ValueError, match=r"param_groups\[1\] of the state dict: only parameters of 2 or more dimensions"
+    ):
+        optimizer.load_state_dict(saved)
+    assert optimizer.state_dict()["param_groups"] == before["param_groups"]
+    train(optimizer, mixed, 1, first=1)
+
+
+@pytest.mark.parametrize("use_muon", [True, "auto"])
+def test_a_parameter_whose_shape_is_not_known_yet_is_refused(use_muon: Any) -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.LazyLinear(3))
+    text = r"the shape of '1\.weight'( \(param_groups\[0\]\['params'\]\[1\]\))? is not known yet.* run one forward pass"
+    with pytest.raises(ValueError, match=text):
+        Muon([(name, param) for name, param in model.named_parameters() if name != "0.bias"], use_muon=use_muon)
+    with pytest.raises(ValueError, match=text):
+        muon_groups(model)
+    Muon(model.parameters(), use_muon=False)
 
 
 def test_a_group_that_is_refused_is_not_added() -> None:
