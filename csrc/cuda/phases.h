@@ -3,7 +3,7 @@
 // phases.cu is the host side, which launches the kernels of reduce.cu, prepare.cu, apply.cu and patch.cu;
 // table is how what it knows comes to the device, layout where that lies there, driver what it asks of CUDA.
 // device.h has what the kernels are given, sums.h what two of them share, vector.h vectors in a device's
-// memory.
+// memory, columns.h columns of a row, storages.h the combinations of storages that have code of their own.
 #pragma once
 
 #include <cstddef>

@@ -1,6 +1,7 @@
 // The reduce phase on the device: norms, and whether all elements are finite.
 #include <cstddef>
 
+#include "cuda/columns.h"
 #include "cuda/sums.h"
 
 namespace fused_optim {
