@@ -88,10 +88,38 @@ def ticks_between(low: float, high: float) -> list[float]:
     return [step for step in steps if low / 1.1 <= step <= high * 1.6]
 
 
+def pace(result: Result) -> Any:
+    """One model: the time of each contender's step, and the time in which a copy moves the step's bytes."""
+    rows = [row for row in measured(result) if row.get("bytes_moved") and row.get("copy_bytes_per_second")]
+    if len({row["model"] for row in rows}) != 1:
+        raise NoFigure
+    rows = rows[:MOST_BARS][::-1]
+    differ = [key for key in ("optimizer", "dtype") if len({row[key] for row in rows}) > 1]
+    figure, axes = new_axes(1.4 + 0.32 * len(rows))
+    places = range(len(rows))
+    times = [row["step_us"] for row in rows]
+    bytes_at_pace = [row["bytes_moved"] / row["copy_bytes_per_second"] * 1e6 for row in rows]
+    axes.barh(places, times, color=[OURS if row["ours"] else THEIRS for row in rows], height=0.66, label="a step")
+    axes.scatter(bytes_at_pace, places, marker="|", s=260, color="#222222", zorder=5, label="a copy of its bytes")
+    for place, row, least in zip(places, rows, bytes_at_pace):
+        moved = f"{row['bytes_moved'] / 1e6:,.1f} MB, {row['bytes_moved'] / row['step_us'] / 1e3:,.1f} GB/s"
+        share = f"{100 * least / row['step_us']:.0f} % of the copy's pace"
+        axes.text(max(row["step_us"], least), place, f"  {moved}, {share}", va="center", fontsize=8)
+    names = [", ".join([*(row[key] for key in differ), row["contender"]]) for row in rows]
+    axes.set_yticks(places, names, fontsize=8)
+    axes.set_ylim(-0.6, len(rows) - 0.4)
+    axes.set_xscale("log")
+    axes.set_xlim(min(*times, *bytes_at_pace) / 3, max(*times, *bytes_at_pace) * 12)  # room for the text
+    axes.xaxis.set_major_formatter("{x:,g}")
+    axes.set_xlabel("time [µs], logarithmic")
+    axes.set_title(f"{rows[0]['model']}: the bytes of a step, and the time that they take", loc="left")
+    return figure
+
+
 def roofline(result: Result) -> Any:
-    """Step time against the bytes that a step must move, and the pace of a copy."""
+    """Several models: step time against the bytes that a step must move, and the pace of a copy."""
     rows = [row for row in measured(result) if row.get("bytes_moved")]
-    if not rows:
+    if len({row["model"] for row in rows}) < 2:
         raise NoFigure
     figure, axes = new_axes(5.5)
     names = list(dict.fromkeys(row["contender"] for row in rows))
@@ -173,6 +201,7 @@ def scaling(result: Result) -> Any:
 
 FIGURES = {
     "ratios": ratio_bars,
+    "pace": pace,
     "roofline": roofline,
     "groups": host_against_groups,
     "scaling": scaling,

@@ -6,7 +6,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,19 +30,63 @@ from .shapes import Model
 OPTIMIZER = "optimizer step"
 MODEL = "forward and backward"
 PHASES = {
-    "refresh": "fused_optim: refresh (addresses and hyperparameters)",
-    "reduce": "fused_optim: reduce (norms)",
-    "apply": "fused_optim: apply (reduce, prepare, apply)",
+    "refresh": "refresh (addresses and hyperparameters)",
+    "reduce": "reduce (norms)",
+    "apply": "apply (reduce, prepare, apply)",
 }
+EAGER = "eager (torch operations)"
+REST = "Python around the phases"
+WAITING = "the device, after the call has returned"
 WARM_UP, TIMED = 3, 5  # steps
 BOUND = 0.6  # the share of a step from which on something is called its bound
 
 
-class NamedPhases:
-    """A plan whose phases stand in the timeline under their names."""
+class Stopwatch:
+    """Seconds by name, each moment counted once: what runs within a phase under another name is not the phase's.
 
-    def __init__(self, plan: Any) -> None:
-        self._plan = plan
+    The ranges of torch.profiler cost tens of microseconds a step, a stopwatch a few.
+    """
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._running: list[str] = []
+        self._since = 0.0
+
+    def __call__(self, name: str) -> Lap:
+        return Lap(self, name)
+
+    def begin(self, name: str) -> None:
+        self._lap()
+        self._running.append(name)
+
+    def end(self) -> None:
+        self._lap()
+        self._running.pop()
+
+    def _lap(self) -> None:
+        now = time.perf_counter()
+        if self._running:
+            name = self._running[-1]
+            self.seconds[name] = self.seconds.get(name, 0.0) + now - self._since
+        self._since = now
+
+
+class Lap:
+    def __init__(self, watch: Stopwatch, name: str) -> None:
+        self._watch, self._name = watch, name
+
+    def __enter__(self) -> None:
+        self._watch.begin(self._name)
+
+    def __exit__(self, *_: object) -> None:
+        self._watch.end()
+
+
+class NamedPhases:
+    """A plan whose phases run within what ``around`` makes of their names."""
+
+    def __init__(self, plan: Any, around: Callable[[str], AbstractContextManager[Any]]) -> None:
+        self._plan, self._around = plan, around
 
     def __getattr__(self, name: str) -> Any:
         found = getattr(self._plan, name)
@@ -50,24 +94,24 @@ class NamedPhases:
             return found
 
         def named(*arguments: Any) -> Any:
-            with record_function(PHASES[name]):
+            with self._around(PHASES[name]):
                 return found(*arguments)
 
         return named
 
 
 @contextmanager
-def named_phases(optimizer: Any) -> Iterator[None]:
-    """Within, the phases of one of our optimizers are ranges of torch.profiler; any other is left alone."""
+def named_phases(optimizer: Any, around: Callable[[str], AbstractContextManager[Any]]) -> Iterator[None]:
+    """Within, the phases of one of our optimizers run within ``around(name)``; any other is left alone."""
     if not isinstance(optimizer, FusedOptimizer) or optimizer.plan is None:
         yield
         return
     plan, advance = optimizer.plan, EagerSteps._advance
     native = plan.native
-    plan.native = NamedPhases(native)  # type: ignore[assignment]
+    plan.native = NamedPhases(native, around)  # type: ignore[assignment]
 
     def named_advance(*arguments: Any) -> Any:
-        with record_function("fused_optim: eager (torch operations)"):
+        with around(EAGER):
             return advance(*arguments)
 
     EagerSteps._advance = named_advance  # type: ignore[method-assign]
@@ -78,9 +122,17 @@ def named_phases(optimizer: Any) -> Iterator[None]:
         plan.native = native
 
 
+def range_of(name: str) -> AbstractContextManager[Any]:
+    return record_function(f"fused_optim: {name}")
+
+
 @dataclass(frozen=True)
 class StepProfile:
-    """Times in seconds; ``host`` is the calling thread's in the optimizer, ``copy`` a copy of the same bytes."""
+    """Times in seconds, of the step whose optimizer took the median time.
+
+    ``phases`` add up to ``optimizer``; ``host`` is the calling thread's time in the optimizer, ``copy`` that of a copy of
+    the same bytes.
+    """
 
     title: str
     step: float
@@ -108,20 +160,33 @@ class StepProfile:
 
     def text(self) -> str:
         whole = "forward and backward (a stand-in: matrix products)" if self.stand_in else "forward and backward"
+        step, optimizer = round(self.step * 1e6), round(self.optimizer * 1e6)  # microseconds, so that the lines add up
         lines = [
             f"{self.title}",
-            f"  a step takes {self.step * 1e3:,.2f} ms: {whole} {(self.step - self.optimizer) * 1e3:,.2f} ms, "
-            f"optimizer {self.optimizer * 1e3:,.2f} ms ({self.optimizer / self.step:.1%})",
-            f"  the optimizer moves {self.moved / 1e6:,.1f} MB at least; a copy of as many bytes takes "
-            f"{self.copy * 1e3:,.2f} ms",
+            f"  a step takes {step / 1e3:,.3f} ms: {whole} {(step - optimizer) / 1e3:,.3f} ms, "
+            f"optimizer {optimizer / 1e3:,.3f} ms ({self.optimizer / self.step:.1%})",
         ]
+        lines += [f"    {us / 1e3:>10,.3f} ms  {name}" for name, us in self.microseconds(optimizer).items()]
+        lines.append(
+            f"  the optimizer moves {self.moved / 1e6:,.1f} MB at least; a copy of as many bytes takes "
+            f"{self.copy * 1e3:,.3f} ms"
+        )
         if self.host is not None:
             how = "on a twin with two elements a tensor" if self.device == "cpu" else "until the call returns"
             lines.append(f"  the host's share is {self.host * 1e3:,.3f} ms ({how})")
         lines.append(f"  it is {self.bound}")
-        lines += [f"    {name}: {seconds * 1e3:,.3f} ms" for name, seconds in self.phases.items()]
-        lines.append(f"  timeline: {self.trace} (open it in chrome://tracing or https://ui.perfetto.dev)")
+        lines.append(
+            f"  timeline of another step, with what recording costs: {self.trace} "
+            "(open it in chrome://tracing or https://ui.perfetto.dev)"
+        )
         return "\n".join(lines)
+
+    def microseconds(self, optimizer: int) -> dict[str, int]:
+        """The phases in whole microseconds, whose sum is the optimizer's; what rounding leaves is the longest one's."""
+        rounded = {name: round(seconds * 1e6) for name, seconds in self.phases.items()}
+        if rounded:
+            rounded[max(rounded, key=rounded.__getitem__)] += optimizer - sum(rounded.values())
+        return rounded
 
 
 def profile_step(
@@ -166,28 +231,32 @@ def profile_step(
         if device.type == "cuda":
             torch.cuda.synchronize(device)
 
-    steps, optimizer_steps, host_steps = [], [], []
+    timed: list[tuple[float, dict[str, float]]] = []  # forward and backward; the optimizer by phases
     for _ in range(TIMED):
         synchronize()
         start = time.perf_counter()
         forward_backward()
         synchronize()
         middle = time.perf_counter()
-        optimizer.step()
-        returned = time.perf_counter()
-        synchronize()
-        end = time.perf_counter()
-        steps.append(end - start)
-        optimizer_steps.append(end - middle)
-        host_steps.append(returned - middle)
+        watch = Stopwatch()
+        with named_phases(inner, watch):
+            with watch(REST):
+                optimizer.step()
+            if device.type == "cuda":
+                with watch(WAITING):
+                    synchronize()
+        timed.append((middle - start, watch.seconds))
+    timed.sort(key=lambda step: sum(step[1].values()))
+    model_time, phases = timed[TIMED // 2]
+    optimizer_time = sum(phases.values())
     if device.type == "cuda":
-        host = statistics.median(host_steps)
+        host = optimizer_time - phases[WAITING]
     moved = bytes_of_step(Material(Model("", ()), [params]), state_bytes(optimizer))
     copy = Copy(moved, device)
     copied = moved / max(copy.bytes_per_second() for _ in range(TIMED))  # the limit is the best that it does
     del copy
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
-    with named_phases(inner), profiled(activities=activities) as recorded:
+    with named_phases(inner, range_of), profiled(activities=activities) as recorded:
         with record_function(MODEL):
             forward_backward()
         with record_function(OPTIMIZER):
@@ -196,18 +265,14 @@ def profile_step(
     trace = Path(trace)
     trace.parent.mkdir(parents=True, exist_ok=True)
     recorded.export_chrome_trace(str(trace))
-    phases: dict[str, float] = {}
-    for event in recorded.events() or ():
-        if event.name.startswith("fused_optim: "):
-            phases[event.name] = phases.get(event.name, 0.0) + event.time_range.elapsed_us() / 1e6
     return StepProfile(
         title=title,
-        step=statistics.median(steps),
-        optimizer=statistics.median(optimizer_steps),
+        step=model_time + optimizer_time,
+        optimizer=optimizer_time,
         host=host,
         moved=moved,
         copy=copied,
-        phases=phases,
+        phases=phases if isinstance(inner, FusedOptimizer) else {},
         trace=trace,
         stand_in=stand_in,
         device=device.type,

@@ -575,6 +575,36 @@ def test_a_report_has_its_figures_in_it(bench: Callable[..., int], tmp_path: Pat
     assert all((tmp_path / image).read_bytes().startswith(b"\x89PNG") for image in images)
 
 
+def test_a_report_of_one_model_shows_the_pace_of_each_contender(bench: Callable[..., int], tmp_path: Path) -> None:
+    out, page = tmp_path / "result.json", tmp_path / "report.html"
+    peers = ("--peer", "torch-fused", "--peer", "apex", "--backend", "cpu", "--device", "cpu")
+    assert bench("step", "--model", "tiny", *peers, "--rounds", 2, "--json", out, "--report", page) == 0
+    text = page.read_text()
+    assert re.findall(r'<img alt="(\w+)" src="data:image/svg', text) == ["ratios", "pace"]
+    assert '<meta name="viewport" content="width=device-width' in text
+    assert "apex: skipped: needs a CUDA device" in text
+
+
+def columns_of(text: str) -> list[tuple[str, list[str]]]:
+    """Heading and cells of each column of the grid's tables; every cell says its heading where it stands alone."""
+    found = []
+    for table in re.findall(r"<table>(.*?)</table>", text, re.DOTALL):
+        headings = re.findall(r"<th>(.*?)</th>", table)
+        rows = [re.findall(r'<td data-label="(.*?)".*?>(.*?)</td>', row) for row in re.findall(r"<tr.*?</tr>", table)]
+        assert all([label for label, _ in row] == headings for row in rows[1:])
+        found += [(heading, [row[place][1] for row in rows[1:]]) for place, heading in enumerate(headings)]
+    return found
+
+
+def test_a_report_has_no_empty_column(bench: Callable[..., int], tmp_path: Path) -> None:
+    page = tmp_path / "report.html"
+    assert bench("report", ROOT / "bench" / "results" / "cpu-grid.json", page) == 0
+    columns = columns_of(page.read_text())
+    assert {"contender", "step [µs]", "of copy", "max error"} <= {heading for heading, _ in columns}
+    assert [heading for heading, cells in columns if not any(cells)] == []
+    assert "launches" not in {heading for heading, _ in columns}  # of a GPU
+
+
 def test_profile_names_the_phases(bench: Callable[..., int], tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     trace = tmp_path / "trace.json"
     assert (
@@ -584,6 +614,13 @@ def test_profile_names_the_phases(bench: Callable[..., int], tmp_path: Path, cap
     said = capfd.readouterr().out
     assert "fused_optim/cpu LAMB, tiny" in said
     assert "forward and backward (a stand-in: matrix products)" in said
+    lines = [float(line.split(" ms  ")[0].replace(",", "")) for line in said.splitlines() if " ms  " in line]
+    whole = re.search(r"a step takes (\S+) ms: .*?\) (\S+) ms, optimizer (\S+) ms", said)
+    assert whole is not None
+    step, model, optimizer = (float(number.replace(",", "")) for number in whole.groups())
+    assert len(lines) >= 3
+    assert round(sum(lines), 3) == optimizer
+    assert round(model + optimizer, 3) == step
     names = {event.get("name") for event in json.loads(trace.read_text())["traceEvents"]}
     assert {"forward and backward", "optimizer step", "fused_optim: apply (reduce, prepare, apply)"} <= names
 
@@ -598,7 +635,8 @@ def test_profile_takes_a_users_own_step(tmp_path: Path) -> None:
 
     found = profile_step(forward_backward, optimizer, tmp_path / "trace.json")
     assert 0 < found.optimizer < found.step
-    assert found.phases["fused_optim: eager (torch operations)"] > 0
+    assert 0 < found.phases["eager (torch operations)"] < found.optimizer
+    assert sum(found.phases.values()) == pytest.approx(found.optimizer)
     assert not found.stand_in
     optimizer.step()  # the optimizer is as it was
     assert "_step_witness" not in vars(optimizer)
