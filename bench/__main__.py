@@ -89,7 +89,12 @@ def parser() -> argparse.ArgumentParser:
     accuracy.add_argument("--seeds", type=count, default=5, help="default: %(default)s")
     accuracy.add_argument("--steps", type=count, default=300, help="of each training (default: %(default)s)")
     accuracy.add_argument("--model", choices=("language", "vision"), help="default: both")
-    accuracy.add_argument("--stress", choices=("none", "spike", "small"), help="default: each")
+    accuracy.add_argument(
+        "--stress",
+        choices=("none", "spike", "small", "states"),
+        help="states: single updates, and averages after gradients have fallen; no training (default: each)",
+    )
+    accuracy.add_argument("--json", type=Path, metavar="FILE", help="write the result to this file, after every case")
 
     report = verbs.add_parser("report", help="a report with plots from a result file")
     report.set_defaults(run=commands.report)

@@ -233,18 +233,36 @@ def accuracy(arguments: argparse.Namespace) -> int:
         import sklearn  # noqa: F401
     except ModuleNotFoundError:
         raise ValueError("the digits come with scikit-learn: pip install scikit-learn") from None
-    from . import training
+    from . import states, training
+
+    protocol = {**protocol_of(None), "steps": arguments.steps, "seeds": arguments.seeds}
+    result = results.new_result(machine(), protocol)
+
+    def keep() -> None:
+        if arguments.json is not None:
+            results.save(arguments.json, result)
 
     print(f"{arguments.steps} steps, {arguments.seeds} seeds, AdamW, torch {torch.__version__}")
+    if arguments.stress in (None, "states"):
+        print("| states | error of updates | largest update | under the spike | roots after the fall, 5 / 50 / 95 % |")
+        print("|---|---|---|---|---|")
+        for row in states.rows(arguments.steps):
+            result["states"].append(row)
+            ratios = " / ".join(f"{ratio:.2f}" for ratio in row["root_ratios_after_fall"])
+            largest = f"{row['largest_update']:.2f} | {row['largest_update_after_spike']:.2f}"
+            print(f"| {row['setting']} | {row['update_error']:.3f} | {largest} | {ratios} |", flush=True)
+        keep()
+    if arguments.stress == "states":
+        return 0
     print("| model | stress | setting | bytes a parameter | final loss | beside float32 states |")
     print("|---|---|---|---|---|---|")
-    for kind, stress, found in training.outcomes(arguments.seeds, arguments.steps, arguments.model, arguments.stress):
-        reference = found["float32"]
-        for setting, outcome in found.items():
-            mean, deviation = outcome.beside(reference)
+    for found in training.rows(arguments.seeds, arguments.steps, arguments.model, arguments.stress):
+        result["trainings"] += found
+        keep()
+        for row in found:
             print(
-                f"| {kind} | {stress} | {setting} | {outcome.bytes_a_parameter:.2f} | "
-                f"{sum(outcome.losses) / len(outcome.losses):.4f} | {mean:+.4f} ± {deviation:.4f} |",
+                f"| {row['model']} | {row['stress']} | {row['setting']} | {row['bytes_a_parameter']:.2f} | "
+                f"{row['loss']:.4f} | {row['beside_float32']:+.4f} ± {row['deviation']:.4f} |",
                 flush=True,
             )
     return 0

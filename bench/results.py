@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 Result = dict[str, Any]
+# Pairs, contenders in turn, final losses, and single updates.
+TABLES = ("cases", "grid", "trainings", "states")
 
 
 def new_result(machine: dict[str, Any], protocol: dict[str, Any]) -> Result:
-    return {"machine": machine, "protocol": protocol, "interrupted": False, "cases": [], "grid": []}
+    return {"machine": machine, "protocol": protocol, "interrupted": False, **{name: [] for name in TABLES}}
 
 
 def save(path: Path, result: Result) -> None:
@@ -36,7 +38,7 @@ def load(path: Path) -> Result:
         raise ValueError(f"{path} is not JSON: {error}") from error
     if not isinstance(content, dict) or "machine" not in content or "cases" not in content:
         raise ValueError(f"{path} is no result of this harness: it has no 'machine' and 'cases'")
-    return {"protocol": {}, "interrupted": False, "grid": [], **content}
+    return {"protocol": {}, "interrupted": False, **{name: [] for name in TABLES}, **content}
 
 
 def title_of(row: dict[str, Any]) -> str:

@@ -1,6 +1,6 @@
 """What low-memory states do to a training: final losses of two small models beside those of float32 states.
 
-A character language model on text that ships with Python, and the small vision transformer of ``make demo``'s size on
+A character language model on text that ships with Python, and a vision transformer of the size of ``make demo``'s on
 scikit-learn's digits. Every setting starts from the same weights and sees the same batches, for each seed. Under
 ``spike`` one step has a gradient 10^4 times too large in 1 % of the elements; under ``small`` the loss is
 scaled so that gradients are of the order of 1e-4, with eps 1e-12.
@@ -21,18 +21,13 @@ from torch import Tensor, nn
 
 import fused_optim
 
-# Each setting: the parameters' dtype and the options.
-SETTINGS: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
-    "float32": (torch.float32, {}),
-    "float32, 8bit": (torch.float32, {"state_dtype": "8bit"}),
-    "bfloat16, split": (torch.bfloat16, {"master_weights": "split"}),
-    "bfloat16, split8, 8bit": (torch.bfloat16, {"master_weights": "split8", "state_dtype": "8bit"}),
-    "bfloat16, stochastic, 8bit": (torch.bfloat16, {"rounding": "stochastic", "state_dtype": "8bit"}),
-    "bfloat16, nearest": (torch.bfloat16, {}),
-}
+from .footprint import state_bytes
+from .settings import SETTINGS, keyword_arguments
+
 STRESSES = ("none", "spike", "small")
 SPIKE, SHARE, SMALL = 1e4, 0.01, 1e-4
 WIDTH, CONTEXT, BATCH = 64, 32, 32
+LAYERS = {"language": 2, "vision": 6}
 
 
 def text() -> Tensor:
@@ -42,24 +37,25 @@ def text() -> Tensor:
     return torch.tensor([min(ord(letter), 127) for letter in sources])
 
 
+def layer() -> nn.Module:
+    return nn.TransformerEncoderLayer(WIDTH, 4, 4 * WIDTH, 0.0, F.gelu, batch_first=True, norm_first=True)
+
+
 class CharacterModel(nn.Module):
-    """Predicts each character from those before it: two layers of a transformer."""
+    """Predicts each character from those before it: a transformer of two layers."""
 
     def __init__(self) -> None:
         super().__init__()
         self.embedding = nn.Embedding(128, WIDTH)
         self.position = nn.Parameter(0.02 * torch.randn(CONTEXT, WIDTH))
-        self.layers = nn.ModuleList(
-            nn.TransformerEncoderLayer(WIDTH, 4, 4 * WIDTH, dropout=0, batch_first=True, norm_first=True)
-            for _ in range(2)
-        )
+        self.layers = nn.ModuleList(layer() for _ in range(LAYERS["language"]))
         self.head = nn.Linear(WIDTH, 128)
 
     def forward(self, letters: Tensor) -> Tensor:
         mask = nn.Transformer.generate_square_subsequent_mask(CONTEXT, dtype=self.position.dtype)
         hidden = self.embedding(letters) + self.position
-        for layer in self.layers:
-            hidden = layer(hidden, src_mask=mask, is_causal=True)
+        for block in self.layers:
+            hidden = block(hidden, src_mask=mask, is_causal=True)
         scores: Tensor = self.head(hidden)
         return scores
 
@@ -91,12 +87,7 @@ def vision(seed: int) -> tuple[nn.Module, Callable[[nn.Module], Tensor]]:
             super().__init__()
             self.patch = nn.Linear(4, WIDTH)
             self.position = nn.Parameter(0.5 * torch.randn(16, WIDTH))
-            self.layers = nn.Sequential(
-                *(
-                    nn.TransformerEncoderLayer(WIDTH, 4, 4 * WIDTH, dropout=0, batch_first=True, norm_first=True)
-                    for _ in range(2)
-                )
-            )
+            self.layers = nn.Sequential(*(layer() for _ in range(LAYERS["vision"])))
             self.head = nn.Linear(WIDTH, 10)
 
         def forward(self, images: Tensor) -> Tensor:
@@ -149,22 +140,40 @@ def train(kind: str, setting: str, stress: str, seed: int, steps: int) -> tuple[
                 param.grad = torch.where(hit, param.grad * SPIKE, param.grad)
         optimizer.step()
         losses.append(loss.item())
-    kept = sum(value.nbytes for state in optimizer.state.values() for value in state.values())
+    kept = state_bytes(optimizer)
     params = list(model.parameters())
     size = sum(param.nbytes for param in params)
     last = losses[-max(1, steps // 10) :]
     return statistics.mean(last), (kept + size) / sum(param.numel() for param in params)
 
 
-def outcomes(
+def row_of(kind: str, stress: str, setting: str, found: dict[str, Outcome]) -> dict[str, Any]:
+    """What the result file holds of one setting, model and stress."""
+    dtype, options = SETTINGS[setting]
+    mean, deviation = found[setting].beside(found["float32"])
+    return {
+        "model": kind,
+        "stress": stress,
+        "setting": setting,
+        "dtype": str(dtype).removeprefix("torch."),
+        "options": keyword_arguments(options),
+        "bytes_a_parameter": found[setting].bytes_a_parameter,
+        "losses": found[setting].losses,
+        "loss": statistics.mean(found[setting].losses),
+        "beside_float32": mean,
+        "deviation": deviation,
+    }
+
+
+def rows(
     seeds: int, steps: int, model: str | None = None, stress_alone: str | None = None
-) -> Iterator[tuple[str, str, dict[str, Outcome]]]:
-    """For each model and stress, or for one of them, those of all settings."""
-    for kind in MODELS if model is None else (model,):
-        for stress in STRESSES if stress_alone is None else (stress_alone,):
+) -> Iterator[list[dict[str, Any]]]:
+    """For each stress and model, or for one of them, a row for each setting."""
+    for stress in STRESSES if stress_alone is None else (stress_alone,):
+        for kind in MODELS if model is None else (model,):
             found = {setting: Outcome() for setting in SETTINGS}
             for seed in range(seeds):
                 for setting, outcome in found.items():
                     loss, outcome.bytes_a_parameter = train(kind, setting, stress, seed, steps)
                     outcome.losses.append(loss)
-            yield kind, stress, found
+            yield [row_of(kind, stress, setting, found) for setting in found]

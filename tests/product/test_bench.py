@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from fused_optim.bench import commands, measure, profile_step, training, write_shapes
+from fused_optim.bench import commands, measure, profile_step, states, write_shapes
 from fused_optim.bench import peers as peers_package
 from fused_optim.bench.__main__ import main
 from fused_optim.bench.accuracy import max_error
@@ -33,7 +33,8 @@ from fused_optim.bench.peers import PEERS, Missing
 from fused_optim.bench.peers.peer import Peer
 from fused_optim.bench.peers.timm import timm
 from fused_optim.bench.profile import StepProfile
-from fused_optim.bench.results import load
+from fused_optim.bench.results import TABLES, load
+from fused_optim.bench.settings import SETTINGS
 from fused_optim.bench.shapes import dump, read_shapes, shapes_of
 from support.sources import ROOT, sources
 
@@ -103,7 +104,7 @@ def test_committed_results_are_whole(path: Path) -> None:
     result = load(path)
     assert not result["interrupted"]
     assert re.fullmatch(r"[0-9a-f]{7,40}", result["machine"]["commit"]), "measure from a clean commit"
-    assert result["cases"] or result["grid"]
+    assert any(result[table] for table in TABLES)
     assert f"results/{path.name}" in (ROOT / "bench" / "README.md").read_text()
 
 
@@ -248,14 +249,34 @@ def test_the_grid_has_all_optimizers_and_figures(
     assert "fused_optim/cpu" in capsys.readouterr().out
 
 
-def test_accuracy_trains_every_setting(bench: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
+def test_accuracy_trains_every_setting(
+    bench: Callable[..., int], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    out = tmp_path / "result.json"
     for model in ("language", "vision"):
-        assert bench("accuracy", "--seeds", 2, "--steps", 2, "--model", model, "--stress", "spike") == 0
-        out = capsys.readouterr().out
-        rows = [line.strip("| ").split(" | ") for line in out.splitlines() if line.startswith(f"| {model}")]
-        assert {row[2] for row in rows} == set(training.SETTINGS)
+        command = ("accuracy", "--seeds", 2, "--steps", 2, "--model", model, "--stress", "spike", "--json", out)
+        assert bench(*command) == 0
+        printed = capsys.readouterr().out
+        rows = [line.strip("| ").split(" | ") for line in printed.splitlines() if line.startswith(f"| {model}")]
+        assert {row[2] for row in rows} == set(SETTINGS)
         assert next(float(row[3]) for row in rows if row[2] == "float32") >= 12
         assert [row[5] for row in rows if row[2] == "float32"] == ["+0.0000 ± 0.0000"]
+        kept = load(out)["trainings"]
+        assert [row["setting"] for row in kept] == list(SETTINGS)
+        assert all(len(row["losses"]) == 2 and row["model"] == model for row in kept)
+
+
+def test_states_are_as_far_from_exact_as_memory_says() -> None:
+    """In short: a spike after ten steps, and 300 steps after the fall."""
+    rows = {row["setting"]: row for row in states.rows(20, 100, 300)}
+    exact, coded = rows["float32"], rows["float32, 8bit"]
+    assert exact["update_error"] == 0
+    assert exact["root_ratios_after_fall"] == [1, 1, 1]
+    assert 0 < coded["update_error"] < 0.05
+    assert abs(coded["largest_update"] / exact["largest_update"] - 1) < 0.1
+    assert coded["largest_update_after_spike"] < 3 * exact["largest_update_after_spike"]
+    assert 0.97 < coded["root_ratios_after_fall"][1] < 1.03
+    assert rows["float32, bfloat16 states"]["root_ratios_after_fall"][1] > 1.1  # they do not fall
 
 
 def new_peer(name: str, step: Callable[[Material], Any], make: Callable[[Material], None] | None = None) -> Peer:
