@@ -22,6 +22,14 @@ SETTINGS: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
     "bfloat16, split8, 8bit": (torch.bfloat16, {"master_weights": "split8", "state_dtype": "8bit"}),
     "bfloat16, stochastic, 8bit": (torch.bfloat16, {"rounding": "stochastic", "state_dtype": "8bit"}),
 }
+# Those that are trained under stress too: whose states differ.
+STRESSED = (
+    "float32",
+    "float32, bfloat16 states",
+    "float32, 8bit",
+    "bfloat16, split8, 8bit",
+    "bfloat16, stochastic, 8bit",
+)
 
 
 def keyword_arguments(options: dict[str, Any]) -> str:

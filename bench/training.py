@@ -22,11 +22,12 @@ from torch import Tensor, nn
 import fused_optim
 
 from .footprint import state_bytes
-from .settings import SETTINGS, keyword_arguments
+from .settings import SETTINGS, STRESSED, keyword_arguments
 
 STRESSES = ("none", "spike", "small")
 SPIKE, SHARE, SMALL = 1e4, 0.01, 1e-4
-WIDTH, CONTEXT, BATCH = 64, 32, 32
+WIDTH, CONTEXT = 64, 32
+BATCH = {"language": 16, "vision": 32}
 LAYERS = {"language": 2, "vision": 6}
 
 
@@ -66,7 +67,7 @@ def language(seed: int) -> tuple[nn.Module, Callable[[nn.Module], Tensor]]:
     generator = torch.Generator().manual_seed(seed)
 
     def loss(model: nn.Module) -> Tensor:
-        starts = torch.randint(0, len(letters) - CONTEXT - 1, (BATCH, 1), generator=generator)
+        starts = torch.randint(0, len(letters) - CONTEXT - 1, (BATCH["language"], 1), generator=generator)
         batch = letters[starts + torch.arange(CONTEXT + 1)]
         return F.cross_entropy(model(batch[:, :-1]).float().flatten(0, 1), batch[:, 1:].flatten())
 
@@ -95,7 +96,7 @@ def vision(seed: int) -> tuple[nn.Module, Callable[[nn.Module], Tensor]]:
             return found
 
     def loss(model: nn.Module) -> Tensor:
-        batch = torch.randint(0, len(patches), (64,), generator=generator)
+        batch = torch.randint(0, len(patches), (BATCH["vision"],), generator=generator)
         return F.cross_entropy(model(patches[batch]).float(), answers[batch])
 
     torch.manual_seed(seed)
@@ -171,7 +172,7 @@ def rows(
     """For each stress and model, or for one of them, a row for each setting."""
     for stress in STRESSES if stress_alone is None else (stress_alone,):
         for kind in MODELS if model is None else (model,):
-            found = {setting: Outcome() for setting in SETTINGS}
+            found = {setting: Outcome() for setting in (SETTINGS if stress == "none" else STRESSED)}
             for seed in range(seeds):
                 for setting, outcome in found.items():
                     loss, outcome.bytes_a_parameter = train(kind, setting, stress, seed, steps)
