@@ -130,8 +130,8 @@ def range_of(name: str) -> AbstractContextManager[Any]:
 class StepProfile:
     """Times in seconds, of the step whose optimizer took the median time.
 
-    ``phases`` add up to ``optimizer``; ``host`` is the calling thread's time in the optimizer, ``copy`` that of a copy of
-    the same bytes.
+    ``phases`` add up to ``optimizer``; ``host`` is the calling thread's time in the optimizer, ``copy`` that of a copy
+    of the same bytes.
     """
 
     title: str

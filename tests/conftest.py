@@ -93,6 +93,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if missing := sorted(module for module in modules if importlib.util.find_spec(module) is None):
             item.add_marker(pytest.mark.skip(reason=f"needs {', '.join(missing)} installed"))
     choose_for_check(items)
+    # A group is one worker's: begun last, it would keep that one at work when the others have nothing left to do.
+    items.sort(key=lambda item: item.get_closest_marker("xdist_group") is None)
 
 
 def pytest_collection_finish() -> None:

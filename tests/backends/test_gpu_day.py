@@ -63,6 +63,7 @@ def test_every_command_of_the_bench_is_one() -> None:
         assert arguments.device == "cuda"
 
 
+@pytest.mark.program
 @pytest.mark.parametrize("name", ["smoke", "cuda", "triton", "memcheck"])
 def test_every_selection_of_tests_finds_some(name: str) -> None:
     (command,) = [command for call in steps() for _, _, found, command in call if found == name]

@@ -47,6 +47,8 @@ def load_script() -> ModuleType:
 
 machine_code = load_script()
 
+pytestmark = pytest.mark.xdist_group("machine code")  # which one worker reads
+
 
 def compile_kernels(folder: Path, arch: str, csrc: Path = CSRC) -> list[Path]:
     files = [folder / f"{name}_{arch}.cubin" for name in ("apply", "prepare", "reduce")]

@@ -149,11 +149,15 @@ def times(steps: int, first: int = 0, scale: float = 1.0) -> Callable[[Any], Non
 def each_rule_of_a_column(*dtypes: torch.dtype, rules: Collection[str]) -> pytest.MarkDecorator:
     """Crosses columns, rules and dtypes.
 
-    An interpreter runs every rule in float32 and one of each kind in every dtype; the rest there is slow.
+    An interpreter runs every rule in float32 and one of each kind in every dtype; behind the plan in Python, which
+    launches the same kernels, one of each kind in bfloat16. The rest there is slow.
     """
     parameters = []
     for name, rule, dtype in itertools.product(COLUMNS, rules, dtypes):
-        daily = rule in OF_EACH_KIND or (dtype == torch.float32 and COLUMNS[name].compiled_plan)
+        if COLUMNS[name].compiled_plan:
+            daily = rule in OF_EACH_KIND or dtype == torch.float32
+        else:
+            daily = rule in OF_EACH_KIND and (dtype == torch.bfloat16 or len(dtypes) == 1)
         marks = (*MARKS[name], *([pytest.mark.slow] if "interpreted" in name and not daily else []))
         parameters.append(pytest.param(name, rule, dtype, id=f"{name}-{rule}-{spelled(dtype)}", marks=marks))
     return pytest.mark.parametrize(("column", "rule", "dtype"), parameters, indirect=["column"])

@@ -809,6 +809,7 @@ def test_inference_and_no_grad_modes(case: Case, mode: Any, when: str, backend: 
     assert when == "copied states" or not any("inference" in line for line in fallbacks)
 
 
+@pytest.mark.sparingly(kind="split")
 @each_implementation_daily
 @pytest.mark.parametrize("kind", ["float32", "split"])
 @pytest.mark.parametrize("when", WHEN)

@@ -299,6 +299,7 @@ OF_RULES: dict[str, Callable[..., Any]] = {
 }
 
 
+@pytest.mark.sparingly(bad=("lr a Tensor", "beta1", "beta2", "eps", "weight_decay", "momentum"), steps=2)
 @each_implementation_daily
 @pytest.mark.parametrize("steps", [0, 2])
 @pytest.mark.parametrize("bad", OUT_OF_RANGE)

@@ -66,7 +66,8 @@ def test_wrong_arithmetic_is_found(tmp_path: Path, right: str, wrong: str) -> No
         (source / name).symlink_to(ROOT / "csrc" / name)
     (source / "cuda" / "quick_float.h").write_text(text.replace(right, wrong))
     program = compile_test(tmp_path, source)
-    assert subprocess.run([program], capture_output=True).returncode != 0
+    # A sixtieth of the cases finds most of it, in a fraction of the time.
+    assert any(subprocess.run([program, *few], capture_output=True).returncode != 0 for few in (["some"], []))
 
 
 @pytest.mark.gpu
