@@ -37,7 +37,8 @@ class Kept:
         self.plan: BuiltPlan | None = None
         self.last: LastStep | None = None
         self.same_rows = ""  # what the processes have found to be the same everywhere
-        self.captures: list[Any] = []  # what the replays of captured steps read and write: never freed before us
+        # What the replays of captured steps read and write, each thing once, by its identity: never freed before us.
+        self.captures: dict[int, Any] = {}
         self.supports_scaling: bool | None = None  # what a user has set `_step_supports_amp_scaling` to
         self.loading: dict[str, Any] | None = None  # the checkpoint that is being loaded
         self.stepping = threading.Lock()
@@ -63,6 +64,12 @@ class Kept:
             "the param groups change while the plan is built from them, or are not a list of dicts whose 'params' are "
             "lists"
         )
+
+    def keep_for_replays(self, plan: BuiltPlan) -> None:
+        """A step is being captured into a graph, of whose end nobody tells us: what it reads and writes beside its
+        table stays as long as the optimizer. More captures of one plan keep nothing more."""
+        read = (tensor for buffers in plan.buffers for tensor in buffers.alive)
+        self.captures |= {id(kept): kept for kept in (plan, *plan.native.written(), *read)}
 
     def ready(
         self, param_groups: list[dict[str, Any]], defaults: dict[str, Any], state: dict[Tensor, Any], rule: Rule

@@ -310,7 +310,7 @@ class FusedOptimizer(Rule, torch.optim.Optimizer):
         if eager is not NO_STEPS:
             eager.step(step.global_norm or 0.0, plan.shards.values())
         if plan.buffers and native.captured():
-            self._kept.captures.append((plan, native.written(), [buffers.alive for buffers in plan.buffers]))
+            self._kept.keep_for_replays(plan)
         if plan.directions is not None:
             step.exchange = plan.directions
         native.apply(step)

@@ -185,7 +185,7 @@ def describe_tensor(
     if device is None:
         return None
     return (
-        tensor.data_ptr() if tensor.untyped_storage().nbytes() else 0,
+        tensor.data_ptr() if has_memory(tensor) else 0,
         device,
         tensor.device.index or 0,
         code,
@@ -193,6 +193,15 @@ def describe_tensor(
         tuple(tensor.shape),
         tensor.stride(),
     )
+
+
+# No process has memory below it: an address below is the offset of a view into a storage that was freed, or that of a
+# tensor of no elements. 39-bit address spaces lie below it as a whole; there each tensor is asked.
+LEAST_ADDRESS = 1 << 44
+
+
+def has_memory(tensor: Tensor) -> bool:
+    return tensor.untyped_storage().nbytes() != 0
 
 
 def current_stream(index: int) -> int:

@@ -7,6 +7,10 @@
 namespace fused_optim {
 namespace {
 
+// No process has memory below it, but where its address space is one of 39 bits: of a view into a storage
+// that was freed DLPack tells the offset as the address.
+constexpr uint64_t kLeastAddress = uint64_t{1} << 44;
+
 DType dtype_of(uint8_t code, uint8_t bits) {
   if (code == dlpack::kFloat && bits == 32) return DType::float32;
   if (code == dlpack::kBfloat && bits == 16) return DType::bfloat16;
@@ -188,12 +192,24 @@ bool TensorReader::read_plain(PyObject* object, TensorView& view) {
   }
   if (is_negative(object)) return false;  // DLPack has handed out the address of the raw numbers
   view.address = reinterpret_cast<uint64_t>(tensor.data) + tensor.byte_offset;
+  if (view.address < kLeastAddress && !has_memory(object)) view.address = 0;
   view.device = tensor.device;
   view.dtype = dtype_of(tensor.dtype.code, tensor.dtype.bits);
   view.ndim = tensor.ndim;
   view.shape = tensor.shape;
   view.strides = tensor.strides;
   return true;
+}
+
+// Whether a tensor's storage has any byte. What cannot be asked has none.
+bool TensorReader::has_memory(PyObject* tensor) {
+  static PyObject* const storage_name = intern("untyped_storage");
+  static PyObject* const bytes_name = intern("nbytes");
+  const Owned storage(PyObject_CallMethodNoArgs(tensor, storage_name));
+  const Owned bytes(storage ? PyObject_CallMethodNoArgs(storage.get(), bytes_name) : nullptr);
+  const bool any = bytes && PyObject_IsTrue(bytes.get()) == 1;
+  if (PyErr_Occurred()) PyErr_Clear();
+  return any;
 }
 
 bool TensorReader::ask_negative(PyObject* tensor) {

@@ -131,6 +131,7 @@ class TensorReader {
     return (keys & negative_bit_.mask) != 0;
   }
   static bool ask_negative(PyObject* tensor);
+  static bool has_memory(PyObject* tensor);
   bool read_slowly(PyObject* object, TensorView& view);
   void find_slots(PyTypeObject* type);
 

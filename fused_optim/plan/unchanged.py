@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from ..row import GRAD
+from ..tensors import LEAST_ADDRESS, has_memory
 from .read_rows import ReadRows
 
 TensorGuards: Any
@@ -98,7 +99,7 @@ class FastPath:
         grads = [param.grad for param in params]
         if [grad is not None for grad in grads] != self._pattern:
             return False
-        active = grads
+        active: list[Any] = grads
         if not all(self._pattern):
             params = [param for param, grad in zip(params, grads) if grad is not None]
             active = [grad for grad in grads if grad is not None]
@@ -106,14 +107,19 @@ class FastPath:
         if tensors is None or not self._guards.check(*tensors):
             return False
         addresses = [tensor.data_ptr() for tensor in tensors]
-        # An address of 0 is memory that was taken away, unless there are no elements.
+        # An address of 0 is memory that was taken away, unless there are no elements. What is written is where it was.
+        count = len(self._rows)
+        of_grads = addresses[count : 2 * count]
+        if min(of_grads) < LEAST_ADDRESS and not all(
+            address == 0 or has_memory(grad) for grad, address in zip(active, of_grads)
+        ):
+            return False
         if addresses.count(0) != self._nowhere or self._written_of(addresses) != self._written:
             return False
         rows.grads = active
-        count = len(self._rows)
         if self._whole:
-            rows.addresses[GRAD] = addresses[count : 2 * count]
+            rows.addresses[GRAD] = of_grads
         else:
-            for index, address in zip(self._rows, addresses[count : 2 * count]):
+            for index, address in zip(self._rows, of_grads):
                 rows.addresses[GRAD][index] = address
         return True

@@ -114,9 +114,13 @@ def check_state(row: Row, state: Any, group: dict[str, Any], rule: Rule) -> None
     """
     if not state:
         return
+    names = rule.state_names(group)
+    for name in (*names, *map(formats.scale_key, names), *number_names(row, group, rule), *masters.STATES):
+        if isinstance(state.get(name), Tensor):
+            check_memory(state[name], f"state {name!r} of {row.name}")
     if not_begun(state, rule):
         return
-    for name in rule.state_names(group):
+    for name in names:
         if name not in state and name in rule.late_states:
             continue
         value = state.get(name)
@@ -133,7 +137,6 @@ def check_state(row: Row, state: Any, group: dict[str, Any], rule: Rule) -> None
                 "torch.distributed.checkpoint.state_dict.set_optimizer_state_dict, or delete optimizer.state[param] to "
                 "start it anew"
             )
-        check_memory(value, f"state {name!r} of {row.name}")
         reason = formats.why_scales_do_not_fit(name, state, row.param.shape) if formats.is_code(value) else None
         if reason is not None:
             raise RuntimeError(

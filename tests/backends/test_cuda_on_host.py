@@ -625,6 +625,7 @@ def test_a_graphs_table_lives_as_long_as_the_graph(on_host: OnHost) -> None:
     graphs.append(on_host.end_capture())
     assert on_host.allocated() == before + 3  # one less, and one more
     norms = mine._kept.captures  # what else the replays write
+    assert len(norms) == 1 + len(ours)  # the plan and the parameters, however many captures there were
     state = mine.state
     del mine
     gc.collect()

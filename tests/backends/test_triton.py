@@ -403,12 +403,15 @@ def test_a_parameter_of_another_layout_calls_for_a_new_plan(monkeypatch: pytest.
     assert bool((param != 1).all())
 
 
-def test_a_storage_without_memory_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("offset", [0, 4])
+def test_a_storage_without_memory_is_refused(offset: int, monkeypatch: pytest.MonkeyPatch) -> None:
     optimizer = stepped(monkeypatch)
     params = params_of(optimizer)
     set_grads(params, 2)
     before = snapshot(optimizer)
-    params[0].grad.untyped_storage().resize_(0)
+    whole = torch.ones(offset + params[0].numel())
+    params[0].grad = whole[offset:].view(params[0].shape)
+    whole.untyped_storage().resize_(0)
     with pytest.raises(RuntimeError, match="was resized to 0"):
         optimizer.step()
     assert_same_snapshots(snapshot(optimizer), before)

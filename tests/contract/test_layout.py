@@ -378,9 +378,16 @@ def test_the_shim_is_asked_nothing_at_which_it_throws(monkeypatch: pytest.Monkey
     assert set(found) == {0}
 
 
+@pytest.mark.parametrize("reader", ["torch's shim", "the exchange API", "Python"])
 @pytest.mark.parametrize("what", ["param", "grad", "exp_avg"])
-def test_a_view_of_memory_that_was_taken_away_is_refused(what: str) -> None:
+def test_a_view_of_memory_that_was_taken_away_is_refused(
+    what: str, reader: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As FSDP frees it: at an offset the address is not 0, and there is nothing."""
+    if reader != "torch's shim":
+        monkeypatch.setattr(planner, "tensor_shim", lambda: None)
+    if reader == "Python":
+        monkeypatch.delattr(torch.Tensor, "__dlpack_c_exchange_api__")
     whole = {name: torch.ones(12) for name in ("param", "grad", "exp_avg")}
     param = Parameter(whole["param"][4:8])
     optimizer = fused_optim.AdamW([param], backend="cpu")
@@ -390,6 +397,25 @@ def test_a_view_of_memory_that_was_taken_away_is_refused(what: str) -> None:
     whole[what].untyped_storage().resize_(0)
     with pytest.raises((RuntimeError, ValueError), match=r"params'\]\[0\]"):
         optimizer.step()
+
+
+@pytest.mark.parametrize("backend", ["cpu", "eager"])
+@pytest.mark.parametrize("offset", [0, 64])
+@pytest.mark.parametrize("name", ["step", "exp_avg", "exp_avg_scale", "exp_avg_sq_scale", "param_remainder"])
+def test_a_state_whose_memory_was_taken_away_is_refused_by_name(name: str, offset: int, backend: str) -> None:
+    param = Parameter(values((128, 64)).to(torch.bfloat16))
+    options = {"state_dtype": "8bit", "master_weights": "split8", "backend": backend}
+    optimizer = fused_optim.AdamW([param], **options)
+    param.grad = torch.ones_like(param)
+    optimizer.step()
+    state = optimizer.state[param][name]
+    whole = torch.zeros(offset + state.numel(), dtype=state.dtype)
+    optimizer.state[param][name] = whole[offset:].view(state.shape)
+    whole.untyped_storage().resize_(0)
+    before = param.detach().clone()
+    with pytest.raises(RuntimeError, match=rf"the storage of state '{name}' of param_groups.* was resized to 0"):
+        optimizer.step()
+    assert_same_bits(param.detach(), before)
 
 
 # Shape, and the strides of parameter and gradient, as convolutions under channels_last make them, and others.
