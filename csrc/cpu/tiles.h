@@ -250,22 +250,19 @@ T* room_for_tile(const Row& row, int index, int64_t begin, T* scratch) {
   return in_place ? column<T>(row, index) + begin : scratch;
 }
 
-// A direction is rounded to nearest, whatever the row's states are, and may be wider than the parameter.
+// A direction is rounded to nearest, whatever the row's states are; which dtypes it has: `kept_dtype` in
+// fused_optim/rule/orthogonal.py.
 template <class T>
 void store_direction_tile(const Row& row, int index, int64_t begin, int64_t n, const T* tile) {
   switch (row.dtype[index]) {
     case DType::float32:
       if constexpr (sizeof(T) == 8) narrow(tile, column<float>(row, index) + begin, n);
       break;
-    case DType::float64:
-      if constexpr (sizeof(T) == 4) narrow(tile, column<double>(row, index) + begin, n);
-      break;
     case DType::bfloat16:
       narrow(tile, column<bfloat16>(row, index) + begin, n);
       break;
+    case DType::float64:
     case DType::float16:
-      narrow(tile, column<float16>(row, index) + begin, n);
-      break;
     case DType::none:
     case DType::remainder:
     case DType::int8:

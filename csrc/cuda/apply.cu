@@ -215,9 +215,11 @@ class Columns {
   template <class Number, int N>
   FO_DEVICE static bool any_nan(const Number (&values)[N]) {
     bool nan = false;
-    if constexpr (N == 1) return nan;
+    if constexpr (N > 1) {
 #pragma unroll
-    for (int e = 0; e < N; e += 2) nan = nan | ((values[e] != values[e]) | (values[e + 1] != values[e + 1]));
+      for (int e = 0; e < N; e += 2)
+        nan = nan | ((values[e] != values[e]) | (values[e + 1] != values[e + 1]));
+    }
     return nan;
   }
 
