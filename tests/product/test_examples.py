@@ -206,14 +206,6 @@ def test_novograd_and_larc_learn_the_digits(tmp_path: Path) -> None:
     assert "prologue.0.weight" in result.stdout
 
 
-def test_novograd_example_names_a_backend_that_is_missing(
-    train_digits: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(sys, "argv", [NOVOGRAD.name, "--device=cpu", "--backend=cuda"])
-    assert load_example(NOVOGRAD).main() == 2
-    assert capsys.readouterr().err.startswith("train_novograd_larc.py: backend='cuda'")
-
-
 MUON = EXAMPLES / "train_muon.py"
 
 
@@ -223,12 +215,14 @@ def test_muon_learns_the_digits(tmp_path: Path) -> None:
     assert "every accuracy is at least 95 %" in result.stdout
 
 
-def test_muon_example_names_a_backend_that_is_missing(
-    train_digits: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("example", [NOVOGRAD, MUON], ids=lambda example: example.stem)
+def test_a_comparison_names_a_backend_that_is_missing(
+    example: Path, train_digits: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(sys, "argv", [MUON.name, "--device=cpu", "--backend=cuda"])
-    assert load_example(MUON).main() == 2
-    assert capsys.readouterr().err.startswith("train_muon.py: backend='cuda'")
+    load_example(EXAMPLES / "compare_on_digits.py")
+    monkeypatch.setattr(sys, "argv", [example.name, "--device=cpu", "--backend=cuda"])
+    assert load_example(example).main() == 2
+    assert capsys.readouterr().err.startswith(f"{example.name}: backend='cuda'")
 
 
 # Frameworks -----------------------------------------------------------------------------------------------------
