@@ -9,10 +9,28 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from .apply import TILE
+from .codec import takes_words
+from .columns import TILE
 from .reduce import CHUNK_TILES, MOST_CHUNKS, SUMS
 from .rule import Rule
-from .table import COLUMNS, FIRST_STATE, FLOAT64, MASTER, NONE, PARAM
+from .table import (
+    BFLOAT16,
+    COLUMNS,
+    DRAWN_BFLOAT16,
+    DRAWN_FLOAT16,
+    DRAWS,
+    FIRST_STATE,
+    FLOAT16,
+    FLOAT64,
+    INT8,
+    MASTER,
+    NONE,
+    PARAM,
+    STOCHASTIC,
+    UINT8,
+)
+
+DRAWN = {BFLOAT16.value: DRAWN_BFLOAT16.value, FLOAT16.value: DRAWN_FLOAT16.value}
 
 
 class Bucket(NamedTuple):
@@ -34,7 +52,13 @@ class Bucket(NamedTuple):
             "FIRST": self.rule.tensor_state_count,
             "DTYPES": self.dtypes,
             "COMPUTE": self.compute,
+            "DRAWS": takes_words(self.dtypes),
         }
+
+    @property
+    def has_codes(self) -> bool:
+        """Whether some state is codes of a byte."""
+        return any(dtype in (INT8.value, UINT8.value) for dtype in self.dtypes[FIRST_STATE.value :])
 
     @property
     def read_first(self) -> tuple[int, ...]:
@@ -47,10 +71,12 @@ class Bucket(NamedTuple):
         if not self.rule.keeps_direction:
             return self.constants
         states = FIRST_STATE.value
+        dtypes = (*self.dtypes[:states], self.dtypes[-1])
         return {
             **self.constants,
             "FIRST": len(self.rule.states),
-            "DTYPES": (*self.dtypes[:states], self.dtypes[-1]),
+            "DTYPES": dtypes,
+            "DRAWS": takes_words(dtypes),
         }
 
 
@@ -62,6 +88,7 @@ class Layout(NamedTuple):
     sums: Tensor  # float64 [rows and chunks, SUMS]
     tile_sums: Tensor  # float64 [tiles of rules that measure a direction, 2]
     directions: dict[str, Tensor]  # of each such rule, int32 [rows, 3]: row, first of its tiles' sums, number of tiles
+    drawing: frozenset[str]  # the rules some of whose rows take random words
 
     def tensors(self) -> list[Tensor]:
         of_buckets = [tensor for bucket in self.buckets for tensor in (bucket.tiles, bucket.chunks)]
@@ -77,14 +104,13 @@ def layout_of(
         device: where the layout's lists and sums are.
         rules: of each row, as are those that follow.
         numels: the number of elements.
-        storages: the dtypes of its columns, eight bits each.
+        storages: the dtypes of its columns, eight bits each, and what random words are for.
         groups: the index of its group.
     """
     found: dict[tuple[str, tuple[int, ...]], list[int]] = {}
     for row, (rule, word) in enumerate(zip(rules, storages)):
-        columns = [word >> (8 * column) & 255 for column in range(COLUMNS)]
-        states = columns[FIRST_STATE.value + rule.tensor_state_count : FIRST_STATE.value + rule.column_count]
-        dtypes = (*columns[: FIRST_STATE.value], *states)
+        dtypes = _storages_of(rule, word)
+        states = dtypes[FIRST_STATE.value :]
         present = (*dtypes[: MASTER.value], *states)
         if (numels[row] or rule.measures_direction) and NONE.value not in present:
             found.setdefault((rule.name, dtypes), []).append(row)
@@ -134,7 +160,20 @@ def layout_of(
         torch.zeros(slots, SUMS.value, dtype=torch.float64, device=device),
         tile_sums,
         {name: _triples(device, of_rule) for name, of_rule in directions.items()},
+        frozenset(rule.name for rule, word in zip(rules, storages) if word & DRAWS),
     )
+
+
+def _storages_of(rule: Rule, word: int) -> tuple[int, ...]:
+    """Those of a row's param, grad, master, and the states that have a number an element."""
+    columns = [word >> (8 * column) & 255 for column in range(COLUMNS)]
+    first, last = FIRST_STATE.value + rule.tensor_state_count, FIRST_STATE.value + len(rule.states)
+    if word & STOCHASTIC:
+        columns[first:last] = [DRAWN.get(dtype, dtype) for dtype in columns[first:last]]
+        if columns[MASTER.value] == NONE.value:
+            columns[PARAM.value] = DRAWN.get(columns[PARAM.value], columns[PARAM.value])
+    # A direction that is kept stands behind the states.
+    return (*columns[: FIRST_STATE.value], *columns[first : FIRST_STATE.value + rule.column_count])
 
 
 def tiles_of_chunk(numel: int) -> int:

@@ -16,7 +16,7 @@ import triton
 
 from ..plan.step import DeviceStep, Step
 from .apply import accumulate_kernel, apply_kernel, move_kernel
-from .layout import Layout, ints, layout_of
+from .layout import Bucket, Layout, ints, layout_of
 from .prepare import PREPARED, direction_kernel, grad_sq_kernel, prepare_kernel
 from .reduce import SUMS, copy_kernel, reduce_kernel, total_kernel
 from .refresh import DeviceTable, Table
@@ -29,9 +29,10 @@ THREADS = 128
 PREPARE_THREADS = 64
 # Of the programs that add the sums of a row, which no other program of the row helps.
 ADDING_THREADS = 512
-# Registers of a thread, at most: six programs of 128 threads a multiprocessor; five where several norms are summed.
+# Registers of a thread, at most: six programs of 128 threads a multiprocessor; five where several norms are summed or
+# states are codes.
 REGISTERS = 80
-SUM_REGISTERS = 96
+MORE_REGISTERS = 96
 PREPARE_REGISTERS = 168  # few programs, of double numbers
 COPIED = 1024  # numbers that a program copies
 
@@ -54,6 +55,11 @@ def options(threads: int, registers: int) -> dict[str, Any]:
     limit = {"maxnreg": registers} if target.backend == "cuda" else {}
     # Contraction is off, as in the other backends: the same bits from the same scalars.
     return {"enable_fp_fusion": False, "num_warps": threads // target.warp_size, **limit}
+
+
+def registers_of(bucket: Bucket) -> int:
+    """Of a thread that updates elements, at most."""
+    return MORE_REGISTERS if bucket.has_codes else REGISTERS
 
 
 class LaunchedStep(NamedTuple):
@@ -103,7 +109,7 @@ class Phases:
         self.table = DeviceTable(device, group_count, len(rule_names), capturable)
         self.words = self.table.words[self.table.groups_at :]  # what a plan writes: those of groups and rows
         self._storages = b""
-        self._layout = Layout([], *(torch.empty(0, device="cpu") for _ in range(3)), {})
+        self._layout = Layout([], *(torch.empty(0, device="cpu") for _ in range(3)), {}, frozenset())
         with self.table.on_device():
             self._listed = {
                 name: (rules()[name], ints(device, [row for row, other in enumerate(rule_names) if other == name]))
@@ -248,7 +254,7 @@ class Phases:
                 CLIP=launched.clip,
                 FINDS_INF=launched.finds_inf,
                 TENSORS=tensors,
-                registers=SUM_REGISTERS if norms & (PARAM_SQ.value | DECAYED_SQ.value) else REGISTERS,
+                registers=MORE_REGISTERS if norms & (PARAM_SQ.value | DECAYED_SQ.value) else REGISTERS,
             )
         self._launch(
             total_kernel,
@@ -279,6 +285,7 @@ class Phases:
                 WEIGHT_DECAY=rule.weight_decay_index,
                 STATE_COUNT=rule.tensor_state_count,
                 SCALAR_COUNT=rule.scalar_count,
+                DRAWS=rule.name in layout.drawing,
                 threads=PREPARE_THREADS,
                 registers=PREPARE_REGISTERS,
                 **constants,
@@ -297,6 +304,7 @@ class Phases:
                 DIRECTION=bucket.rule.direction,
                 READ=bucket.read_first,
                 BACKWARDS=reduces,
+                registers=registers_of(bucket),
                 **bucket.constants,
             )
         if any(bucket.rule.keeps_direction for bucket in directed):
@@ -323,6 +331,7 @@ class Phases:
                     DIRECTION=bucket.rule.direction,
                     STEP_SIZE=bucket.rule.step_size_index,
                     BACKWARDS=not reduces,
+                    registers=registers_of(bucket),
                     **bucket.constants_of_move,
                 )
             else:
@@ -332,6 +341,7 @@ class Phases:
                     *arguments,
                     UPDATE=bucket.rule.update,
                     BACKWARDS=reduces,
+                    registers=registers_of(bucket),
                     **bucket.constants,
                 )
 

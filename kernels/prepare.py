@@ -8,7 +8,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .apply import RECORD
+from .apply import KEY, RECORD
+from .codec import random_key
 from .reduce import (
     SUM_DECAYED_SQ,
     SUM_DIRECTION_SQ,
@@ -27,7 +28,9 @@ from .table import (
     CLIP_MIN,
     CLIP_NORM,
     CLIPPED,
+    COUNTER,
     FIRST_STATE,
+    FLOAT32,
     FOUND_INF_ADDRESS,
     GLOBAL_NORM,
     GRAD_NORM_ADDRESS,
@@ -37,9 +40,11 @@ from .table import (
     MEASURED_ADDRESS,
     NEEDS,
     NON_FINITE_ADDRESS,
+    PLACE,
     ROW_ACTIVE,
     ROW_GROUP,
     ROW_STATE,
+    SEED,
     STORAGES,
     TRUST,
     TRUST_WORDS,
@@ -152,6 +157,18 @@ def store_measured(table, row, grad_norm, param_norm, trust_ratio, mask):
     tl.store(at + 2, trust_ratio.to(tl.float32), mask=mask)
 
 
+@triton.jit
+def keys_of(field, row_count, is_listed, steps, mask):
+    """The keys of rows' random words at this step, which is counted here for rows whose rule counts none."""
+    counter = tl.load(field + COUNTER * row_count, mask=is_listed, other=0).to(tl.pointer_type(tl.float32))
+    counts = mask & (counter.to(tl.int64) != 0)
+    count = tl.load(counter, mask=counts, other=0.0) + 1
+    tl.store(counter, count, mask=counts)
+    seed = tl.load(field + SEED * row_count, mask=is_listed, other=0)
+    place = tl.load(field + PLACE * row_count, mask=is_listed, other=0)
+    return random_key(seed, tl.where(counts, count.to(tl.float64), steps).to(tl.int64), place)
+
+
 @triton.jit(do_not_specialize=["group_count", "row_count", "listed_count"])
 def prepare_kernel(
     table,
@@ -174,6 +191,7 @@ def prepare_kernel(
     MEASURES: tl.constexpr,  # something was reduced
     TRUSTS: tl.constexpr,  # some group has a trust ratio
     TENSORS: tl.constexpr,  # some hyperparameter is a tensor on the device
+    DRAWS: tl.constexpr,  # some row of the rule takes random words
 ):
     global_norm = read_number(table, GLOBAL_NORM)
     non_finite = global_norm * 0
@@ -279,6 +297,14 @@ def prepare_kernel(
     tl.store(at + 3, prepared.coupled_weight_decay, mask=mask)
     for i in tl.static_range(SCALAR_COUNT):
         tl.store(at + TRANSFORM + i, prepared.scalars[i], mask=mask)
+    if DRAWS:
+        steps = zeros
+        if STATE_COUNT > 0:  # the first of every rule's is the step, which counts as it is stored
+            steps = prepared.state[0]
+            is_float32 = (storages >> (8 * FIRST_STATE)) & 255 == FLOAT32
+            steps = tl.where(is_float32, steps.to(tl.float32).to(tl.float64), steps)
+        keys = keys_of(field, row_count, is_listed, steps, mask).to(tl.int64)
+        tl.store(at + KEY, keys.to(tl.float64, bitcast=True), mask=mask)
 
 
 @triton.jit(do_not_specialize=["group_count", "row_count"])

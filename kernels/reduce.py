@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .apply import TILE, Tile, column, load_param, load_tile, param_columns, read_columns, widen_param
+from .columns import TILE, Tile, column, load_param, load_tile, param_columns, read_columns, widen_param
 from .rule import DECAYED_SQ, FINITE, GRAD_MAX, GRAD_SQ, PARAM_SQ
 from .storage import load_any_number, widen
 from .table import (
@@ -170,7 +170,7 @@ def reduce_kernel(
     active = tl.load(row_at(table, group_count, row_count, row, ROW_ACTIVE))
     clipped = tl.load(row_at(table, group_count, row_count, row, CLIPPED))
     group = tl.load(row_at(table, group_count, row_count, row, ROW_GROUP))
-    columns = read_columns(table, group_count, row_count, row, DTYPES, 0)
+    columns = read_columns(table, group_count, row_count, row, DTYPES, 0, False)
     numel = tl.load(row_at(table, group_count, row_count, row, NUMEL))
     needs = needs_of(tl.load(group_at(table, group_count, group, NEEDS)), clipped, CLIP, FINDS_INF)
     if (active != 0) & (needs != 0):

@@ -1,4 +1,4 @@
-"""Number formats as bits: the twin of csrc/storage.h.
+"""Number formats as bits: the twin of csrc/storage.h. Numbers of a byte are codec.py's.
 
 bfloat16 is handled as 16-bit integers: its rounding is then the same on every device and in the interpreter.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .table import BFLOAT16, FLOAT16, FLOAT32, FLOAT64
+from .table import BFLOAT16, DRAWN_BFLOAT16, DRAWN_FLOAT16, FLOAT16, FLOAT32, FLOAT64, INT8, UINT8
 
 
 @triton.jit
@@ -18,8 +18,12 @@ def pointer(address, DTYPE: tl.constexpr):
         return address.to(tl.pointer_type(tl.float32))
     elif DTYPE == FLOAT64:
         return address.to(tl.pointer_type(tl.float64))
-    elif DTYPE == FLOAT16:
+    elif DTYPE == FLOAT16 or DTYPE == DRAWN_FLOAT16:
         return address.to(tl.pointer_type(tl.float16))
+    elif DTYPE == INT8:
+        return address.to(tl.pointer_type(tl.int8))
+    elif DTYPE == UINT8:
+        return address.to(tl.pointer_type(tl.uint8))
     else:
         return address.to(tl.pointer_type(tl.int16))
 
@@ -27,7 +31,7 @@ def pointer(address, DTYPE: tl.constexpr):
 @triton.jit
 def widen(stored, DTYPE: tl.constexpr, COMPUTE: tl.constexpr):
     """Stored numbers in the compute type."""
-    if DTYPE == BFLOAT16:
+    if DTYPE == BFLOAT16 or DTYPE == DRAWN_BFLOAT16:
         return (stored.to(tl.int32) << 16).to(tl.float32, bitcast=True).to(COMPUTE)
     else:
         return stored.to(COMPUTE)
@@ -37,11 +41,11 @@ def widen(stored, DTYPE: tl.constexpr, COMPUTE: tl.constexpr):
 def narrow(value, DTYPE: tl.constexpr):
     """Numbers of the compute type as they are stored: rounded once, to nearest, ties to even."""
     if DTYPE == BFLOAT16:
-        bits = value.to(tl.uint32, bitcast=True)
+        bits = value.to(tl.float32).to(tl.uint32, bitcast=True)
         rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
         return tl.where(value != value, 0x7FC0, rounded).to(tl.int16)
     elif DTYPE == FLOAT16:
-        return value.to(tl.float16)
+        return value.to(tl.float32).to(tl.float16)
     else:
         return value
 

@@ -46,14 +46,23 @@ ROW = (
     "group",
     "clipped",  # takes part in clipping
     "has_trust_ratio",  # takes part in trust ratios
-    "storages",  # the dtype of each column, eight bits each
+    *(f"scale{i}" for i in range(MAX_STATES)),  # of a state that is codes: the exponents of its groups
+    "counter",  # a float32 count of steps, where the rule has none and random words need one
+    "first",  # the place in the whole tensor of the first element
+    "seed",  # of the random words, and
+    "place",  # the row's among all parameters of the optimizer
+    "storages",  # the dtype of each column, eight bits each; then `DRAWS` and `STOCHASTIC`
 )
 
 # How a number lies in memory, as `DType` in csrc/row.h numbers it.
 NONE, FLOAT32, FLOAT64, BFLOAT16, FLOAT16, REMAINDER, INT8, UINT8 = map(tl.constexpr, range(8))
+# In the kernels alone: numbers of 16 bits that are rounded by random words when they are stored.
+DRAWN_BFLOAT16, DRAWN_FLOAT16 = map(tl.constexpr, range(8, 10))
 # Columns of a row: param, grad, master weight where there is one, then the rule's states in the rule's order.
 PARAM, GRAD, MASTER, FIRST_STATE = map(tl.constexpr, range(4))
 COLUMNS = FIRST_STATE.value + MAX_STATES
+# Of a row's `storages`: it takes random words; what is stored in 16 bits does, but for a param beside a master weight.
+DRAWS, STOCHASTIC = 1 << 8 * COLUMNS, 2 << 8 * COLUMNS
 
 HEADER_WORDS = tl.constexpr(len(HEADER))
 GROUP_WORDS = tl.constexpr(len(GROUP))
@@ -74,6 +83,9 @@ ROW_GRAD, ROW_ACTIVE, ROW_PARAM, ROW_MASTER, ROW_STATE, NUMEL, LR_SCALE, WEIGHT_
 )
 ROW_GROUP, CLIPPED, HAS_TRUST_RATIO, STORAGES = (
     tl.constexpr(ROW.index(name)) for name in ("group", "clipped", "has_trust_ratio", "storages")
+)
+ROW_SCALE, COUNTER, FIRST_PLACE, SEED, PLACE = (
+    tl.constexpr(ROW.index(name)) for name in ("scale0", "counter", "first", "seed", "place")
 )
 
 

@@ -13,6 +13,10 @@
 
 namespace fused_optim {
 
+// Behind the dtypes of a row's columns in one word.
+constexpr int kDrawsBit = 8 * kColumns;
+static_assert(kDrawsBit + 2 < 64, "no room behind the dtypes");
+
 template <class Value>
 int64_t word_of(Value value) {
   return static_cast<int64_t>(value);
@@ -58,7 +62,14 @@ void for_each_row_field(const Row& row, const Field& field) {
   field("group", -1, word_of(row.group));
   field("clipped", -1, word_of(row.clipped));
   field("has_trust_ratio", -1, word_of(row.has_trust_ratio));
-  uint64_t storages = 0;  // the dtype of each column, eight bits each
+  for (int i = 0; i < kMaxStates; ++i) field("scale", i, word_of(row.active ? row.scale[i] : 0));
+  field("counter", -1, word_of(row.active ? row.counter : 0));
+  field("first", -1, word_of(row.first));
+  field("seed", -1, word_of(row.seed));
+  field("place", -1, word_of(row.place));
+  // The dtype of each column, eight bits each; then whether the row draws, and what that is for.
+  uint64_t storages = static_cast<uint64_t>(row.draws) << kDrawsBit |
+                      static_cast<uint64_t>(row.stochastic) << (kDrawsBit + 1);
   for (int column = 0; column < kColumns; ++column) {
     storages |= static_cast<uint64_t>(row.dtype[column]) << (8 * column);
   }

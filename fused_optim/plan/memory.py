@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..row import DTYPES
+from ..state.codec import GROUP
 from ..tensors import describe_tensor, is_plain, is_same_order
 
 
@@ -32,6 +34,14 @@ def memory_of(tensor: Any) -> Memory | None:
 def lies_as(memory: Memory, other: Memory) -> bool:
     """Whether two tensors have the same shape, and their elements in the same order."""
     return memory.shape == other.shape and is_same_order(memory.strides, other.strides, memory.shape)
+
+
+def holds_whole_groups(memory: Memory) -> bool:
+    """Whether a tensor's elements lie in their order, and each index of its first dimension holds whole groups of a
+    state's codes."""
+    row = math.prod(memory.shape[1:])
+    in_order = [math.prod(memory.shape[place + 1 :]) for place in range(len(memory.shape))]
+    return bool(memory.shape) and row % GROUP == 0 and is_same_order(memory.strides, tuple(in_order), memory.shape)
 
 
 def overlapping(ranges: list[tuple[int, int, int]]) -> set[int]:

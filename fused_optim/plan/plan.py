@@ -18,7 +18,7 @@ NATIVE_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 DEVICE_BACKENDS = ("cuda", "triton")
 NATIVE_BACKENDS = ("cpu", *DEVICE_BACKENDS)
 # Those that step rows with states of 8 bits, and round by random words.
-DRAWING_BACKENDS = ("cpu",)
+DRAWING_BACKENDS = ("cpu", "triton")
 
 
 class Plan(Protocol):

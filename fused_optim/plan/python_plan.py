@@ -9,15 +9,15 @@ from __future__ import annotations
 import weakref
 from array import array
 from collections.abc import Iterable, Sequence
-from operator import is_
+from operator import is_, or_
 from typing import Any
 
 from torch import Tensor
 
-from ..row import FIRST_STATE, GRAD, GRAD_SQ, MASTER, MAX_STATES, NORMS, PARAM, Row
+from ..row import COLUMNS, FIRST_STATE, GRAD, GRAD_SQ, MASTER, MAX_STATES, NORMS, PARAM, Row
 from ..tensors import local
 from .read_groups import GroupReader, ReadForTriton, bits, without_params
-from .read_rows import ReadRows, RowReader
+from .read_rows import COUNTER, SCALE, ReadRows, RowReader
 from .step import Exchange, Step
 from .unchanged import FastPath
 
@@ -107,7 +107,9 @@ class PythonPlan:
         for index, reader in self._groups.items():
             words[index : len(self._group_fields) * group_count : group_count] = array("q", reader.words)
         put("active", map(int, active))
-        columns = {"param": PARAM, "master": MASTER} | {f"state{i}": FIRST_STATE + i for i in range(MAX_STATES)}
+        columns = {"param": PARAM, "master": MASTER, "counter": COUNTER}
+        for i in range(MAX_STATES):
+            columns |= {f"state{i}": FIRST_STATE + i, f"scale{i}": SCALE + i}
         for field, column in columns.items():
             addresses = rows.addresses[column]
             put(field, [addresses[index] if rows.active[index] else 0 for index in indices])
@@ -118,8 +120,12 @@ class PythonPlan:
         put("group", [reader.row.group for reader in readers])
         put("clipped", [int(reader.row.clipped) for reader in readers])
         put("has_trust_ratio", [int(reader.row.has_trust_ratio) for reader in readers])
+        for field in ("first", "seed", "place"):
+            put(field, [getattr(reader.row, field) for reader in readers])
         dtypes = [[of_column[index] for of_column in rows.dtypes] for index in indices]
-        put("storages", [sum(dtype << (8 * column) for column, dtype in enumerate(of_row)) for of_row in dtypes])
+        storages = [sum(dtype << (8 * column) for column, dtype in enumerate(of_row)) for of_row in dtypes]
+        flags = [(reader.row.draws | reader.row.stochastic << 1) << (8 * COLUMNS) for reader in readers]
+        put("storages", map(or_, storages, flags))
 
     def reduce(self, step: Step) -> float:
         return self._exchange(step.exchange)

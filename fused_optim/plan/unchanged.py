@@ -44,7 +44,7 @@ class FastPath:
         self._places = {index: places.get(id(rows.params[index]), -1) for index in self._rows}
         by_names: dict[tuple[str, ...], list[int]] = {}
         for index in self._rows:
-            by_names.setdefault(tuple(readers[index].names), []).append(index)
+            by_names.setdefault(tuple(readers[index].found), []).append(index)
         self._kinds = [Kind(names, indices) for names, indices in by_names.items() if names]
         self._whole = self._rows == list(range(len(rows.rows)))
         params = [rows.params[index] for index in self._rows]

@@ -41,8 +41,9 @@ from torch.nn import Parameter
 
 from fused_optim import LAMB, LARC, SGD, Adam, AdamW, ClipGradByGlobalNorm, ClipGradByNorm, ClipGradByValue, GradScaler
 from fused_optim.backends import extension
+from fused_optim.plan.plan import DRAWING_BACKENDS
 
-TILE, CHUNK, BY_WARP = 1024, 32 * 1024, 4 * 1024  # csrc/cuda/layout.h, kernels/apply.py, kernels/reduce.py
+TILE, CHUNK, BY_WARP = 1024, 32 * 1024, 4 * 1024  # csrc/cuda/layout.h, kernels/columns.py, kernels/reduce.py
 
 Shapes = tuple[tuple[int, ...], ...]
 
@@ -610,3 +611,90 @@ def test_rows_come_and_go(column: Column, all_native: None) -> None:
             optimizer.step()
 
     column.agree(*column.both_of("AdamW all", column.ragged, torch.float32, work))
+
+
+# States of a byte, masters of 24 bits, random words ---------------------------------------------------------------
+
+each_drawing_column = pytest.mark.parametrize(
+    "column", columns(*(name for name, column in COLUMNS.items() if column.backend in DRAWING_BACKENDS)), indirect=True
+)
+SMALL: dict[str, Any] = {"state_dtype": "8bit", "master_weights": "split8", "seed": 5}
+GROUPED: Shapes = ((43, 96), (129, 32), (33,))  # codes, in tiles the last of which are not full; no codes
+
+
+@each_drawing_column
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"grad_clip": ClipGradByValue(0.25, -0.5)},
+        {"grad_clip": ClipGradByGlobalNorm(0.5)},
+        {"lr_scale": [0.5, 1.0, 2.0]},
+    ],
+    ids=spelled,
+)
+@pytest.mark.parametrize("rule", ["AdamW all", "Lion decay"])
+def test_codes_beside_clips_loss_scales_and_skipped_steps(
+    column: Column, rule: str, options: Any, all_native: None
+) -> None:
+    """A step that is skipped counts nothing and draws nothing."""
+
+    def work(optimizer: Any) -> None:
+        step_exactly(optimizer)
+        for found in (1.0, 0.0):
+            before = snapshot(optimizer)
+            for i, param in enumerate(params_of(optimizer)):
+                param.grad = 64 * eighths(tuple(param.shape), param.dtype, i).to(param.device)
+            device = params_of(optimizer)[0].device
+            optimizer.grad_scale = torch.tensor(64.0, device=device)
+            optimizer.found_inf = torch.tensor(found, device=device)
+            optimizer.step()
+            if found:
+                assert_same_snapshots(snapshot(optimizer), before)
+
+    column.agree(*column.both_of(rule, GROUPED, torch.bfloat16, work, **SMALL, **options))
+
+
+@each_drawing_column
+@pytest.mark.parametrize("offset", [1, 2, 3])
+def test_unaligned_codes_scales_and_gradients(column: Column, offset: int, all_native: None) -> None:
+    def work(optimizer: Any) -> None:
+        step_exactly(optimizer)
+        for index, param in enumerate(params_of(optimizer)):
+            state = optimizer.state[param]
+            for key in (key for key in state if key != "step" and (index == 0 or "_scale" in key)):
+                state[key] = behind(offset, state[key].flatten()).view(state[key].shape)
+            grad = behind(offset, eighths((param.numel(),), param.dtype, index).to(param.device))
+            param.grad = grad.view(param.shape)
+        optimizer.step()
+
+    column.agree(*column.both_of("AdamW all", GROUPED, torch.bfloat16, work, **SMALL))
+
+
+@each_drawing_column
+@pytest.mark.parametrize(
+    "options", [{"state_dtype": "8bit"}, {"state_dtype": torch.float16, "rounding": "stochastic"}], ids=spelled
+)
+def test_codes_of_what_is_not_finite_or_tiny(column: Column, options: Any, all_native: None) -> None:
+    def work(optimizer: Any) -> None:
+        for step in range(2):
+            set_grads(params_of(optimizer), step)
+            for param in params_of(optimizer):
+                grad = param.grad.view(-1)
+                for place, number in enumerate((math.inf, -math.inf, math.nan, 0.0, -0.0, 1e-45, -1e-39, 1e19, 3e38)):
+                    grad[3 + 29 * place :: 29 * 40] = number
+                grad[-64:-32] = 0.0
+            optimizer.step()
+
+    column.agree(*column.both_of("AdamW default", GROUPED, torch.float32, work, **options))
+
+
+@each_drawing_column
+@pytest.mark.parametrize("rule", ["AdamW all", "Lion decay"])
+def test_rows_of_codes_come_and_go(column: Column, rule: str, all_native: None) -> None:
+    def work(optimizer: Any) -> None:
+        for step in range(3):
+            set_grads(params_of(optimizer), step)
+            params_of(optimizer)[step].grad = None
+            optimizer.step()
+
+    column.agree(*column.both_of(rule, GROUPED, torch.bfloat16, work, **SMALL))

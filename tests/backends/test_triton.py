@@ -34,10 +34,11 @@ from torch.nn import Parameter
 from fused_optim import LARC, SGD, AdamW, ClipGradByGlobalNorm, ClipGradByNorm, row
 from fused_optim.backends import choice, extension
 from fused_optim.plan import python_plan
+from fused_optim.state import codec, masters
 
 pytestmark = pytest.mark.interpreted
 
-TILE, CHUNK = 1024, 8 * 1024  # kernels/apply.py, kernels/reduce.py
+TILE, CHUNK = 1024, 8 * 1024  # kernels/columns.py, kernels/reduce.py
 # Around the 16-byte vector and the tile.
 RAGGED = tuple((n,) for n in (0, 1, 3, 5, 9, 1023, 1024, 1025, 2049))
 
@@ -239,36 +240,50 @@ def test_python_and_cpp_know_the_same_rules() -> None:
         ]
         assert len(rule.hyper) == len(rule.hyper_type._fields)
         assert rule.hyper_type._fields[0] == "lr"
-        assert rule.scalar_count + 4 <= apply.RECORD.value
+        assert 4 + rule.scalar_count <= apply.KEY.value
     assert extension._C.table_fields() == (table.GROUP, table.ROW)
     assert (table.COLUMNS, table.MAX_STATES, table.MAX_HYPER) == (row.COLUMNS, row.MAX_STATES, row.MAX_HYPER)
     columns = (table.PARAM, table.GRAD, table.MASTER, table.FIRST_STATE)
     assert [column.value for column in columns] == [row.PARAM, row.GRAD, row.MASTER, row.FIRST_STATE]
-    formats = (table.FLOAT32, table.FLOAT64, table.BFLOAT16, table.FLOAT16, table.REMAINDER)
-    bytes_ = (row.INT8, row.UINT8)  # of no row that Triton takes
-    assert [number.value for number in formats] == [number for number in row.DTYPES.values() if number not in bytes_]
+    formats = (table.FLOAT32, table.FLOAT64, table.BFLOAT16, table.FLOAT16, table.REMAINDER, table.INT8, table.UINT8)
+    assert [number.value for number in formats] == list(row.DTYPES.values())
 
 
-@pytest.mark.parametrize("rule", ["SGD nesterov", "LARC NovoGrad", "LAMB default", "LARS kozistr"])
-def test_both_plans_write_the_same_table(rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
+# Addresses, which are those of a run.
+PLACES = ("grad", "param", "master", "counter", *(f"{kind}{i}" for kind in ("state", "scale") for i in range(4)))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"master_weights": "split"}, {"master_weights": "split8", "state_dtype": "8bit", "seed": 3}],
+    ids=spelled,
+)
+@pytest.mark.parametrize("rule", ["SGD nesterov", "LARC NovoGrad", "LAMB default", "LARS kozistr", "Lion decay"])
+def test_both_plans_write_the_same_table(rule: str, options: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fused_optim.kernels import table
+
     words = []
     for compiled in (True, False):
         if not compiled:
             monkeypatch.setattr(extension, "_C", None)
-        params = [Parameter(eighths(shape, torch.bfloat16, i)) for i, shape in enumerate(RAGGED)]
-        optimizer = RULES[rule](params, backend="triton", master_weights="split", lr_scale=[0.5] * len(params))
+        shapes = (*RAGGED, (129, 32))
+        params = [Parameter(eighths(shape, torch.bfloat16, i)) for i, shape in enumerate(shapes)]
+        optimizer = RULES[rule](params, backend="triton", lr_scale=[0.5] * len(params), **options)
         step_exactly(optimizer)
         params[3].grad = None
         optimizer.step()
         phases = phases_of(optimizer)
-        found, table = phases.words.tolist(), phases.table
-        rows = found[table.rows_at - table.groups_at :]
-        addresses = [field for field in range(8) if field != 1]  # of this run
-        count = len(params)
-        nonzero = [[word != 0 for word in rows[field * count : (field + 1) * count]] for field in addresses]
-        others = [rows[field * count : (field + 1) * count] for field in (1, *range(8, 15))]
-        words.append((found[: table.rows_at - table.groups_at], nonzero, others))
+        groups = phases.words[: phases.table.rows_at - phases.table.groups_at].tolist()
+        rows = {name: phases.table.row_field(field).tolist() for field, name in enumerate(table.ROW)}
+        words.append(
+            (groups, {name: [word != 0 for word in row] if name in PLACES else row for name, row in rows.items()})
+        )
     assert words[0] == words[1]
+    draws = options["master_weights"] == "split8"
+    assert all(word & table.DRAWS == (table.DRAWS if draws else 0) for word in words[0][1]["storages"])
+    assert words[0][1]["seed"] == [options.get("seed", 0)] * len(shapes)
+    assert any(words[0][1]["scale0"] + words[0][1]["scale1"] + words[0][1]["scale2"]) == draws
+    assert any(words[0][1]["counter"]) == (draws and rule == "Lion decay")
 
 
 # The plan in Python -----------------------------------------------------------------------------------------------
@@ -462,6 +477,146 @@ def test_masters_follow_a_parameter_that_somebody_wrote(monkeypatch: pytest.Monk
         with torch.no_grad():
             params[0].fill_(2.0)
         train(optimizer, params, 2, first=2)
+        results.append(optimizer)
+    assert_same_results(*results)
+
+
+# Numbers of a byte, and random words ---------------------------------------------------------------------------
+
+
+def special_numbers(count: int, seed: int) -> torch.Tensor:
+    """Float32 numbers of every exponent: groups that a few of them fill, and what is no ordinary number in each tenth
+    group."""
+    generator = torch.Generator().manual_seed(seed)
+    bits = torch.randint(-(2**31), 2**31, (count,), generator=generator).to(torch.int32)
+    shared = bits.view(-1, 32)[:, :1] & 0x7F800000
+    near = (bits.view(-1, 32) & ~0x7F800000) | (shared - (bits.view(-1, 32) & 3 << 23)).clamp(0, 0x7F000000)
+    ordinary = torch.arange(count // 32).unsqueeze(1) % 10 != 0
+    numbers = torch.where(ordinary, near, bits.view(-1, 32)).flatten().view(torch.float32)
+    for place, number in enumerate((math.inf, -math.inf, math.nan, 0.0, -0.0, 1e-45, -1e-38, 3.4e38)):
+        numbers[320 * 7 + place :: 320 * 11] = number
+    numbers[32 * 5 : 32 * 6] = 0.0
+    numbers[32 * 15 : 32 * 16] = math.nan
+    return numbers
+
+
+def words_for(numbers: torch.Tensor, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(-(2**31), 2**31, numbers.shape, generator=generator).to(torch.int32)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8], ids=spelled)
+def test_codes_are_the_witness_s(dtype: torch.dtype) -> None:
+    from support import triton_codec
+
+    every = torch.arange(256, dtype=torch.int32).to(dtype)  # each code with each exponent, in groups of its own
+    codes, exponents = every.repeat(256), torch.arange(256, dtype=torch.uint8).repeat_interleave(8)
+    assert_same_bits(triton_codec.decode(codes, exponents), codec.decode(codes, exponents))
+    numbers = special_numbers(1 << 16, 1)
+    if dtype == torch.uint8:
+        numbers = torch.where(numbers == 0, numbers, numbers.abs())
+    for seed in range(2):
+        words = words_for(numbers, seed)
+        mine = triton_codec.encode(numbers, dtype, words)
+        theirs = codec.encode(numbers.view(-1, 32), dtype, words.view(-1, 32))
+        for found, expected in zip(mine, theirs):
+            assert_same_bits(found, expected.flatten())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=spelled)
+def test_stochastic_rounding_is_the_witness_s(dtype: torch.dtype) -> None:
+    from support import triton_codec
+
+    numbers = special_numbers(1 << 16, 2)
+    numbers[::3] = numbers[::3].clamp(-1e5, 1e5)
+    numbers[::4] = numbers[::4] * 1e-6  # subnormal in float16
+    words = words_for(numbers)
+    assert_same_bits(
+        triton_codec.round_stochastically(numbers, dtype, words), codec.round_stochastically(numbers, dtype, words)
+    )
+
+
+def test_masters_of_24_bits_are_the_witness_s() -> None:
+    from support import triton_codec
+
+    numbers = special_numbers(1 << 16, 3)
+    words = words_for(numbers)
+    param, remainder = triton_codec.split8(numbers, words)
+    for found, expected in zip((param, remainder), masters.remainder8_of(numbers, words)):
+        assert_same_bits(found, expected)
+    every = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+    for number in (-128, -1, 1, 127):
+        remainders = torch.full(every.shape, number, dtype=torch.int8)
+        state = {"param_remainder": remainders}
+        assert_same_bits(triton_codec.whole8(every, remainders), masters.read(every, state, "param_remainder"))
+
+
+@pytest.mark.parametrize("first", [0, 5, 2**31 - 7, 2**32 - 500, 2**32, 2**40 + 2**32 - 3])
+def test_words_are_the_witness_s(first: int) -> None:
+    from support import triton_codec
+
+    for seed, step, place in ((0, 1, 0), (2**32 - 1, 70_000, 12), (7, 3, 2**20)):
+        key = codec.random_key(seed, step, place, torch.device("cpu"))
+        found = triton_codec.words_of(seed, step, place, first, 1024)
+        assert_same_bits(found, codec.random_words(torch.arange(first, first + 1024), key))
+
+
+@pytest.mark.parametrize("rule", ["AdamW all", "Lion decay"])
+def test_the_steps_that_random_words_take_are_counted_on_the_device(rule: str, all_native: None) -> None:
+    """A replay of a captured step launches the same kernels over the same table, and no plan is refreshed."""
+    results = []
+    for backend in ("triton", "cpu"):
+        params = [Parameter(eighths((129, 32), torch.bfloat16, 1)), Parameter(eighths((40,), torch.bfloat16, 2))]
+        optimizer = RULES[rule](params, backend=backend, state_dtype="8bit", rounding="stochastic")
+        step_exactly(optimizer)
+        if backend == "triton":
+            phases = phases_of(optimizer)
+            for _ in range(2):
+                phases.apply(optimizer.plan._step)
+        else:
+            for _ in range(2):
+                optimizer.step()
+        results.append(optimizer)
+    assert_same_results(*results)
+    assert {float(state["step"]) for state in results[0].state.values()} == {3.0}
+
+
+def replace_scale(optimizer: Any) -> None:
+    state = optimizer.state[params_of(optimizer)[0]]
+    state["exp_avg_scale"] = state["exp_avg_scale"].clone()
+
+
+def replace_count(optimizer: Any) -> None:
+    state = optimizer.state[params_of(optimizer)[0]]
+    state["step"] = state["step"].clone()
+
+
+def decode_state(optimizer: Any) -> None:
+    param = params_of(optimizer)[0]
+    state = optimizer.state[param]
+    state["exp_avg"] = codec.decode(state["exp_avg"], state.pop("exp_avg_scale"))
+
+
+def share_scale(optimizer: Any) -> None:
+    first, second = (optimizer.state[param] for param in params_of(optimizer)[:2])
+    second["exp_avg_scale"] = first["exp_avg_scale"]
+
+
+@pytest.mark.parametrize(
+    "change", [replace_scale, replace_count, decode_state, share_scale], ids=lambda change: change.__name__
+)
+@pytest.mark.parametrize("rule", ["AdamW all", "Lion decay"])
+def test_changes_of_codes_are_seen(rule: str, change: Any, either_plan: Callable[[], None]) -> None:
+    results = []
+    for backend in ("eager", "triton"):
+        if backend == "triton":
+            either_plan()
+        params = [Parameter(eighths((129, 32), torch.bfloat16, i)) for i in range(2)]
+        optimizer = RULES[rule](params, backend=backend, state_dtype="8bit", master_weights="split8")
+        for step in range(3):
+            if step == 2:
+                change(optimizer)
+            step_exactly(optimizer, 10 * step)
         results.append(optimizer)
     assert_same_results(*results)
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 import io
+import itertools
 import logging
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ import pytest
 import torch
 from cases import (
     GOLDEN,
+    OF_EACH_KIND,
     ROWS,
     RULES,
     Case,
@@ -23,7 +25,6 @@ from cases import (
     each_case,
     each_dtype,
     each_kind,
-    each_rule,
     eighths,
     inner,
     new_grad,
@@ -40,9 +41,9 @@ import fused_optim
 from fused_optim import AdamW
 from fused_optim.state import codec, formats, masters
 
-# Codes in several tiles and rows; too small; rows that hold no whole groups; a vector.
-SHAPES = ((64, 96), (5, 4, 256), (64, 64, 1, 1), (31, 32), (200, 33), (5000,), ())
-CODED = 3
+# Codes in several tiles and rows, and in a tile that is not full; too small; rows that hold no whole groups; a vector.
+SHAPES = ((64, 96), (5, 4, 256), (64, 64, 1, 1), (131, 32), (31, 32), (200, 33), (5000,), ())
+CODED = 4
 OPTIONS: tuple[dict[str, Any], ...] = (
     {"state_dtype": "8bit"},
     {"state_dtype": "8bit", "rounding": "stochastic", "seed": 3},
@@ -233,22 +234,43 @@ def test_a_fall_of_the_gradients_is_followed() -> None:
     assert high < 1.5
 
 
-# The cpu backend and the witness --------------------------------------------------------------------------------
+# The backends and the witness -----------------------------------------------------------------------------------
 
 
-@each_rule
-@each_option
-def test_cpu_and_witness_agree_to_the_bit(rule: str, options: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
+def each_rule_and_option() -> pytest.MarkDecorator:
+    """Crosses backends, rules and options. An interpreter runs rules of each kind, most of them in two settings."""
+    parameters = [pytest.param("cpu", *row, id=f"cpu-{row[0]}-{spelled(row[1])}") for row in crossed(RULES)]
+    for plan, (rule, options) in itertools.product(("", ", python plan"), crossed((*OF_EACH_KIND, "Muon all"))):
+        in_full = rule == "AdamW all" and not plan
+        daily = in_full or (options in SETTINGS_OF_EVERY_DAY and (not plan or rule in ("AdamW all", "Lion decay")))
+        marks = (pytest.mark.interpreted, *(() if daily else (pytest.mark.slow,)))
+        name = f"triton{plan}"
+        parameters.append(pytest.param(name, rule, options, id=f"{name}-{rule}-{spelled(options)}", marks=marks))
+    return pytest.mark.parametrize(("any_backend", "rule", "options"), parameters, indirect=["any_backend"])
+
+
+SETTINGS_OF_EVERY_DAY = (OPTIONS[1], {"master_weights": "split8", "state_dtype": "8bit"})
+
+
+def crossed(rules: Iterable[str]) -> list[tuple[str, dict[str, Any]]]:
+    return list(itertools.product(rules, OPTIONS))
+
+
+@each_rule_and_option()
+def test_backends_and_witness_agree_to_the_bit(
+    any_backend: str, rule: str, options: dict[str, Any], all_native: None
+) -> None:
     """Where a sum over a parameter counts, in the first step alone, in which it is exact; where that of a direction
     does, in all but the parameter."""
     chosen = RULES[rule]
     options = fitting(chosen.case, options, chosen.variant)
+    shapes, steps = (SHAPES, 3) if any_backend == "cpu" else (SHAPES[CODED - 1 :], 2)
     for dtype in (torch.bfloat16,) if "master_weights" in options else (torch.bfloat16, torch.float32):
         found = []
-        for backend in ("cpu", "eager"):
-            params = [torch.nn.Parameter(eighths(shape, dtype, 7)) for shape in SHAPES]
+        for backend in (any_backend, "eager"):
+            params = [torch.nn.Parameter(eighths(shape, dtype, 7)) for shape in shapes]
             optimizer = chosen(params, backend=backend, **options)
-            for step in range(1 if chosen.sums or chosen.directions else 3):
+            for step in range(1 if chosen.sums or chosen.directions else steps):
                 step_exactly(optimizer, 100 * step)
             found.append(snapshot(inner(optimizer)))
         if chosen.directions:
@@ -258,7 +280,6 @@ def test_cpu_and_witness_agree_to_the_bit(rule: str, options: dict[str, Any], ca
                     for key in masters.STATES:
                         state.pop(key, None)
         assert_same_snapshots(*found)
-    assert "the eager path serves" not in caplog.text
 
 
 # Copies and checkpoints -----------------------------------------------------------------------------------------
@@ -463,13 +484,14 @@ def test_the_count_for_random_words_begins_where_a_checkpoint_has_none(name: str
 
 def test_a_group_that_is_added_takes_part(caplog: pytest.LogCaptureFixture) -> None:
     params = new_params(torch.bfloat16, SHAPES)
-    optimizer = AdamW(params[:2], state_dtype="8bit", master_weights="split8")
-    train(optimizer, params[:2], 2)
+    first = CODED - 1
+    optimizer = AdamW(params[:first], state_dtype="8bit", master_weights="split8")
+    train(optimizer, params[:first], 2)
     with caplog.at_level(logging.INFO, "fused_optim"):
-        optimizer.add_param_group({"params": params[2:]})
+        optimizer.add_param_group({"params": params[first:]})
     assert "exp_avg, exp_avg_sq of param_groups[1]['params'][1]: it has fewer than 4,096 elements" in caplog.text
     train(optimizer, params, 2, first=2)
-    assert optimizer.state[params[2]]["exp_avg"].dtype == torch.int8
+    assert optimizer.state[params[first]]["exp_avg"].dtype == torch.int8
 
 
 def test_rows_that_a_sparse_gradient_lists() -> None:
@@ -542,9 +564,10 @@ def broken_dicts() -> dict[str, Callable[[dict[str, Any]], Any]]:
     }
 
 
+@pytest.mark.sparingly(fault="another shape")
 @pytest.mark.parametrize("fault", broken_dicts())
-def test_scales_that_do_not_fit_their_codes_are_refused(fault: str) -> None:
-    optimizer = trained(ROWS["AdamW"], {"state_dtype": "8bit"})
+def test_scales_that_do_not_fit_their_codes_are_refused(fault: str, any_backend: str) -> None:
+    optimizer = trained(ROWS["AdamW"], {"state_dtype": "8bit", "backend": any_backend}, 1)
     before = snapshot(optimizer)
     saved = copy.deepcopy(optimizer.state_dict())
     broken_dicts()[fault](saved["state"][1])

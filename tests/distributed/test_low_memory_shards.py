@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from support import triton_interpreter
 from support.ranks import WORLD, Ranks
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
@@ -22,7 +23,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.nn import Parameter
 
-from fused_optim import SGD, AdamW, Lion
+from fused_optim import SGD, AdamW, Lion, backends, extension
 from fused_optim.tensors import is_sharded, local
 
 from .test_sharded import meshes, numbers
@@ -78,7 +79,8 @@ def shards_equal_the_whole(name: str, kind: str, place: str, backend: str) -> No
         options["state_dtype"] = {"momentum_buffer": "8bit"}
     wholes = [Parameter(numbers(shape, index).bfloat16()) for index, shape in enumerate(SHAPES)]
     spread = [Parameter(distribute_tensor(w.detach().clone(), mesh, placements, src_data_rank=None)) for w in wholes]
-    optimizer, twin = make(spread, backend=backend, **options), make(wholes, backend="cpu", **options)
+    witness = "eager" if backend == "triton" else "cpu"  # which the plan in Python cannot serve
+    optimizer, twin = make(spread, backend=backend, **options), make(wholes, backend=witness, **options)
     for step in range(3):
         step_both(optimizer, twin, step)
     compare(optimizer, twin)
@@ -92,6 +94,26 @@ def test_shards_along_dimension_0_have_the_bits_of_the_whole(
     name: str, kind: str, place: str, backend: str, ranks: Ranks
 ) -> None:
     ranks.run(shards_equal_the_whole, name, kind, place, backend)
+
+
+def interpreted_shards_equal_the_whole(name: str, kind: str, compiled_plan: bool) -> None:
+    triton_interpreter.patch_once()
+    said: list[Any] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(backends.logger, "warning", lambda *line: said.append(line))
+        if not compiled_plan:
+            patch.setattr(extension, "_C", None)
+        shards_equal_the_whole(name, kind, "FSDP", "triton")
+    assert not said  # of an eager path that serves
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize("compiled_plan", [True, False], ids=["compiled plan", "python plan"])
+@pytest.mark.parametrize("kind", ["AdamW", "Lion"])
+def test_triton_steps_shards_along_dimension_0_with_the_bits_of_the_whole(
+    kind: str, compiled_plan: bool, ranks: Ranks
+) -> None:
+    ranks.run(interpreted_shards_equal_the_whole, "8bit, split8", kind, compiled_plan)
 
 
 def cut_both_ways() -> None:
