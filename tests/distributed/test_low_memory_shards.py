@@ -23,7 +23,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.nn import Parameter
 
-from fused_optim import SGD, AdamW, Lion, backends, extension
+from fused_optim import SGD, AdamW, Lion
+from fused_optim.backends import choice, extension
 from fused_optim.tensors import is_sharded, local
 
 from .test_sharded import meshes, numbers
@@ -100,7 +101,7 @@ def interpreted_shards_equal_the_whole(name: str, kind: str, compiled_plan: bool
     triton_interpreter.patch_once()
     said: list[Any] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(backends.logger, "warning", lambda *line: said.append(line))
+        patch.setattr(choice.logger, "warning", lambda *line: said.append(line))
         if not compiled_plan:
             patch.setattr(extension, "_C", None)
         shards_equal_the_whole(name, kind, "FSDP", "triton")
