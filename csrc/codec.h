@@ -128,6 +128,19 @@ FO_HOST_DEVICE inline float decode(uint8_t code, float power) {
   return float_of((bits_of(root * root) & ~infinite) | (infinite & 0x7f800000u));
 }
 
+// The same of codes that have been widened, for a loop of floats alone. scaled: the power times kUnit, a
+// product that is exact for every exponent that a group may have.
+FO_HOST_DEVICE inline float decode_mean(float f, float scaled) {
+  const float value = f * MeanCode::magnitude(f) * scaled;
+  const auto nan = static_cast<uint32_t>(static_cast<int32_t>(bits_of(f + 127.0f)) >> 31);
+  return float_of(bits_of(value) | (nan & 0x7fc00000u));
+}
+FO_HOST_DEVICE inline float decode_root(float f, float scaled) {
+  const float root = f * f * scaled;
+  const auto infinite = static_cast<uint32_t>(static_cast<int32_t>(bits_of(254.5f - f)) >> 31);
+  return float_of((bits_of(root * root) & ~infinite) | (infinite & 0x7f800000u));
+}
+
 // Up or down, so that the mean over all random words is the value.
 FO_HOST_DEVICE inline void store_stochastically(bfloat16& out, float value, uint32_t word) {
   const uint32_t bits = bits_of(value);

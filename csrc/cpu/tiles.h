@@ -90,94 +90,110 @@ inline uint8_t* scales_of(const Row& row, int index, int64_t begin) {
   return reinterpret_cast<uint8_t*>(row.scale[index - kFirstState]) + begin / kGroup;
 }
 
+// A number of each group, for each of its elements. A loop over the tile then knows nothing of groups, and
+// has vectors twice as wide: of 32 bytes the compiler makes no vector of 64.
+inline void repeat_for_groups(const float* __restrict of_groups, float* __restrict out, int64_t groups) {
+  for (int64_t g = 0; g < groups; ++g) {
+    for (int k = 0; k < kGroup; ++k) out[g * kGroup + k] = of_groups[g];
+  }
+}
+
+// The powers of two of a tile's groups times `unit`, for each element.
+inline void powers_of_tile(const uint8_t* __restrict scales, float unit, float* __restrict out, int64_t n) {
+  float of_groups[kTile / kGroup];
+  for (int64_t g = 0; g < n / kGroup; ++g) of_groups[g] = power_of_two(scales[g]) * unit;
+  repeat_for_groups(of_groups, out, n / kGroup);
+}
+
 template <class Codes, class T>
 void decode_tile(const Codes* __restrict codes, const uint8_t* __restrict scales, T* __restrict out,
                  int64_t n) {
-  for (int64_t g = 0; g < n / kGroup; ++g) {
-    const float power = power_of_two(scales[g]);
-    for (int k = 0; k < kGroup; ++k)
-      out[g * kGroup + k] = static_cast<T>(decode(codes[g * kGroup + k], power));
-  }
+  alignas(64) float powers[kTile];
+  powers_of_tile(scales, 1, powers, n);
+  for (int64_t i = 0; i < n; ++i) out[i] = static_cast<T>(decode(codes[i], powers[i]));
 }
 
-// Of a group some of whose values are not finite, one by one.
-template <class Code>
-void encode_odd_group(const float* values, const float* magnitudes, typename Code::Storage* codes,
-                      uint8_t* scale, const uint32_t* words) {
-  int32_t most = 0;
-  for (int k = 0; k < kGroup; ++k) {
-    const int32_t bits = finite_bits(magnitudes[k]);
-    most = bits > most ? bits : most;
-  }
-  const int32_t exponent = group_exponent<Code>(most);
-  *scale = static_cast<uint8_t>(exponent);
-  for (int k = 0; k < kGroup; ++k) {
-    codes[k] = static_cast<typename Code::Storage>(
-        encode<Code>(values[k], magnitudes[k], power_of_two(254 - exponent), words[k]));
-  }
+// The codes of a tile as numbers, before they are decoded.
+template <class Codes>
+void widen_codes(const Codes* __restrict codes, float* __restrict out, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) out[i] = static_cast<float>(codes[i]);
 }
+
+inline float absolute(float x) { return float_of(bits_of(x) & 0x7fffffffu); }
 
 // The largest magnitude_bits of each group.
-inline void largest_of_groups(const float* __restrict magnitudes, int32_t* __restrict most, int64_t n) {
+inline void largest_of_groups(const float* __restrict x, int32_t* __restrict most, int64_t n) {
   for (int64_t g = 0; g < n / kGroup; ++g) {
     int32_t largest = 0;
     for (int k = 0; k < kGroup; ++k) {
-      const int32_t bits = magnitude_bits(magnitudes[g * kGroup + k]);
+      const int32_t bits = magnitude_bits(x[g * kGroup + k]);
       largest = bits > largest ? bits : largest;
     }
     most[g] = largest;
   }
 }
 
-// The codes of a tile; magnitudes: those of Code. One loop after the other, so that no group waits for
-// another.
+// Of a group some of whose values are not finite, one by one.
 template <class Code>
-void encode_magnitudes(const float* __restrict values, const float* __restrict magnitudes,
-                       typename Code::Storage* __restrict codes, uint8_t* __restrict scales,
-                       const uint32_t* __restrict words, int64_t n) {
-  constexpr int64_t kGroups = kTile / kGroup;
-  int32_t most[kGroups];
-  float inverse[kGroups];
-  largest_of_groups(magnitudes, most, n);
-  for (int64_t g = 0; g < n / kGroup; ++g) {
+void encode_odd_group(const float* x, typename Code::Storage* codes, uint8_t* scale, const uint32_t* words) {
+  int32_t most = 0;
+  for (int k = 0; k < kGroup; ++k) {
+    const int32_t bits = finite_bits(x[k]);
+    most = bits > most ? bits : most;
+  }
+  const int32_t exponent = group_exponent<Code>(most);
+  *scale = static_cast<uint8_t>(exponent);
+  for (int k = 0; k < kGroup; ++k) {
+    codes[k] = static_cast<typename Code::Storage>(
+        encode<Code>(x[k], absolute(x[k]), power_of_two(254 - exponent), words[k]));
+  }
+}
+
+// The codes of a tile. x: of MeanCode the values, of RootCode their roots. One loop after the other, so that
+// no group waits for another. kDraws: the words are drawn here, from `first` on, the first one before it is
+// mixed, and left in `words`.
+template <class Code, bool kDraws = false>
+void encode_tile(const float* __restrict x, typename Code::Storage* __restrict codes,
+                 uint8_t* __restrict scales, uint32_t* __restrict words, int64_t n, uint32_t first = 0) {
+  const int64_t groups = n / kGroup;
+  int32_t most[kTile / kGroup], largest = 0;
+  float of_groups[kTile / kGroup];
+  alignas(64) float inverses[kTile];
+  largest_of_groups(x, most, n);
+  for (int64_t g = 0; g < groups; ++g) {
+    largest = most[g] > largest ? most[g] : largest;
     const int32_t exponent = group_exponent<Code>(most[g]);
-    inverse[g] = power_of_two(254 - exponent);
+    of_groups[g] = power_of_two(254 - exponent);
     scales[g] = static_cast<uint8_t>(exponent);
   }
-  for (int64_t g = 0; g < n / kGroup; ++g) {
-    const int64_t i = g * kGroup;
-    if (most[g] >= kNotFiniteBits) {
-      encode_odd_group<Code>(values + i, magnitudes + i, codes + i, scales + g, words + i);
-      continue;
+  uint32_t word = first;
+  if (largest >= kNotFiniteBits) {
+    for (int64_t i = 0; kDraws && i < n; ++i, word += kPlaceStride) words[i] = mix(word);
+    for (int64_t g = 0; g < groups; ++g) {
+      const int64_t i = g * kGroup;
+      encode_odd_group<Code>(x + i, codes + i, scales + g, words + i);
     }
-    const float of_group = inverse[g];
-    for (int64_t k = i; k < i + kGroup; ++k) {
-      const int32_t code = encode_finite<Code>(values[k], magnitudes[k], of_group, words[k]);
-      codes[k] = static_cast<typename Code::Storage>(code);
-    }
+    return;
+  }
+  repeat_for_groups(of_groups, inverses, groups);
+  for (int32_t i = 0; i < static_cast<int32_t>(n); ++i, word += kPlaceStride) {
+    if constexpr (kDraws) words[i] = mix(word);
+    const int32_t code = encode_finite<Code>(x[i], absolute(x[i]), inverses[i], words[i]);
+    codes[i] = static_cast<typename Code::Storage>(code);
   }
 }
 
+inline float number_to_encode(MeanCode, float value) { return value; }
+inline float number_to_encode(RootCode, float value) { return RootCode::magnitude(value); }
+
+// The codes of a tile's values.
 template <class Code, class T>
-void encode_tile(const T* __restrict in, typename Code::Storage* __restrict codes, uint8_t* __restrict scales,
-                 const uint32_t* __restrict words, int64_t n) {
-  alignas(64) float magnitudes[kTile];
-  if constexpr (sizeof(T) == sizeof(float)) {
-    for (int64_t i = 0; i < n; ++i) magnitudes[i] = Code::magnitude(in[i]);
-    encode_magnitudes<Code>(in, magnitudes, codes, scales, words, n);
-  } else {
-    alignas(64) float values[kTile];
-    for (int64_t i = 0; i < n; ++i) values[i] = static_cast<float>(in[i]);
-    for (int64_t i = 0; i < n; ++i) magnitudes[i] = Code::magnitude(values[i]);
-    encode_magnitudes<Code>(values, magnitudes, codes, scales, words, n);
-  }
+void encode_values(const T* __restrict in, typename Code::Storage* __restrict codes,
+                   uint8_t* __restrict scales, uint32_t* __restrict words, int64_t n) {
+  alignas(64) float x[kTile];
+  for (int64_t i = 0; i < n; ++i) x[i] = number_to_encode(Code{}, static_cast<float>(in[i]));
+  encode_tile<Code>(x, codes, scales, words, n);
 }
-
-inline void encode_known_roots(const float* in, const float* roots, uint8_t* codes, uint8_t* scales,
-                               const uint32_t* words, int64_t n) {
-  encode_magnitudes<RootCode>(in, roots, codes, scales, words, n);
-}
-inline void encode_known_roots(const double*, const float*, uint8_t*, uint8_t*, const uint32_t*, int64_t) {}
 
 template <class Storage, class T>
 void narrow_stochastically(const T* __restrict in, Storage* __restrict out, const uint32_t* __restrict words,
@@ -286,17 +302,17 @@ T* load_state_tile(const Row& row, int index, int64_t begin, int64_t n, T* scrat
 }
 
 template <class T>
-void store_state_tile(const Row& row, int index, int64_t begin, int64_t n, const T* tile,
-                      const uint32_t* words, const float* roots = nullptr) {
+void store_state_tile(const Row& row, int index, int64_t begin, int64_t n, const T* tile, uint32_t* words,
+                      const float* roots = nullptr) {
   const DType dtype = row.dtype[index];
   if (!is_byte(dtype)) return store_tile<T>(row, index, begin, n, tile, words);
   uint8_t* scales = scales_of(row, index, begin);
   if (dtype == DType::int8) {
-    encode_tile<MeanCode>(tile, column<int8_t>(row, index) + begin, scales, words, n);
+    encode_values<MeanCode>(tile, column<int8_t>(row, index) + begin, scales, words, n);
   } else if (roots != nullptr) {
-    encode_known_roots(tile, roots, column<uint8_t>(row, index) + begin, scales, words, n);
+    encode_tile<RootCode>(roots, column<uint8_t>(row, index) + begin, scales, words, n);
   } else {
-    encode_tile<RootCode>(tile, column<uint8_t>(row, index) + begin, scales, words, n);
+    encode_values<RootCode>(tile, column<uint8_t>(row, index) + begin, scales, words, n);
   }
 }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import math
 import os
 import platform
 import signal
@@ -36,6 +37,7 @@ from support.sources import ROOT
 from torch import Tensor
 from torch.nn import Parameter
 
+import fused_optim
 from fused_optim.backends import extension
 
 pytestmark = pytest.mark.usefixtures("all_native")
@@ -108,6 +110,56 @@ def test_instruction_sets_and_threads_draw_alike(
             results.append(run(case, "default", dtype, shapes, 2, **options))
     for other in results[1:]:
         assert_same_results(results[0], other)
+
+
+def every_code() -> dict[str, Tensor]:
+    """Adam's states in codes: each code with each exponent of its kind, mixed within a row of each exponent."""
+    order = torch.randperm(256, generator=torch.Generator().manual_seed(0), dtype=torch.int32)
+    state = {"step": torch.tensor(3.0)}
+    kinds = {"exp_avg": (torch.int8, range(15, 254)), "exp_avg_sq": (torch.uint8, range(76, 191))}
+    for name, (dtype, exponents) in kinds.items():
+        found = torch.tensor([0, *exponents], dtype=torch.uint8).repeat(3)[:240]
+        state[name] = order.to(dtype).repeat(240, 1)
+        state[f"{name}_scale"] = found.view(240, 1).repeat(1, 8)
+    return state
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.25], ids=["no decay", "coupled"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_instruction_sets_agree_on_every_code(
+    dtype: torch.dtype, weight_decay: float, capability: Callable[[str], None]
+) -> None:
+    """What is not finite, zeros and subnormals among codes and gradients; in groups of all such, and beside others."""
+    options: dict[str, Any] = {"state_dtype": "8bit", "lr": 0.5, "weight_decay": weight_decay, "seed": 4}
+    if dtype == torch.bfloat16:
+        options["master_weights"] = "split8"
+    generator = torch.Generator().manual_seed(0)
+    grad, start = (
+        torch.randn(240, 256, generator=generator) * torch.exp2(-30 * torch.rand(240, 256, generator=generator))
+        for _ in range(2)
+    )
+    grad[8::9], start[8::9] = 0, 0  # where averages of 0 stay such
+    for row, odd in enumerate((0.0, -0.0, 1e-42, 3e38, math.inf, -math.inf, math.nan)):
+        grad[row::9] = torch.where(torch.rand(256, generator=generator) < 0.02, odd, grad[row::9])
+        grad[row::9, :32] = odd
+    results = []
+    for name in (*CAPABILITIES, None):
+        if name is not None:
+            capability(name)
+        param = Parameter(start.to(dtype, copy=True))
+        optimizer = fused_optim.Adam([param], backend="eager" if name is None else "cpu", **options)
+        optimizer.state[param] = every_code()
+        if dtype == torch.bfloat16:
+            remainders = torch.arange(240 * 256, dtype=torch.int32).to(torch.int8).view(240, 256)
+            optimizer.state[param]["param_remainder"] = remainders
+        param.grad = grad.to(dtype)
+        optimizer.step()
+        results.append(snapshot(optimizer))
+    codes = results[0][0]["exp_avg"], results[0][0]["exp_avg_sq"]
+    assert not [code for code in (-128, 0, 127) if not (codes[0] == code).any()]
+    assert not [code for code in (0, 4, 254, 255) if not (codes[1] == code).any()]
+    for other in results[1:]:
+        assert_same_snapshots(results[0], other)
 
 
 @each_adam
