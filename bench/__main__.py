@@ -126,6 +126,7 @@ def add_grid(step: argparse.ArgumentParser) -> None:
     grid.add_argument("--dtype", action="append", metavar="NAME", help="float32, bfloat16, float16, float64")
     grid.add_argument("--backend", action="append", metavar="NAME", help=", ".join(choice.BACKENDS))
     grid.add_argument("--peer", action="append", metavar="NAME", help=f"{', '.join(PEERS)}, or none")
+    grid.add_argument("--memory", action="store_true", help="ours also with each setting of states and masters")
     grid.add_argument("--device", metavar="DEVICE", help="default: cuda where there is one, else cpu")
 
 

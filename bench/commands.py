@@ -59,7 +59,7 @@ def device_of(name: str | None) -> torch.device:
 
 def grid_of(arguments: argparse.Namespace) -> Grid | None:
     """What the options of the grid ask for; None where none is given."""
-    names = ("optimizer", "model", "shapes", "dtype", "backend", "peer", "device")
+    names = ("optimizer", "model", "shapes", "dtype", "backend", "peer", "memory", "device")
     if not any(getattr(arguments, name) for name in names):
         return None
     models = models_named(arguments.model or [])
@@ -75,6 +75,7 @@ def grid_of(arguments: argparse.Namespace) -> Grid | None:
         device=device_of(arguments.device),
         backends=pick("--backend", arguments.backend or [], choice.BACKENDS),
         peers=None if none else pick("--peer", peers, list(PEERS)),
+        memory=arguments.memory,
     )
 
 

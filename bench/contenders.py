@@ -11,9 +11,10 @@ import torch
 from fused_optim.backends import choice
 
 from .material import Material
-from .optimizers import Recipe, Stepper
+from .optimizers import Hyper, Recipe, Stepper
 from .peers import PEERS
 from .peers.torch_optim import Graphed
+from .settings import keyword_arguments
 from .shapes import Model
 
 # How a contender that is measured again on float64 is named: by our eager path.
@@ -47,22 +48,30 @@ def name_of(backend: str) -> str:
     return f"fused_optim/{backend}"
 
 
-def ours(recipe: Recipe, backend: str, graphed: bool = False) -> Contender:
+def ours(recipe: Recipe, backend: str, graphed: bool = False, options: Hyper | None = None) -> Contender:
+    """Ours by one backend; ``options``: of its states and masters, which its name then says."""
+    given = {"backend": backend, **(options or {})}
+
     def make(material: Material) -> Stepper:
         if graphed:
-            return Graphed(recipe.ours(material, recipe.hyper, {"backend": backend, "capturable": True}))
-        return recipe.ours(material, recipe.hyper, {"backend": backend})
+            return Graphed(recipe.ours(material, recipe.hyper, {**given, "capturable": True}))
+        return recipe.ours(material, recipe.hyper, given)
 
-    return Contender(name_of(backend) + "-graphed" * graphed, make, "fused_optim", ours=True)
+    name = name_of(backend) + "-graphed" * graphed + (f", {keyword_arguments(options)}" if options else "")
+    return Contender(name, make, "fused_optim", ours=True)
 
 
 def contenders_for(
-    recipe: Recipe, device: torch.device, only_backends: Sequence[str], only_peers: Sequence[str] | None
+    recipe: Recipe,
+    device: torch.device,
+    only_backends: Sequence[str],
+    only_peers: Sequence[str] | None,
+    settings: Sequence[Hyper] = (),
 ) -> tuple[list[Contender], list[Absent]]:
     """All that can be measured on a device, the best of our backends first, and those that cannot.
 
     An empty sequence stands for all, None for no peer. Of all, what does not concern the device or the optimizer is
-    left out silently.
+    left out silently. ``settings``: options of states and masters, with which ours are measured too.
     """
     found: list[Contender] = []
     absent: list[Absent] = []
@@ -78,6 +87,7 @@ def contenders_for(
             absent.append(Absent(name_of(backend), reason))
             continue
         found.append(ours(recipe, backend))
+        found += [ours(recipe, backend, options=options) for options in settings]
         if backend == "cuda":
             found.append(ours(recipe, backend, graphed=True))
     best = name_of(choice.choose(device)[0])

@@ -13,6 +13,7 @@ from .contenders import contenders_for
 from .measure import Setting, measure_setting
 from .models import MODELS
 from .optimizers import RECIPES
+from .settings import SETTINGS
 from .shapes import Model
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
@@ -44,6 +45,7 @@ class Grid:
     device: torch.device
     backends: Sequence[str] = ()
     peers: Sequence[str] | None = ()
+    memory: bool = False  # ours also with each setting of states and masters
 
     def settings(self) -> list[Setting]:
         return [
@@ -57,7 +59,10 @@ class Grid:
         self, setting: Setting, rounds: int, rotate: bool, tick: Callable[[str], None] = lambda text: None
     ) -> Iterator[dict[str, Any]]:
         """The rows of one setting: measured contenders, then those that are absent, with the reason."""
-        found, absent = contenders_for(setting.recipe, setting.device, self.backends, self.peers)
+        settings = [
+            options for dtype, options in SETTINGS.values() if self.memory and options and dtype == setting.dtype
+        ]
+        found, absent = contenders_for(setting.recipe, setting.device, self.backends, self.peers, settings)
         if found:
             yield from measure_setting(setting, found, rounds, rotate, tick)
         for name, reason in absent:

@@ -279,6 +279,19 @@ def test_states_are_as_far_from_exact_as_memory_says() -> None:
     assert rows["float32, bfloat16 states"]["root_ratios_after_fall"][1] > 1.1  # they do not fall
 
 
+def test_settings_of_states_and_masters_are_contenders(bench: Callable[..., int], tmp_path: Path) -> None:
+    out = tmp_path / "result.json"
+    grid = ("--model", "tiny", "--dtype", "float32", "--dtype", "bfloat16", "--backend", "cpu", "--peer", "none")
+    assert bench("step", *grid, "--memory", "--rounds", 2, "--json", out, "--device", "cpu") == 0
+    rows = load(out)["grid"]
+    assert all(row["status"] == "measured" and row["ours"] for row in rows)
+    names = {(row["dtype"], row["contender"]): row["state_bytes_per_parameter"] for row in rows}
+    assert len(names) == len(SETTINGS)
+    split = names["bfloat16", 'fused_optim/cpu, master_weights="split"']
+    assert split > names["bfloat16", 'fused_optim/cpu, master_weights="split8", state_dtype="8bit"']
+    assert names["float32", "fused_optim/cpu"] >= 8
+
+
 def new_peer(name: str, step: Callable[[Material], Any], make: Callable[[Material], None] | None = None) -> Peer:
     """A peer of AdamW that takes torch's step and then something else."""
 
