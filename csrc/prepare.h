@@ -155,7 +155,8 @@ FO_HOST_DEVICE inline uint32_t key_of(const Row& row) {
   auto* counter = reinterpret_cast<float*>(row.counter);
   if (counter != nullptr) *counter = *counter + 1;
   const double step = counter != nullptr ? *counter : load_number(row, kFirstState);
-  return random_key(row.seed, static_cast<uint32_t>(static_cast<int64_t>(step)), row.place);
+  const bool counts = step > -0x1p63 && step < 0x1p63;  // what is no number counts as 0
+  return random_key(row.seed, counts ? static_cast<uint32_t>(static_cast<int64_t>(step)) : 0, row.place);
 }
 
 template <class Rule>

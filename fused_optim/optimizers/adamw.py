@@ -18,6 +18,7 @@ from ..options.scales import Scale
 from ..options.texts import explains_options
 from ..rule.arithmetic import one_minus_power, square_root
 from ..rule.contract import TensorContext
+from ..rule.hyperparameters import check_betas
 
 # Which learning rate decoupled weight decay takes; csrc/rules/adamw.h has the same.
 DECAY_SCALINGS = ("scaled", "base", "double")
@@ -168,6 +169,7 @@ class Adam(FusedOptimizer):
             fused=fused,
             decoupled_weight_decay=decoupled_weight_decay,
         )
+        check_betas(betas)  # after torch's own answers
         super().__init__(
             params,
             torch_optimizer.defaults,

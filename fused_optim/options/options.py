@@ -186,5 +186,8 @@ class Options:
             "seed": (self.seed, 0),
             "lazy_mode": (self.lazy_mode, False),
         }
+        if self.matrices is not None:
+            factors["heads"] = self.matrices.heads
+            found |= {"flatten": (self.matrices.flatten, None), "ns_dtype": (self.matrices.dtype, None)}
         shown = [f"{name}: {value}" for name, (value, default) in found.items() if value != default]
         return shown + [f"{name}: {column!r}" for name, column in factors.items() if column.asks]

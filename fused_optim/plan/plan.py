@@ -77,7 +77,7 @@ def why_not_native(
 def why_refused(row: Row, kind: str, state: Mapping[str, Any], numbers: Sequence[str]) -> str:
     """Why the plan did not take a native row at this step, in words.
 
-    ``state``: that of its parameter; ``numbers``: the names of those states that have one number a tensor.
+    ``state``: that of its parameter; ``numbers``: the names of the rule's states that have one number a tensor.
     """
     param, grad = local(row.param), row.param.grad
     if kind == "grad" and grad is not None:
@@ -94,20 +94,28 @@ def why_refused(row: Row, kind: str, state: Mapping[str, Any], numbers: Sequence
     if kind == "overlap":
         return "it shares memory with another parameter of this optimizer"
     if kind == "state":
-        reasons = (why_state_refused(name, value, param, name in numbers) for name, value in state.items())
+        dtypes: dict[str, tuple[torch.dtype, ...]] = dict.fromkeys(numbers, (torch.float32, torch.float64))
+        if row.counts:
+            dtypes["step"] = (torch.float32,)
+        reasons = (why_state_refused(name, value, param, dtypes.get(name)) for name, value in state.items())
         return next(filter(None, reasons), "its state is not in plain memory")
     return "its memory cannot be read"
 
 
-def why_state_refused(name: str, state: Any, param: Tensor, is_number: bool) -> str | None:
-    """Why the plan did not take a state that is in plain memory; None if that is not the one, or something else."""
+def why_state_refused(
+    name: str, state: Any, param: Tensor, dtypes_of_number: tuple[torch.dtype, ...] | None
+) -> str | None:
+    """Why the plan did not take a state that is in plain memory; None if that is not the one, or something else.
+
+    ``dtypes_of_number``: which it may have, if it is one number a tensor.
+    """
     part = local(state) if isinstance(state, Tensor) else None
     if part is None or not is_plain(type(part)) or part.layout != torch.strided:
         return None
     if part.is_neg():
         return f"its state {name!r} is a view whose negation is pending"
-    if is_number and part.dtype not in (torch.float32, torch.float64):
-        return f"its state {name!r} has dtype {part.dtype}, not float32 or float64"
+    if dtypes_of_number is not None and part.dtype not in dtypes_of_number:
+        return f"its state {name!r} has dtype {part.dtype}, not {' or '.join(map(str, dtypes_of_number))}"
     if part.shape == param.shape and not same_strides(part, param):
         return f"its state {name!r} has strides {part.stride()}, the parameter {param.stride()}"
     return None

@@ -42,13 +42,29 @@ def check_arguments(
     """Refuse hyperparameters out of range.
 
     Raises:
-        ValueError: torch.optim's text, which names the value.
+        TypeError: as `check_betas`.
+        ValueError: torch.optim's text, which names the value; or as `check_betas`.
     """
+    if betas is not None:
+        check_betas(betas)
     check_limits("lr", [lr])
     check_limits("momentum", [momentum])
     check_limits("eps", [] if eps is None else [eps])
     check_limits("betas", () if betas is None else betas)
     check_limits("weight_decay", [weight_decay])
+
+
+def check_betas(betas: Any) -> None:
+    """Refuse decay rates that are not two.
+
+    Raises:
+        TypeError: no sequence.
+        ValueError: of another length.
+    """
+    if not is_sequence(betas):
+        raise TypeError(f"betas must be two numbers, got {shown(betas)}")
+    if len(betas) != 2:
+        raise ValueError(f"betas must be two numbers, got {shown(betas)}")
 
 
 def check_limits(key: str, items: Iterable[Any], place: str = "") -> None:

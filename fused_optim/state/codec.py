@@ -7,6 +7,7 @@ roots and integer operations take part, so that csrc/codec.h gives the same bits
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -70,7 +71,11 @@ def random_key(seed: int, step: float | Tensor, place: int, device: torch.device
     def word(number: int) -> Tensor:
         return torch.tensor(signed(number), dtype=torch.int32, device=device)
 
-    count = step.to(torch.int32) if isinstance(step, Tensor) else word(int(step))
+    # What is no number counts as 0, as in csrc/prepare.h.
+    if isinstance(step, Tensor):
+        count = step.nan_to_num(0, 0, 0).to(torch.int64).to(torch.int32)
+    else:
+        count = word(int(step) if math.isfinite(step) else 0)
     return mix(mix(mix(word(seed + _GOLDEN)) ^ count) ^ word(place + 0x85EBCA6B))
 
 

@@ -14,7 +14,25 @@ from torch import Tensor
 
 # Where bitsandbytes keeps states that FSDP must not touch.
 WRAPPED = "__bnb_optimizer_quant_state__"
-BLOCK = 256  # bitsandbytes' elements of a scale
+BLOCKS = (256, 2048)  # bitsandbytes' elements of a scale: since version 0.44, and before it
+
+
+def _block_of(codes: Tensor, scales: Any, key: str) -> int:
+    """How many elements have a scale of bitsandbytes.
+
+    Raises:
+        ValueError: the text says which scales are missing or do not fit.
+    """
+    if not isinstance(scales, Tensor):
+        raise ValueError(
+            f"there is no {key!r} beside bitsandbytes' codes: states of block_wise=False are not read; save them "
+            "from an optimizer with block_wise=True"
+        )
+    block = next((block for block in BLOCKS if -(-codes.numel() // block) == scales.numel()), None)
+    if block is None:
+        found, sizes = f"{scales.numel()} scales for {codes.numel()} codes", " or ".join(map(str, BLOCKS))
+        raise ValueError(f"{key!r} holds {found} of bitsandbytes, which has one for {sizes}")
+    return block
 
 
 def _decoded(codes: Tensor, table: Tensor, scales: Tensor, block: int) -> Tensor:
@@ -55,7 +73,9 @@ def as_numbers(state: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]
     for number, name in enumerate(names[:2], 1):
         value = found.get(f"state{number}")
         if isinstance(value, Tensor) and f"qmap{number}" in found:
-            value = _decoded(value, found[f"qmap{number}"], found[f"absmax{number}"], BLOCK)
+            scales: Any = found.get(f"absmax{number}")
+            block = _block_of(value, scales, f"absmax{number}")
+            value = _decoded(value, found[f"qmap{number}"], scales, block)
         if value is not None:
             ours[name] = value
     theirs = {f"{kind}{number}" for kind in ("state", "qmap", "absmax") for number in (1, 2)}

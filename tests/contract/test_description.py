@@ -192,6 +192,21 @@ SHOWN: dict[str, tuple[dict[str, Any], list[str]]] = {
 }
 
 
+def test_repr_and_the_table_show_the_options_of_matrices() -> None:
+    optimizer = fused_optim.Muon(
+        [torch.nn.Parameter(torch.ones(4, 2)), torch.nn.Parameter(torch.ones(2, 3, 2))],
+        heads=[2, 1],
+        flatten=True,
+        ns_dtype=torch.float32,
+    )
+    lines = ["flatten: True", "ns_dtype: torch.float32", "heads: 2 factors"]
+    text = repr(optimizer).splitlines()
+    assert text[text.index("backend: cpu") + 1 :] == [*lines, ")"]
+    out = io.StringIO()
+    describe(optimizer, file=out)
+    assert out.getvalue().splitlines()[1:4] == lines
+
+
 @pytest.mark.parametrize("case", SHOWN)
 def test_repr_and_the_table_show_every_option_that_is_not_the_default(case: str) -> None:
     options, lines = SHOWN[case]

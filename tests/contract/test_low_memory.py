@@ -400,6 +400,61 @@ def test_8bit_states_of_other_libraries_load(library: str, options: dict[str, An
     assert float(found["step"]) == 4
 
 
+def test_states_of_bitsandbytes_before_its_blocks_were_smaller_load() -> None:
+    state, _ = foreign_state("bitsandbytes")
+    arrays = state["__bnb_optimizer_quant_state__"]
+    for number in (1, 2):
+        arrays[f"absmax{number}"] = torch.linspace(0.5, 2, 3)
+    assert arrays["state1"].numel() == 2.5 * 2048
+    optimizer = AdamW(new_params(torch.float32, [(40, 128)]))
+    optimizer.load_state_dict({"state": {0: state}, "param_groups": optimizer.state_dict()["param_groups"]})
+    (param,) = params_of(optimizer)
+    scale = torch.linspace(0.5, 2, 3).repeat_interleave(2048)[:5120].view(40, 128)
+    for number, name in enumerate(("exp_avg", "exp_avg_sq"), 1):
+        expected = arrays[f"qmap{number}"][arrays[f"state{number}"].long()] * scale
+        assert_same_bits(optimizer.state[param][name], expected)
+
+
+@pytest.mark.parametrize(
+    ("scales", "text"),
+    [
+        (torch.ones(7), "'absmax1' holds 7 scales for 5120 codes of bitsandbytes, which has one for 256 or 2048"),
+        (None, "there is no 'absmax1' beside bitsandbytes' codes: states of block_wise=False are not read"),
+    ],
+)
+def test_scales_of_bitsandbytes_that_do_not_fit_are_refused(scales: Any, text: str) -> None:
+    state, _ = foreign_state("bitsandbytes")
+    state["__bnb_optimizer_quant_state__"]["absmax1"] = scales
+    optimizer = AdamW(new_params(torch.float32, [(40, 128)]))
+    with pytest.raises(ValueError, match=rf"the state of .* in the state dict: {text}"):
+        optimizer.load_state_dict({"state": {0: state}, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+@pytest.mark.parametrize("step", [float("nan"), float("inf"), 2.0**40])
+@pytest.mark.parametrize("name", ["AdamW", "Lion"])
+def test_a_step_that_is_no_count_draws_the_same_words_everywhere(name: str, step: float) -> None:
+    results = []
+    for backend in ("cpu", "eager"):
+        optimizer = ROWS[name].make(new_params(shapes=SHAPES[:1]), "default", state_dtype="8bit", backend=backend)
+        (param,) = params_of(optimizer)
+        train(optimizer, [param], 1)
+        optimizer.state[param]["step"].fill_(step)
+        train(optimizer, [param], 1, first=1)
+        results.append(optimizer)
+    assert_same_results(*results)
+
+
+def test_a_count_that_the_plan_does_not_read_is_the_reason_that_the_log_gives(
+    fallbacks: list[str],
+) -> None:
+    optimizer = ROWS["Lion"].make(new_params(shapes=SHAPES[:1]), "default", state_dtype="8bit", backend="cpu")
+    (param,) = params_of(optimizer)
+    train(optimizer, [param], 1)
+    optimizer.state[param]["step"] = torch.tensor(1)
+    train(optimizer, [param], 1)
+    assert fallbacks[-1].endswith("its state 'step' has dtype torch.int64, not torch.float32")
+
+
 def test_foreign_states_that_are_not_read_are_refused_by_name() -> None:
     params = new_params(torch.float32, [(40, 128)])
     optimizer = AdamW(params)

@@ -7,6 +7,7 @@ import copy
 import math
 import re
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -269,6 +270,24 @@ def test_hyperparameter_that_cannot_be_used_changes_nothing(case: Case, bad: str
     optimizer.param_groups[1][key] = good
     optimizer.step()
     assert [int(entry["step"]) for entry in snapshot(optimizer)] == [3, 3, 3]
+
+
+BETAS = [
+    *(getattr(fused_optim, name) for name in ("Adam", "AdamW", "AdamWDL", "Lion", "NovoGrad", "LAMB")),
+    partial(fused_optim.Muon, use_muon=False),
+]
+
+
+@pytest.mark.parametrize("make", BETAS)
+def test_betas_that_are_not_two_are_refused_by_the_constructor(make: Any) -> None:
+    """Not at the first step, as torch does of three; of others Adam says what torch's does."""
+    key = "adamw_betas" if isinstance(make, partial) else "betas"
+    for betas, shown in (((0.9, 0.99, 0.999), r"\(0.9, 0.99, 0.999\)"), (torch.full((3,), 0.5), "a Tensor of shape")):
+        with pytest.raises(ValueError, match=rf"^betas must be two numbers, got {shown}"):
+            make(new_params(shapes=FEW), lr=0.1, **{key: betas})
+    for betas in ((0.9,), 0.9):
+        with pytest.raises((TypeError, ValueError, IndexError)):
+            make(new_params(shapes=FEW), lr=0.1, **{key: betas})
 
 
 OUT_OF_RANGE: dict[str, tuple[str, Any, str]] = {
