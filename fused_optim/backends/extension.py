@@ -33,8 +33,15 @@ def _version_of_tree(tree: Path) -> str | None:
     return found[1] if found else None
 
 
+def _version_of_metadata() -> str:
+    try:
+        return importlib.metadata.version("fused_optim")
+    except importlib.metadata.PackageNotFoundError:  # copied without them, as into a program by PyInstaller
+        return "unknown"
+
+
 _version = _version_of_tree(_FOLDER.parent)
-version: str = _version or importlib.metadata.version("fused_optim")
+version: str = _version or _version_of_metadata()
 
 
 def _installed() -> tuple[str, Path] | None:

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tarfile
 import zipfile
-from importlib import metadata
+from importlib import metadata, util
 from pathlib import Path
 
 import pytest
@@ -240,6 +240,25 @@ def test_extension_for_another_python_or_none_is_named(tmp_path: Path) -> None:
     module.write_text("no library")
     _, (logged,) = import_in(elsewhere, tmp_path / "site")
     assert f"the compiled extension cannot be loaded: {module}: " in logged
+
+
+def test_a_copy_of_the_package_without_its_metadata_imports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As PyInstaller makes one."""
+
+    def version(name: str) -> str:
+        raise metadata.PackageNotFoundError(name)
+
+    copied = tmp_path / "copied" / "backends" / "extension.py"
+    copied.parent.mkdir(parents=True)
+    shutil.copy(ROOT / "fused_optim" / "backends" / "extension.py", copied)
+    monkeypatch.setattr(metadata, "version", version)
+    spec = util.spec_from_file_location("copied.backends.extension", copied)
+    assert spec is not None
+    assert spec.loader is not None
+    module = util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module.version == "unknown"
+    assert module.missing == f"the compiled extension is missing from {copied.parents[1]}; install fused_optim again"
 
 
 def test_compile_error_fails_the_build(tree: Path, tmp_path: Path) -> None:
