@@ -48,6 +48,11 @@ def why_no_extension() -> str | None:
     wanted = os.environ.get("FUSED_OPTIM_EXTENSION") or "AUTO"
     if wanted not in ("AUTO", "ON", "OFF"):
         raise SystemExit(f"FUSED_OPTIM_EXTENSION is AUTO, ON or OFF; got {wanted!r}")
+    if sysconfig.get_config_var("Py_GIL_DISABLED"):
+        raise SystemExit(
+            "fused_optim is not made for free-threaded CPython, whose objects have no interpreter lock; "
+            "use the Python of the same version that has the lock (without t in its name)"
+        )
     if wanted == "OFF":
         return "FUSED_OPTIM_EXTENSION=OFF was set"
     if find_cxx_compiler() is None:

@@ -11,6 +11,7 @@ import importlib.metadata
 import logging
 import re
 import sys
+import sysconfig
 from importlib.machinery import PathFinder
 from pathlib import Path
 from types import ModuleType
@@ -95,6 +96,12 @@ def _load() -> tuple[ModuleType | None, str | None]:
     except ImportError as error:
         return None, f"the compiled extension cannot be loaded: {error}"
 
+
+if sysconfig.get_config_var("Py_GIL_DISABLED"):
+    raise ImportError(
+        "fused_optim does not run on free-threaded CPython: a step reads Python's objects under the interpreter lock; "
+        f"use the Python {sys.version_info[0]}.{sys.version_info[1]} that has the lock (without t in its name)"
+    )
 
 _C: ModuleType | None
 missing: str | None

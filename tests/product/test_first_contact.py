@@ -21,6 +21,14 @@ pathlib.Path.exists = lambda path, **_: path.name != "Python.h" and os.path.exis
 sys.argv = ["setup.py", "--version"]
 runpy.run_path("setup.py")
 """
+# Another program, told that its Python is free-threaded.
+FREE_THREADED = """
+import runpy, sys, sysconfig
+asked = sysconfig.get_config_var
+sysconfig.get_config_var = lambda name: 1 if name == "Py_GIL_DISABLED" else asked(name)
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0])
+"""
 
 
 def say(*command: str, folder: Path = ROOT, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -38,6 +46,27 @@ def test_a_python_without_headers_is_told_the_package() -> None:
         "or build pure Python with FUSED_OPTIM_EXTENSION=OFF"
     )
     assert say(sys.executable, "-c", WITHOUT_HEADERS, FUSED_OPTIM_EXTENSION="OFF").returncode == 0
+
+
+@pytest.mark.parametrize("extension", ["AUTO", "ON", "OFF"])
+def test_a_free_threaded_python_is_told_which_to_use(extension: str) -> None:
+    result = say(sys.executable, "-c", FREE_THREADED, "setup.py", "--version", FUSED_OPTIM_EXTENSION=extension)
+    assert result.returncode == 1
+    (sentence,) = result.stderr.splitlines()
+    assert sentence == (
+        "fused_optim is not made for free-threaded CPython, whose objects have no interpreter lock; "
+        "use the Python of the same version that has the lock (without t in its name)"
+    )
+
+
+def test_a_free_threaded_python_does_not_import() -> None:
+    result = say(sys.executable, "-c", FREE_THREADED, str(ROOT / "fused_optim" / "extension.py"))
+    assert result.returncode == 1
+    version = f"{sys.version_info[0]}.{sys.version_info[1]}"
+    assert result.stderr.splitlines()[-1] == (
+        "ImportError: fused_optim does not run on free-threaded CPython: a step reads Python's objects under the "
+        f"interpreter lock; use the Python {version} that has the lock (without t in its name)"
+    )
 
 
 @pytest.fixture
