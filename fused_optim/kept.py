@@ -11,6 +11,7 @@ from torch import Tensor
 from .backends.choice import FallbackLog
 from .norms import LastStep
 from .options.options import Options
+from .plan.agreement import refuse_everywhere
 from .plan.built_plan import BuiltPlan
 from .plan.plan import why_refused
 from .plan.planner import build_plan
@@ -45,17 +46,25 @@ class Kept:
         self.built = False  # the constructor is done: groups come by `add_param_group` now
 
     def new_plan(self, groups: list[dict[str, Any]], defaults: dict[str, Any], rule: Rule) -> BuiltPlan:
+        """A plan of the groups as they are now; what is refused here, other processes hear of."""
+        try:
+            return self._built_plan(groups, defaults, rule)
+        except Exception:
+            refuse_everywhere(groups, defaults, rule)
+            raise
+
+    def _built_plan(self, groups: list[dict[str, Any]], defaults: dict[str, Any], rule: Rule) -> BuiltPlan:
         with lasting():
             self.plan = build_plan(groups, defaults, rule, self.options, self.log, self.same_rows)
         self.same_rows = self.plan.same_rows
         return self.plan
 
-    def refreshed(
+    def _refreshed(
         self, groups: list[dict[str, Any]], defaults: dict[str, Any], state: dict[Tensor, Any], rule: Rule
     ) -> tuple[BuiltPlan, Sequence[tuple[int, str]]]:
         """The plan of the groups as they are now, and the rows that it cannot step as they are."""
         for _ in range(2):
-            plan = self.plan or self.new_plan(groups, defaults, rule)
+            plan = self.plan or self._built_plan(groups, defaults, rule)
             found = plan.refresh(groups, state, defaults)
             if found is not None:
                 return plan, found
@@ -74,12 +83,27 @@ class Kept:
     def ready(
         self, param_groups: list[dict[str, Any]], defaults: dict[str, Any], state: dict[Tensor, Any], rule: Rule
     ) -> tuple[BuiltPlan, dict[int, Row], dict[int, dict[str, Any]]]:
-        """A refreshed plan; the rows that the eager path takes, by index, and their groups."""
+        """A refreshed plan; the rows that the eager path takes, by index, and their groups.
+
+        Where processes exchange matrices, all of them take the step or none does.
+        """
+        try:
+            plan, rows, groups = self._ready(param_groups, defaults, state, rule)
+        except Exception:
+            refuse_everywhere(param_groups, defaults, rule)
+            raise
+        if plan.agreement is not None:
+            plan.agreement.reach()
+        return plan, rows, groups
+
+    def _ready(
+        self, param_groups: list[dict[str, Any]], defaults: dict[str, Any], state: dict[Tensor, Any], rule: Rule
+    ) -> tuple[BuiltPlan, dict[int, Row], dict[int, dict[str, Any]]]:
         plan = self.plan
         found = None if plan is None else plan.refresh(param_groups, state, defaults)
         if plan is None or found is None:  # no plan yet, or the groups are no longer this one's
             self.plan = None
-            plan, found = self.refreshed(param_groups, defaults, state, rule)
+            plan, found = self._refreshed(param_groups, defaults, state, rule)
         if plan.buffers and plan.native.captured():
             plan.check_capture(found, param_groups, rule)
         if not found:
@@ -87,7 +111,7 @@ class Kept:
         rows = [plan.rows[index] for index, _ in found]
         groups = {row.group: {**defaults, **param_groups[row.group]} for row in rows}
         make_ready(rows, groups, state, rule, self.options, defaults, self.log)
-        plan, found = self.refreshed(param_groups, defaults, state, rule)
+        plan, found = self._refreshed(param_groups, defaults, state, rule)
         for index, kind in found:
             row = plan.rows[index]
             if row.backend != "eager":

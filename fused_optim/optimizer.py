@@ -273,7 +273,8 @@ class FusedOptimizer(Rule, torch.optim.Optimizer):
         if not kept.stepping.acquire(False):
             raise RuntimeError("step() of one optimizer was called from two threads at once")
         try:
-            asked = (kept.plan or kept.new_plan(self.param_groups, self.defaults, self)).waits
+            plan = kept.plan or kept.new_plan(self.param_groups, self.defaults, self)
+            asked = plan.waits or plan.agreement is not None
             if asked and scale.stops():  # what only one device steps reads found_inf there
                 return
             # A torch function mode, as torch.set_default_device sets one, would make reading `.grad` 20 times slower.
@@ -284,7 +285,7 @@ class FusedOptimizer(Rule, torch.optim.Optimizer):
                     return
                 step = plan.new_step(scale, kept.options.clip, waits=waits)
                 if rows:
-                    eager = EagerSteps(self, rows, groups, self.state, step.clip, step.grad_scale)
+                    eager = EagerSteps(self, rows, groups, self.state, step.clip, step.grad_scale, plan.directions)
                 by_global_norm = step.clip.kind == GLOBAL_NORM
                 if plan.shards:
                     wants_total = waits and by_global_norm
@@ -314,6 +315,8 @@ class FusedOptimizer(Rule, torch.optim.Optimizer):
         if plan.directions is not None:
             step.exchange = plan.directions
         native.apply(step)
+        if plan.directions is not None:
+            plan.directions.finish()
         if eager is not NO_STEPS:
             eager.finish()
         written = native.written()

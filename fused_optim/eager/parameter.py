@@ -201,13 +201,16 @@ def step_eager(
     bounds: tuple[float, float] | None,
     master: str | None,
     matrices: Matrices | None,
+    exchanged: Tensor | None,
     randomness: Randomness | None,
 ) -> EagerStep:
     """Update one parameter and its states in place.
 
     ``names``: the states of an element each; ``number_names``: those of one number. ``clips``: by a norm. ``bounds``:
     what gradient elements are clamped to. ``master``: the state key of the master weight. ``matrices``: those that the
-    parameter is, if its direction is made orthogonal. ``randomness``: None where nothing rounds by random words.
+    parameter is, if its direction is made orthogonal; ``exchanged``: where the direction then lies while other
+    processes make it so.
+    ``randomness``: None where nothing rounds by random words.
     Between two phases nothing of the size of the parameter is kept, but for a rule with a direction.
     """
     differentiable = bool(group.get("differentiable"))
@@ -283,9 +286,16 @@ def step_eager(
     elif matrices is not None:
         assert iteration is not None
         rule.accumulate(grad, wide, s)
-        kept = kept_dtype(iteration.dtype, dtype)
-        directions = wide.pop("direction").to(kept, copy=True).contiguous()
-        orthogonal = orthogonalize_(directions.view(matrices), iteration).view(whole.shape).to(dtype)
+        if exchanged is not None:
+            exchanged.view(whole.shape).copy_(wide.pop("direction"))
+            yield TensorNorms()
+            orthogonal = exchanged.view(whole.shape).to(dtype)
+        else:
+            kept = kept_dtype(iteration.dtype, dtype)
+            directions = wide.pop("direction").to(kept, copy=True).contiguous()
+            _, rows, columns = matrices
+            of_part = directions.view(directions.numel() // max(rows * columns, 1), rows, columns)
+            orthogonal = orthogonalize_(of_part, iteration).view(whole.shape).to(dtype)
         direction = rule.direction(whole, {"direction": orthogonal}, s)
         result = whole - s.step_size * direction
         stored = _rounded(state, wide, words)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..options.clip import GLOBAL_NORM, NO_CLIP, NORM, VALUE, ClipOptions
+from ..plan.directions import Directions
 from ..plan.shards import Shards
 from ..row import NORMS, Row
 from ..rule.contract import Rule
@@ -29,9 +30,21 @@ class EagerSteps:
         states: the optimizer's.
         clip: how gradients are clipped.
         grad_scale: what gradients are multiplied by.
+        directions: where those are that are made orthogonal with the parts of other processes.
     """
 
-    __slots__ = ("_clip", "_coalesced", "_groups", "_norms", "_rows", "_rule", "_states", "_steps", "measured")
+    __slots__ = (
+        "_clip",
+        "_coalesced",
+        "_groups",
+        "_norms",
+        "_parts",
+        "_rows",
+        "_rule",
+        "_states",
+        "_steps",
+        "measured",
+    )
 
     def __init__(
         self,
@@ -41,9 +54,11 @@ class EagerSteps:
         states: Mapping[Tensor, dict[str, Any]],
         clip: ClipOptions,
         grad_scale: float,
+        directions: Directions | None = None,
     ) -> None:
         self.measured: dict[int, MeasuredNorms] = {}  # of the rows that are done
         self._rule, self._rows, self._groups, self._states, self._clip = rule, rows, groups, states, clip
+        self._parts: Mapping[int, Tensor] = {} if directions is None else directions.parts
         self._coalesced: dict[Tensor, Tensor] = {}  # sparse gradients, by parameter
         self._steps: dict[int, EagerStep] = {}
         self._norms: dict[int, TensorNorms] = {}
@@ -52,7 +67,7 @@ class EagerSteps:
                 grad = row.param.grad
                 if grad is not None and grad.is_sparse:
                     self._coalesced[row.param] = grad.detach().coalesce()
-                self._steps[index] = self._begin(row, grad_scale)
+                self._steps[index] = self._begin(index, row, grad_scale)
                 self._advance(index, None)
         except BaseException:
             self.close()
@@ -81,18 +96,19 @@ class EagerSteps:
         return sum_of_squares
 
     def step(self, global_norm: float, shards: Collection[Shards]) -> None:
-        """Take every row to its end; one among ``shards`` to where it needs the norm of its direction."""
+        """Take every row to its end; one whose direction other processes have parts of, to where it needs them."""
         for index in list(self._steps):
             coefficient = 1.0
             if self._rows[index].clipped and self._clip.kind in (GLOBAL_NORM, NORM):
                 norm = global_norm if self._clip.kind == GLOBAL_NORM else float(self._norms[index].grad_norm)
                 coefficient = self._clip.coefficient(norm)
             self._advance(index, (self._norms[index], coefficient))
-            if index in self._steps and not any(index in table.positions for table in shards):
+            waits = index in self._parts or any(index in table.positions for table in shards)
+            if index in self._steps and not waits:
                 self._advance(index, (self._norms[index], 1.0))
 
     def finish(self) -> None:
-        """Take to their ends those that have waited for the norm of their direction."""
+        """Take to their ends those that have waited for other processes' parts of their direction."""
         for index in list(self._steps):
             self._advance(index, (self._norms[index], 1.0))
 
@@ -112,7 +128,7 @@ class EagerSteps:
                 self.measured[index] = done.value
             del self._steps[index], self._norms[index]
 
-    def _begin(self, row: Row, grad_scale: float) -> EagerStep:
+    def _begin(self, index: int, row: Row, grad_scale: float) -> EagerStep:
         group = self._groups[row.group]
         names = self._rule.state_names(group)
         columns = (*names, *filter(self._states.get(row.param, {}).__contains__, map(scale_key, names)))
@@ -133,6 +149,7 @@ class EagerSteps:
                 bounds=(self._clip.min, self._clip.max) if row.clipped and self._clip.kind == VALUE else None,
                 master=row.master,
                 matrices=row.matrices,
+                exchanged=self._parts.get(index),
                 randomness=self._randomness(row) if row.draws else None,
             )
         return measured

@@ -97,7 +97,8 @@ class Muon(FusedOptimizer):
         has the state ``momentum_buffer`` of its own shape and dtype, as in torch. The products are in ``ns_dtype``,
         everything else is computed in float32 (float64 for float64 parameters), and each result is rounded once when
         it is stored. Between steps one buffer of the parameters' size is kept beside the state, in ``ns_dtype``, or in
-        float32 where that is float16.
+        float32 where that is float16. The parts of DTensors are brought together at each step, in one process for
+        each matrix, and sent back.
 
     Args:
         lr: learning rate :math:`\gamma \ge 0`; a number or a one-element Tensor. Default 1e-3.
@@ -128,7 +129,10 @@ class Muon(FusedOptimizer):
     Raises:
         ValueError: ``lr``, ``weight_decay``, ``momentum`` or ``eps`` out of range; an unknown ``adjust_lr_fn``;
             coefficients that are not three numbers, 100 steps or more (torch's texts); a parameter of less than two
-            dimensions, a complex or a sharded one in a group of Muon's; one that cannot be split into its heads.
+            dimensions, or a complex one, in a group of Muon's; one that cannot be split into its heads; at the first
+            step, a DTensor of which nobody can tell which process has which part.
+        RuntimeError: at a step, on every process: the processes of a mesh have different parameters or settings, or
+            one of them has refused the step.
 
     Example:
         >>> import torch

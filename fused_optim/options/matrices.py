@@ -101,8 +101,8 @@ def check_matrix(param: Tensor, name: str) -> None:
     """Refuse what cannot be made orthogonal.
 
     Raises:
-        ValueError: a vector, a complex or a sharded parameter, or one whose shape is not known yet; the text names it
-            and the remedy.
+        ValueError: a vector or a complex parameter, or one whose shape is not known yet; the text names it and the
+            remedy.
     """
     check_shape(param, name)
     if param.ndim < 2:
@@ -114,9 +114,4 @@ def check_matrix(param: Tensor, name: str) -> None:
         raise ValueError(
             f"complex matrices are not supported, and {name} has dtype {param.dtype}; give it to a group with "
             "use_muon=False"
-        )
-    if any(not placement.is_replicate() for placement in getattr(param, "placements", ())):
-        raise ValueError(
-            f"{name} is a DTensor with the placements {param.placements}, of which no process has a whole matrix; "  # type: ignore[attr-defined]
-            "give it to a group with use_muon=False"
         )

@@ -12,6 +12,7 @@ from ..options.clip import NO_CLIP, ClipOptions
 from ..row import Row
 from ..rule.contract import Rule
 from ..tensors import is_flattened, layout_of
+from .agreement import Agreement
 from .device_buffers import DeviceBuffers
 from .directions import Directions, Settings
 from .loss_scale import LossScale
@@ -36,6 +37,7 @@ class BuiltPlan:
         reduces: norms are needed before the first pass.
         same_rows: what the processes have found to be the same everywhere.
         directions: those that are made orthogonal between two passes.
+        agreement: what the processes agree on before each step, where they exchange matrices.
         settings: what the groups said of directions when the plan was built.
     """
 
@@ -49,10 +51,11 @@ class BuiltPlan:
         reduces: bool,
         same_rows: str,
         directions: Directions | None,
+        agreement: Agreement | None,
         settings: Settings | None,
     ) -> None:
         self.rows, self.native, self.shards, self.same_rows = rows, native, shards, same_rows
-        self.measures, self.reduces, self.directions = measures, reduces, directions
+        self.measures, self.reduces, self.directions, self.agreement = measures, reduces, directions, agreement
         self._settings = settings
         self.flattened = any(is_flattened(row.param) for row in rows)
         self.buffers = [
@@ -114,10 +117,11 @@ class BuiltPlan:
             RuntimeError: a group is not capturable, or a parameter is not ready; the text names it and the remedy.
         """
         name = type(rule).__name__
-        if self.shards:
+        if self.shards or self.agreement is not None:
+            what = "norms several processes add up" if self.agreement is None else "matrices several processes exchange"
             raise RuntimeError(
-                f"{name}.step() is being captured into a CUDA graph, but its parameters are shards whose norms several "
-                "processes add up at each step; step outside of the graph"
+                f"{name}.step() is being captured into a CUDA graph, but its parameters are shards whose {what} at "
+                "each step; step outside of the graph"
             )
         for index, group in enumerate(groups):
             if not group.get("capturable", False):

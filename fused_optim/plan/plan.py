@@ -67,11 +67,18 @@ def why_not_native(
         return "it is a view whose negation is pending"
     if not is_dense(local(param)):
         return f"its strides {tuple(local(param).stride())} leave gaps in memory or overlap"
-    if matrices is not None and matrices_in_memory(local(param), matrices) is None:
+    if matrices is not None and not lies_as_matrices(param, matrices):
         return f"its strides {tuple(local(param).stride())} part the numbers of a matrix that is made orthogonal"
     if draws and backend not in DRAWING_BACKENDS:
         return f"the {backend} backend has no states of 8 bits yet, and does not round by random words"
     return None
+
+
+def lies_as_matrices(param: Tensor, matrices: Matrices) -> bool:
+    """Whether a direction written in the order of a parameter's memory is matrices, or parts of them."""
+    if is_sharded(param) and not all(placement.is_replicate() for placement in param.placements):  # type: ignore[attr-defined]
+        return local(param).is_contiguous()
+    return matrices_in_memory(local(param), matrices) is not None
 
 
 def why_refused(row: Row, kind: str, state: Mapping[str, Any], numbers: Sequence[str]) -> str:

@@ -31,6 +31,7 @@ from ..tensors import (
     negative_bit,
     same_placement,
 )
+from .agreement import Agreement
 from .built_plan import BuiltPlan, is_on_device, rows_on_devices
 from .directions import Directions, Settings
 from .plan import Plan, why_not_native
@@ -76,15 +77,20 @@ def build_plan(
     has_trust_ratio = any(rule.trust_ratio(group) is not None for group in groups)
     asks = has_trust_ratio or any(rule.norms(group) for group in groups)
     reduces, measures = asks or options.clip.kind in (GLOBAL_NORM, NORM), asks or rule.has_direction
+    directions = Directions.of(rows, groups, rule)
+    agreement = None
+    if directions is not None and directions.dealt:
+        dealt = [one for of_table in directions.dealt.values() for one in of_table]
+        agreement = Agreement(rows, rules, directions.iterations, dealt)
     shards: Mapping[torch.device | None, Shards] = {}
     if (reduces or measures) and any(is_sharded(row.param) for row in rows):
-        same_rows = check_same_rows(rows, rules, same_rows)
+        if agreement is None:  # which compares them at each step
+            same_rows = check_same_rows(rows, rules, same_rows)
         # Only a global norm or the norm of each gradient is left.
         total_only = not measures and options.clip.kind == GLOBAL_NORM
         takes_maximum = any("grad_max" in rule.norms(group) for group in groups)
         shards = shards_of(rows, total_only=total_only, takes_maximum=takes_maximum)
     settings = Settings(param_groups, rule.keys_of_directions) if rule.keys_of_directions else None
-    directions = Directions.of(rows, groups, rule)
     native = make_plan(
         rows,
         rules,
@@ -103,6 +109,7 @@ def build_plan(
         reduces=reduces,
         same_rows=same_rows,
         directions=directions,
+        agreement=agreement,
         settings=settings,
     )
 

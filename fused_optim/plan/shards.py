@@ -101,10 +101,10 @@ class Shards:
         self._meshes = []
         for mesh, indices in by_mesh.items():
             placements = [cast(Any, rows[index].param).placements for index in indices]
-            if any(placement.is_shard() for of_one in placements for placement in of_one):
+            if any(not placement.is_replicate() for of_one in placements for placement in of_one):
                 places = torch.tensor([self.positions[index] for index in indices], device=device)
                 counted = torch.tensor([_counts(mesh, of_one) for of_one in placements], device=device)
-                self._meshes.append(MeshRows(mesh, _groups(mesh), places, counted))
+                self._meshes.append(MeshRows(mesh, groups_of(mesh), places, counted))
 
     def __bool__(self) -> bool:
         return bool(self._meshes)
@@ -184,32 +184,47 @@ def check_same_rows(rows: Sequence[Row], rules: Sequence[str], agreed: str) -> s
     Raises:
         RuntimeError: they differ, on every process; the text names the first parameter that does.
     """
-    by_mesh: dict[Any, list[str]] = {}
-    for row in rows:
-        if is_sharded(row.param):
-            by_mesh.setdefault(cast(Any, row.param).device_mesh, []).append(_signature(row, rules))
+    by_mesh = signatures(rows, rules)
     digests = [hashlib.sha256("\n".join(lines).encode()).hexdigest() for lines in by_mesh.values()]
     if agreed == "".join(digests):
         return agreed
     for (mesh, lines), digest in zip(by_mesh.items(), digests):
-        groups = _groups(mesh)
-        if len(set(_gather(digest, groups))) == 1:
-            continue
-        everyone = _gather((torch.distributed.get_rank(), lines), groups)
-        first_rank, first = everyone[0]
-        rank, others = next((rank, others) for rank, others in everyone if others != first)
-        raise RuntimeError(_difference(mesh, first_rank, first, rank, others))
+        if len(set(_gather(digest, groups_of(mesh)))) > 1:
+            refuse_different(mesh, lines)
     return "".join(digests)
+
+
+def signatures(rows: Sequence[Row], rules: Sequence[str], iterations: Sequence[Any] = ()) -> dict[Any, list[str]]:
+    """What must be the same in all processes of each mesh: a line a sharded row. ``iterations``: of each row."""
+    by_mesh: dict[Any, list[str]] = {}
+    for index, row in enumerate(rows):
+        if is_sharded(row.param):
+            iteration = f", {row.matrices}, {iterations[index]}" if iterations and row.matrices is not None else ""
+            line = _signature(row, rules) + iteration
+            by_mesh.setdefault(cast(Any, row.param).device_mesh, []).append(line)
+    return by_mesh
+
+
+def refuse_different(mesh: Any, lines: list[str]) -> NoReturn:
+    """Find where the processes of a mesh differ: a collective.
+
+    Raises:
+        RuntimeError: on every process; the text names the first parameter that differs.
+    """
+    everyone = _gather((torch.distributed.get_rank(), lines), groups_of(mesh))
+    first_rank, first = everyone[0]
+    rank, others = next((rank, others) for rank, others in everyone if others != first)
+    raise RuntimeError(_difference(mesh, first_rank, first, rank, others))
 
 
 def _counts(mesh: Any, placements: Sequence[Any]) -> bool:
     coordinate = mesh.get_coordinate()
     return coordinate is not None and all(
-        placement.is_shard() or place == 0 for placement, place in zip(placements, coordinate)
+        not placement.is_replicate() or place == 0 for placement, place in zip(placements, coordinate)
     )
 
 
-def _groups(mesh: Any) -> tuple[Any, ...]:
+def groups_of(mesh: Any) -> tuple[Any, ...]:
     """What to reduce over to reach all processes of a mesh; none for a process outside of it."""
     if mesh.get_coordinate() is None:
         return ()

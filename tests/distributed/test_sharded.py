@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.placement_types import _StridedShard
 from torch.nn import Parameter
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -410,6 +411,26 @@ def one_without_gradients(name: str, backend: str) -> None:
 @pytest.mark.parametrize("name", ["AdamW, global norm", "LAMB"])
 def test_a_process_without_gradients_takes_part_in_the_exchanges(name: str, backend: str, ranks: Ranks) -> None:
     ranks.run(one_without_gradients, name, backend)
+
+
+def cut_twice(backend: str) -> None:
+    """As FSDP leaves a parameter that tensor parallelism has sharded along the same dimension."""
+    mesh, placements = meshes()[(2, 2)], [_StridedShard(0, split_factor=2), Shard(0)]
+    whole = Parameter(numbers((8, 3), 0))
+    param = Parameter(distribute_tensor(whole.detach().clone(), mesh, placements, src_data_rank=None))
+    twin, ours = (MAKERS["LAMB"]([one], backend=backend) for one in (whole, param))
+    for step in range(3):
+        whole.grad = numbers((8, 3), step + 1)
+        param.grad = distribute_tensor(whole.grad, mesh, placements, src_data_rank=None)
+        twin.step()
+        ours.step()
+    torch.testing.assert_close(full(param), whole.detach(), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(ours.last_grad_norm, twin.last_grad_norm, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "eager"])
+def test_every_process_counts_in_norms_of_parameters_that_are_cut_twice(backend: str, ranks: Ranks) -> None:
+    ranks.run(cut_twice, backend)
 
 
 # Gradients, states and parameters that lie otherwise -------------------------------------------------------------
