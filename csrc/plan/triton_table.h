@@ -68,8 +68,8 @@ void for_each_row_field(const Row& row, const Field& field) {
   field("seed", -1, word_of(row.seed));
   field("place", -1, word_of(row.place));
   // The dtype of each column, eight bits each; then whether the row draws, and what that is for.
-  uint64_t storages = static_cast<uint64_t>(row.draws) << kDrawsBit |
-                      static_cast<uint64_t>(row.stochastic) << (kDrawsBit + 1);
+  uint64_t storages = static_cast<uint64_t>(row.draws) << kDrawsBit | static_cast<uint64_t>(row.stochastic)
+                                                                          << (kDrawsBit + 1);
   for (int column = 0; column < kColumns; ++column) {
     storages |= static_cast<uint64_t>(row.dtype[column]) << (8 * column);
   }
