@@ -124,6 +124,7 @@ class FusedOptimizer(Rule, torch.optim.Optimizer):
         options.factors = factors
         formats.check_names(self.param_groups, defaults, self, options)
         formats.say_what_is_wider(places, defaults, self, options, self._kept.log)
+        formats.say_rounding_without_effect(places, defaults, self, options, self._kept.log)
         for place in places:
             check_flattened(place, self, options)
         self._kept.built = True

@@ -76,6 +76,25 @@ def say_what_is_wider(
         log.tells("%s: states that are kept wider than 8 bits: %s", "; ".join(found[:20]) + more)
 
 
+def say_rounding_without_effect(
+    places: Sequence[Place], defaults: dict[str, Any], rule: Rule, options: Options, log: FallbackLog
+) -> None:
+    """Say once that nothing is stored in 16 bits, if that was to be rounded stochastically."""
+    if options.rounding == "nearest":
+        return
+    for place in places:
+        names = rule.state_names({**defaults, **place.group})
+        stored = [format_of(name, place.param, options) for name in names]
+        if options.master_weights is None:
+            stored.append(place.param.dtype)
+        if any(dtype in NARROW for dtype in stored):
+            return
+    what = (
+        f"rounding={options.rounding!r} has no effect: no state, and no parameter without a master weight, has 16 bits"
+    )
+    log.once("rounding", "%s: %s", what)
+
+
 def why_no_code(name: str, param: Tensor) -> str | None:
     """Why a state of a parameter is not kept as codes; None if it can be."""
     if is_lazy(param):

@@ -665,12 +665,25 @@ def test_a_parameter_of_another_shape_or_layout(other: Callable[[Tensor], Tensor
 
 def test_what_stays_wider_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
     module = torch.nn.Linear(64, 128)
+    module.logit_scale = torch.nn.Parameter(torch.tensor(2.6))
     with caplog.at_level(logging.INFO, "fused_optim"):
-        AdamW(module.named_parameters(), state_dtype="8bit")
+        optimizer = AdamW(module.named_parameters(), state_dtype="8bit")
     said = [record for record in caplog.records if "wider than 8 bits" in record.message]
     assert [record.levelno for record in said] == [logging.INFO]
-    assert "exp_avg, exp_avg_sq of 'bias'" in said[0].message
+    for place, name in enumerate(("bias", "logit_scale"), 1):
+        who = f"exp_avg, exp_avg_sq of '{name}' (param_groups[0]['params'][{place}])"
+        assert f"{who}: it has fewer than 4,096 elements" in said[0].message
     assert "'weight'" not in said[0].message
+    train(optimizer, params_of(optimizer), 1)
+    assert {name: str(optimizer.state[param]["exp_avg"].dtype) for name, param in module.named_parameters()} == {
+        "weight": "torch.int8",
+        "bias": "torch.float32",
+        "logit_scale": "torch.float32",
+    }
+    out = io.StringIO()
+    fused_optim.describe(optimizer, file=out)
+    (line,) = (line for line in out.getvalue().splitlines() if "logit_scale" in line)
+    assert "float32" in line
 
 
 def test_describe_shows_formats_and_bytes_before_and_after_a_step() -> None:
