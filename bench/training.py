@@ -27,7 +27,7 @@ from .settings import SETTINGS, STRESSED, keyword_arguments
 STRESSES = ("none", "spike", "small")
 SPIKE, SHARE, SMALL = 1e4, 0.01, 1e-4
 WIDTH, CONTEXT = 64, 32
-BATCH = {"language": 16, "vision": 32}
+BATCH = {"language": 8, "vision": 16}
 LAYERS = {"language": 2, "vision": 6}
 
 
