@@ -62,11 +62,13 @@ class Setting(NamedTuple):
 
 
 class Times(NamedTuple):
-    """Seconds of one step: until its result is there, of the calling thread alone, and on the device."""
+    """Seconds of one step: until its result is there, of the calling thread alone, and on the device; and of all
+    processors, which other work beside does not lengthen."""
 
     wall: float
     host: float | None
     device: float | None
+    processor: float | None = None
 
 
 @dataclass
@@ -126,10 +128,11 @@ class Runner:
 
     def block(self, repeats: int) -> Times:
         if self.device.type != "cuda":
-            start = time.perf_counter()
+            start, before = time.perf_counter(), time.process_time()
             for _ in range(repeats):
                 self.step()
-            return Times((time.perf_counter() - start) / repeats, None, None)
+            processor = time.process_time() - before
+            return Times((time.perf_counter() - start) / repeats, None, None, processor / repeats)
         self.synchronize()
         start = time.perf_counter()
         for _ in range(repeats):
@@ -349,6 +352,10 @@ def row_of(setting: Setting, entry: Entry, copies: int, reference: Entry) -> dic
     row["step_us"] = row["wall_us"]
     hosts = [sample.host for sample in times if sample.host is not None]
     devices = [sample.device for sample in times if sample.device is not None]
+    processors = [sample.processor for sample in times if sample.processor is not None]
+    if processors:
+        row["processor_us"] = statistics.median(processors) * 1e6
+        row["processor_quartiles_us"] = [value * 1e6 for value in quartiles(processors)]
     if hosts:
         row["host_us"] = statistics.median(hosts) * 1e6
     if devices:
@@ -358,6 +365,8 @@ def row_of(setting: Setting, entry: Entry, copies: int, reference: Entry) -> dic
         row["host_us_per_tensor"] = row["host_us"] / max(1, setting.model.tensors)
     if reference.contender.ours and contender.name != reference.contender.name:
         row |= ratios("wall", entry, "ours_times_as_fast")
+        if processors:
+            row |= ratios("processor", entry, "ours_times_as_fast_on_processor")
         if devices:
             row |= ratios("device", entry, "ours_times_as_fast_on_device")
     return row

@@ -272,6 +272,15 @@ def dense(name: str, numel: int) -> Model:
     return Model(name, (Group(1.0, 1.0, tensors),), "40 equal matrices in one group")
 
 
+def matrices(name: str, rows: int) -> Model:
+    """8 matrices whose rows are of a power of two, which every format of states takes."""
+    return Model(
+        name,
+        (Group(1.0, 1.0, {f"{index}.weight": (rows, 1024) for index in range(8)}),),
+        f"8 matrices of {rows:,} x 1,024",
+    )
+
+
 def small_tensors(name: str, groups: int) -> Model:
     """1,000 tensors of 16 elements in a number of groups: what a step costs the host."""
     each = 1000 // groups
@@ -295,5 +304,6 @@ MODELS: dict[str, Callable[[], Model]] = {
     "tiny": tiny,
     **{f"dense-{n}m": partial(dense, f"dense-{n}m", n * MILLION) for n in (1, 4, 16, 64, 256)},
     "dense-1g": partial(dense, "dense-1g", 1000 * MILLION),
+    **{f"matrices-{n}m": partial(matrices, f"matrices-{n}m", 128 * n) for n in (1, 16)},
     **{f"groups-{n}": partial(small_tensors, f"groups-{n}", n) for n in (1, 10, 50, 200, 1000)},
 }
