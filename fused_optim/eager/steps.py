@@ -182,5 +182,5 @@ class EagerSteps:
         return grad
 
 
-# Those of a step in which the plan takes every row: it remembers nothing, and can serve every step.
+# The eager rows of a step in which the plan takes every row: there are none, and one object serves all such steps.
 NO_STEPS = EagerSteps(Rule(), {}, {}, {}, NO_CLIP, 1.0)

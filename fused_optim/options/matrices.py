@@ -18,14 +18,14 @@ from .scales import ScaleColumn
 
 @dataclass
 class MatrixOptions:
-    """What such an optimizer was told beyond hyperparameters and what every optimizer takes."""
+    """What an optimizer of matrices was told beyond its hyperparameters and the options that every optimizer has."""
 
     default: bool | str  # of groups that do not say whether they are matrices: True, False or "auto"
-    others: dict[str, Any] = field(default_factory=dict)  # hyperparameters of groups that are none
+    others: dict[str, Any] = field(default_factory=dict)  # hyperparameters of groups whose parameters are no matrices
     heads: ScaleColumn = field(default_factory=lambda: ScaleColumn("heads", None))
     flatten: bool | None = None
     dtype: torch.dtype | None = None
-    resolved: bool = False  # the heads of the constructor's parameters are known
+    resolved: bool = False  # the constructor has asked for the heads of its parameters
 
     def of(self, place: Place) -> Matrices:
         """How a parameter is matrices.

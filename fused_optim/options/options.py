@@ -146,7 +146,7 @@ class Options:
     lazy_mode: bool = False
     trust_ratio: TrustRatio | None = None  # of what is around this optimizer
     factors: Factors = field(default_factory=no_factors)
-    matrices: MatrixOptions | None = None  # which parameters are some
+    matrices: MatrixOptions | None = None  # which parameters are matrices, and how
 
     @classmethod
     def of_arguments(cls, *, state_dtype: Any, rounding: Any, seed: Any, grad_clip: Any, **unchecked: Any) -> Options:

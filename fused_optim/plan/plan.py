@@ -14,7 +14,7 @@ from ..tensors import is_dense, is_plain, is_sharded, local, same_strides
 from .step import Step
 
 NATIVE_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-# Those that work on tensors of a device without waiting for it: they read and write numbers where they are.
+# Backends that work on tensors of a device without waiting for it: they read and write numbers where they are.
 DEVICE_BACKENDS = ("cuda", "triton")
 NATIVE_BACKENDS = ("cpu", *DEVICE_BACKENDS)
 # Those that step rows with states of 8 bits, and round by random words.

@@ -42,7 +42,7 @@ class Rule:
 
     # Group keys that choose the rule or the backend: a change of theirs calls for a new plan.
     structural_keys: ClassVar[tuple[str, ...]] = ("differentiable",)
-    # Those of which another value calls for one: what is done between the passes of a step.
+    # Group keys that say what is done between the two passes of a step: another value calls for a new plan.
     keys_of_directions: ClassVar[tuple[str, ...]] = ()
     # Element states that may be missing in a state that has the others, and then start at zero.
     late_states: ClassVar[tuple[str, ...]] = ()
