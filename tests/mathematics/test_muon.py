@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import inspect
 import logging
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -73,8 +75,8 @@ def test_a_step_beyond_the_last_polynomial_takes_the_last(name: str) -> None:
     assert polynomials_of(POLYNOMIALS[name], 12) == polynomials_of(name, 12)
 
 
-@pytest.mark.parametrize("steps", [0, 1, 2, 5])
-@pytest.mark.parametrize("shape", [(4, 6, 9), (4, 9, 6)])
+@pytest.mark.parametrize("steps", [0, 1, 2, 4, 5])
+@pytest.mark.parametrize("shape", [(4, 6, 9), (4, 9, 6), (4, 6, 20), (4, 20, 6)])
 def test_a_matrix_among_others_is_what_it_is_alone(shape: tuple[int, ...], steps: int) -> None:
     matrices = torch.randn(shape, dtype=torch.float64)
     together = iterated(matrices, "jordan", steps, 0.25)
@@ -86,8 +88,71 @@ def test_a_matrix_among_others_is_what_it_is_alone(shape: tuple[int, ...], steps
         torch.testing.assert_close(result, 0.25 * expected, rtol=0, atol=1e-14)
 
 
+def operations_of(monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int], dtype: torch.dtype) -> int:
+    """Multiplications and additions of five steps."""
+    counted = []
+
+    def counts(product: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def counting(*factors: Tensor, **options: Any) -> Tensor:
+            left, right = factors[-2:]
+            counted.append(2 * left.shape[-2] * left.shape[-1] * right.shape[-1])
+            return product(*factors, **options)
+
+        return counting
+
+    for name in ("bmm", "baddbmm"):
+        monkeypatch.setattr(torch, name, counts(getattr(torch, name)))
+    iterated(torch.randn(1, *shape, dtype=dtype))
+    monkeypatch.undo()
+    return sum(counted)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("ratio", [1, 1.5, 2, 4])
+def test_long_matrices_take_fewer_operations(ratio: float, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the Gram matrix of three polynomials and of two, where numbers have enough digits for it."""
+    small, large = 12, round(12 * ratio)
+    one_by_one = 5 * (4 * small**2 * large + 2 * small**3)
+    in_rounds = 2 * 4 * small**2 * large + (18 + 10) * small**3
+    expected = in_rounds if ratio > 1.5 and dtype.itemsize > 2 else one_by_one
+    assert expected <= one_by_one
+    for shape in ((small, large), (large, small)):
+        assert operations_of(monkeypatch, shape, dtype) == expected
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("torch.backends.cuda.matmul.allow_tf32", True),
+        ("torch.backends.mkldnn.matmul.fp32_precision", "bf16"),
+        ("torch.backends.fp32_precision", "tf32"),
+    ],
+)
+def test_where_float32_has_fewer_digits_there_are_no_rounds(setting: str, value: Any) -> None:
+    """In a process of its own: torch cannot take all of these back."""
+    program = (
+        f"import torch, fused_optim.rule.orthogonal as o\n{setting} = {value!r}\n"
+        "iteration = o.Iteration(o.polynomials_of('jordan', 5), 1e-7, 1.0, torch.float32)\n"
+        "print([len(one) for one in o.rounds_of(iteration, 4, 16)])"
+    )
+    done = subprocess.run([sys.executable, "-c", program], check=True, text=True, stdout=subprocess.PIPE)
+    assert done.stdout.strip() == "[1, 1, 1, 1, 1]"
+
+
+@pytest.mark.parametrize("name", POLYNOMIALS)
+@pytest.mark.parametrize("smallest", [-2, -4, -6])
+def test_rounds_keep_the_small_singular_values(smallest: int, name: str) -> None:
+    """In float32; one polynomial after the other comes to within 2e-5."""
+    torch.manual_seed(3)
+    left, right = (torch.linalg.qr(torch.randn(1, n, 24, dtype=torch.float64))[0] for n in (24, 96))
+    matrices = left * torch.logspace(smallest, 0, 24, dtype=torch.float64) @ right.mT
+    exact = iterated(matrices, name)
+    assert (iterated(matrices.float(), name) - exact).norm() < 5e-5 * exact.norm()
+
+
 def test_zeros_stay_zeros() -> None:
     assert torch.equal(iterated(torch.zeros(2, 3, 4)), torch.zeros(2, 3, 4))
+    assert torch.equal(iterated(torch.zeros(2, 3, 9)), torch.zeros(2, 3, 9))
 
 
 # Beside torch ---------------------------------------------------------------------------------------------------
