@@ -159,9 +159,8 @@ class Adam(FusedOptimizer):
         rounding: str = "nearest",
         seed: int = 0,
     ) -> None:
-        arguments = ([torch.zeros(0)], lr, betas, eps, weight_decay, amsgrad)
         torch_optimizer = TorchAdam(
-            *arguments,
+            *([torch.zeros(0)], lr, betas, eps, weight_decay, amsgrad),
             foreach=foreach,
             maximize=maximize,
             capturable=capturable,
