@@ -94,16 +94,22 @@ FO_HOST_DEVICE inline int32_t group_exponent(int32_t most) {
   return most > 0 ? exponent : 0;
 }
 
-// The code of a value whose magnitude is finite. inverse: power_of_two(254 - the group's exponent).
+// The code of a value whose magnitude is finite, from the root of that in units of the group's power of two.
 template <class Code>
-FO_HOST_DEVICE inline int32_t encode_finite(float value, float magnitude, float inverse, uint32_t word) {
+FO_HOST_DEVICE inline int32_t encode_root(float value, float magnitude, float root, uint32_t word) {
   // In units of 2^-16 codes; the factor 65536 changes no rounding.
-  const float y = square_root(magnitude * inverse) * (static_cast<float>(Code::kLevels) * 65536.0f);
+  const float y = root * (static_cast<float>(Code::kLevels) * 65536.0f);
   int32_t code = (static_cast<int32_t>(y) + Code::random(word)) >> 16;
   code = code > Code::kLevels ? Code::kLevels : code;
   const int32_t least = magnitude > 0 ? Code::kFloor : 0;
   code = code < least ? least : code;
   return Code::with_sign(code, value);
+}
+
+// inverse: power_of_two(254 - the group's exponent).
+template <class Code>
+FO_HOST_DEVICE inline int32_t encode_finite(float value, float magnitude, float inverse, uint32_t word) {
+  return encode_root<Code>(value, magnitude, square_root(magnitude * inverse), word);
 }
 
 template <class Code>

@@ -237,8 +237,10 @@ def dominators_of(follows: Edges, start: int) -> tuple[dict[int, int], list[int]
 
 
 def is_ordinary(block: list[Instruction]) -> bool:
-    """Whether vectors are whole here, and nothing rare is done."""
-    narrow = any(0 < instruction.moves(kind) < 8 for instruction in block for kind in ("LDG", "STG"))
+    """Whether vectors are whole here, and nothing rare is done. Beside vectors of 16 bytes there may be codes and their
+    scales."""
+    widths = [bytes_ for instruction in block for kind in ("LDG", "STG") if (bytes_ := instruction.moves(kind))]
+    narrow = min(widths, default=8) < 8 and max(widths) < 16
     return not narrow and not any(instruction.name.startswith("CALL") for instruction in block)
 
 
@@ -306,6 +308,7 @@ class Layout:
     loads: tuple[int, ...]  # of the param and what is beside it, and the grad
     stores: tuple[int, ...]
     state: int
+    codes: bool = False  # each state has a scale of a byte
 
 
 LAYOUTS = (
@@ -319,6 +322,13 @@ LAYOUTS = (
     Layout("float16, float32 states", "float16", 4, (8, 8), (8,), 16),
     Layout("float16, float32 master", "float16", 4, (8, 16, 8), (8, 16), 16),
 )
+# Of the kernels that step rows of codes.
+LAYOUTS_OF_CODES = (
+    Layout("float32, 8-bit", "", 4, (16, 16), (16,), 4, codes=True),
+    Layout("bfloat16, 8-bit", "bfloat16", 8, (16, 16), (16,), 8, codes=True),
+    Layout("bfloat16, stochastic, 8-bit", "", 8, (16, 16), (16,), 8, codes=True),
+    Layout("bfloat16, split8, 8-bit", "", 8, (16, 8, 16), (16, 8), 8, codes=True),
+)
 
 
 def find_loop(kernel: Kernel, layout: Layout, states: int) -> tuple[Loop, int] | None:
@@ -326,17 +336,28 @@ def find_loop(kernel: Kernel, layout: Layout, states: int) -> tuple[Loop, int] |
     loads = Counter((*layout.loads, *(states * [layout.state])))
     stores = Counter((*layout.stores, *(states * [layout.state])))
     for loop in loops_of(kernel):
-        of_loop = loop.widths("LDG")
+        of_loop, of_stores = loop.widths("LDG"), loop.widths("STG")
+        # A scale is stored by one lane of a group, and the way past that may be a branch.
+        scales, scales_stored = of_loop.pop(1, 0), of_stores.pop(1, 0)
         count = sum(of_loop.values()) // sum(loads.values())
         times = {width: count * n for width, n in loads.items()}, {width: count * n for width, n in stores.items()}
-        if count and (dict(of_loop), dict(loop.widths("STG"))) == times and loop.format == layout.format:
+        if scales != (count * states if layout.codes else 0) or (scales_stored > 0) != layout.codes:
+            continue
+        if count and (dict(of_loop), dict(of_stores)) == times and loop.format == layout.format:
             return loop, count * layout.elements
     return None
 
 
-def kernel_of(kernels: list[Kernel], rule: str) -> Kernel:
-    (found,) = [k for k in kernels if re.search(rf"apply_kernel.*4PassE0E.*{rule}Ef", k.name)]
+def kernel_of(kernels: list[Kernel], rule: str, *, codes: bool = False) -> Kernel:
+    (found,) = [k for k in kernels if re.search(rf"apply_kernel.*4PassE0E.*{rule}EfLb{codes:d}E", k.name)]
     return found
+
+
+def loops_of_layouts(kernels: list[Kernel]) -> Iterator[tuple[str, Layout, tuple[Loop, int] | None]]:
+    """Of each element update in `RULES` the layouts that have code of their own."""
+    for rule, (pattern, states) in RULES.items():
+        for layout in (*LAYOUTS, *LAYOUTS_OF_CODES):
+            yield rule, layout, find_loop(kernel_of(kernels, pattern, codes=layout.codes), layout, states)
 
 
 RULES = {"AdamW": ("AdamILb0EE", 2), "momentum": ("8Momentum", 1)}
@@ -394,12 +415,9 @@ def table(kernels: list[Kernel]) -> str:
             f"{loop.bytes_in_flight / 1024:.0f} | {math.ceil(10 * len(loop.way) / elements) / 10:.1f} |"
         )
 
-    for rule, (pattern, states) in RULES.items():
-        kernel = kernel_of(kernels, pattern)
-        for layout in LAYOUTS:
-            found = find_loop(kernel, layout, states)
-            if found is not None:
-                lines.append(row(f"{rule}, {layout.name}", *found))
+    for rule, layout, found in loops_of_layouts(kernels):
+        if found is not None:
+            lines.append(row(f"{rule}, {layout.name}", *found))
     widest: dict[str, tuple[Loop, int]] = {}
     for format_, loop, elements in reduce_loops(kernels):
         if format_ not in widest or len(loop.way) / elements > len(widest[format_][0].way) / widest[format_][1]:

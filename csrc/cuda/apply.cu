@@ -52,7 +52,8 @@ constexpr int vectors_in_flight(Pass pass, int states) {
   constexpr int kBytesInFlight = FO_KB_IN_FLIGHT * 1024;
   const int bytes = L::kParamBytes + (pass == Pass::move ? 0 : L::kGradBytes) + states * L::kStateBytes;
   const int of_one = blocks_at_once<T>(pass, states) * kThreads * bytes * L::kVector;
-  int count = 1;  // a power of 2, as what a tile has is
+  if (L::kCodes && states > 1) return 1;  // there are no registers for two vectors
+  int count = 1;                          // a power of 2, as what a tile has is
   constexpr int kMost = kTile / kWarp / L::kVector;
   while (sizeof(T) == 4 && count * of_one < kBytesInFlight && count < kMost) count *= 2;
   return count;
@@ -84,12 +85,15 @@ class Columns {
  public:
   static constexpr int kVector = L::kVector;
 
-  FO_DEVICE Columns(const Row& row, int first_state, int64_t begin)
+  FO_DEVICE Columns(const Row& row, int first_state, int64_t begin, typename L::Words words)
       : param_(row, kParam, begin),
         grad_(row, kGrad, begin),
         state_{{row, kStates > 0 ? first_state : kParam, begin},
                {row, kStates > 1 ? first_state + 1 : kParam, begin},
-               {row, kStates > 2 ? first_state + 2 : kParam, begin}} {}
+               {row, kStates > 2 ? first_state + 2 : kParam, begin}},
+        words_(words) {
+    if constexpr (L::kCodes && kStates > 1) state_[1].roots = true;
+  }
 
   // kCount vectors of N elements of each lane, from `first` on, which are asked for together. Adds to sums.
   // With QuickFloats: false, and `first` is where to go on with floats, if a lane has a result that is NaN.
@@ -142,14 +146,31 @@ class Columns {
 #pragma unroll
         for (int k = 0; k < kStates; ++k) state[k][e] = element[k];
       }
-      if constexpr (kPass != Pass::accumulate) param_.narrow(value, params[u]);
-      if constexpr (kPass != Pass::move) {
+      if constexpr (L::kCodes) {
+        // Four elements at a time: there are no registers for the words of all.
 #pragma unroll
-        for (int k = 0; k < kStates; ++k) state_[k].narrow(state[k], states[u][k]);
+        for (int k = 0; k < kStates; ++k) state_[k].find_exponent(state[k], states[u][k]);
+#pragma unroll
+        for (int e = 0; e < N; e += 4) {
+          const WordsOfFour words = words_.of_four(i + plus + e);
+          param_.narrow_four(e, value, params[u], words);
+#pragma unroll
+          for (int k = 0; k < kStates; ++k) state_[k].narrow_four(e, state[k], states[u][k], words);
+        }
+      }
+      if constexpr (!L::kCodes) {
+        const auto words = words_.template of<N>(i + plus);
+        if constexpr (kPass != Pass::accumulate) param_.narrow(value, params[u], words);
+        if constexpr (kPass != Pass::move) {
+#pragma unroll
+          for (int k = 0; k < kRead; ++k) state_[k].narrow(state[k], states[u][k], words);
+#pragma unroll  // a direction that is kept
+          for (int k = kRead; k < kStates; ++k) state_[k].narrow(state[k], states[u][k], words.to_nearest());
+        }
       }
       bool nan = any_nan(value);
 #pragma unroll
-      for (int k = 0; k < kStates; ++k) nan = nan | any_nan(state[k]);
+      for (int k = 0; k < kStates; ++k) nan = nan | state_[k].is_not_sure(state[k], states[u][k]);
       if constexpr (kMeasures) {
 #pragma unroll
         for (int k = 0; k < kStates; ++k) state_[k].widen(states[u][k], state[k]);
@@ -212,20 +233,10 @@ class Columns {
     return first - within + lane * kVector + within / kWarp;
   }
 
-  template <class Number, int N>
-  FO_DEVICE static bool any_nan(const Number (&values)[N]) {
-    bool nan = false;
-    if constexpr (N > 1) {
-#pragma unroll
-      for (int e = 0; e < N; e += 2)
-        nan = nan | ((values[e] != values[e]) | (values[e + 1] != values[e + 1]));
-    }
-    return nan;
-  }
-
   Param param_;
   Grad grad_;
   State state_[3];
+  typename L::Words words_;
 };
 
 // What is computed with where a whole vector is at hand.
@@ -243,7 +254,7 @@ FO_DEVICE DirectionSums walk_tile(const Row& row, int first_state, const Record<
                                   int64_t begin, int n, int lane) {
   using Number = typename NumberOf<T>::type;
   constexpr int N = L::kVector;
-  const Columns<kPass, Rule, T, L> columns(row, first_state, begin);
+  const Columns<kPass, Rule, T, L> columns(row, first_state, begin, NoWords{});
   DirectionSums sums{0, 0};
   constexpr int kElements = sizeof(T) == 8 ? 2 : 4;
   if constexpr (N == 1) {
@@ -290,8 +301,94 @@ FO_DEVICE DirectionSums walk_tile_as(LayoutList<L, Others...>, uint64_t storages
   return walk_tile<kPass, Rule, T, L>(row, first_state, record, begin, n, lane);
 }
 
-// One tile of a row, by one warp.
+// What a warp updates where rows may draw random words.
+template <class Rule, class T>
+struct Tile {
+  const Row& row;
+  const Record<Rule, T>& record;
+  const ScalarsRecord& prepared;  // with the key of the words
+  int first_state;
+  int64_t begin;
+  int n;
+  int lane;
+};
+
+// How many elements of a tile are done after its vectors, in one layout: all, or those before a vector that
+// is out of the ordinary.
+template <Pass kPass, class L, class Rule, class T>
+FO_DEVICE int walk_vectors(const Tile<Rule, T>& tile) {
+  using Number = typename NumberOf<T>::type;
+  constexpr int N = L::kVector, kStates = states_of<Rule>(kPass);
+  constexpr int kStrip = vectors_in_flight<T, L>(kPass, kStates) * kWarp * N;
+  static_assert(kTile % kStrip == 0, "a tile is a number of strips");
+  Record<Rule, Number> numbers;
+  static_assert(sizeof numbers == sizeof tile.record, "a record holds numbers only");
+  __builtin_memcpy(&numbers, &tile.record, sizeof numbers);
+  const uint64_t* address = tile.row.address;
+  uint64_t addresses = address[kParam] | address[kGrad] | address[kMaster];
+#pragma unroll
+  for (int k = 0; k < kStates; ++k) addresses |= address[tile.first_state + k];
+  const auto place = static_cast<uint32_t>(tile.row.first + tile.begin);
+  const bool whole = tile.n == kTile && addresses % 16 == 0 && has_quick_bounds(numbers.grad) &&
+                     place + (kTile - 1u) >= place;
+  if (!whole) return 0;
+  const uint32_t* key = &tile.prepared.key;
+#if defined(__CUDA_ARCH__)
+  asm("" : "+l"(key));  // read here: there is no register to keep it in from where the branches part
+#endif
+  const Columns<kPass, Rule, T, L> columns(tile.row, tile.first_state, tile.begin,
+                                           {tile.row, *key, tile.begin});
+  DirectionSums unused{0, 0};
+  int own = tile.lane * N;
+#pragma unroll 1
+  for (; own - tile.lane * N < kTile; own += kStrip) {
+    if (!columns.template walk<Number, N, kStrip / kWarp / N>(numbers, own, tile.n, tile.lane, unused)) break;
+  }
+  return own - tile.lane * N;
+}
+
+template <Pass kPass, class Rule, class T, class... L>
+FO_DEVICE int walk_vectors_as(LayoutList<L...>, uint64_t storages, const Tile<Rule, T>& tile) {
+  constexpr int kStates = states_of<Rule>(kPass);
+  int done = 0;
+  ((L::fits(storages, tile.row.stochastic, kStates) ? void(done = walk_vectors<kPass, L>(tile)) : void()),
+   ...);
+  return done;
+}
+
 template <Pass kPass, class Rule, class T>
+FO_DEVICE DirectionSums walk_elements(const Tile<Rule, T>& tile, int first) {
+  const Columns<kPass, Rule, T, AnyDrawnLayout<T>> columns(tile.row, tile.first_state, tile.begin,
+                                                           {tile.row, tile.prepared.key, tile.begin});
+  DirectionSums sums{0, 0};
+#pragma unroll 1
+  for (; first < tile.n; first += kWarp)
+    columns.template walk<T, 1, 1>(tile.record, first, tile.n, tile.lane, sums);
+  return sums;
+}
+
+template <Pass kPass, class Rule, class T>
+FO_DEVICE DirectionSums walk_drawn_tile(const Bucket& bucket, int row, uint64_t storages,
+                                        Tile<Rule, T> tile) {
+  constexpr int kStates = states_of<Rule>(kPass);
+  if constexpr (sizeof(T) == 8) {  // nothing is rounded
+    using Wide = Layout<kF64, kF64, kNone, kF64>;
+    if (storages == Wide::storages(kStates)) {
+      return walk_tile<kPass, Rule, T, Wide>(tile.row, tile.first_state, tile.record, tile.begin, tile.n,
+                                             tile.lane);
+    }
+  }
+  const int done = walk_vectors_as<kPass>(DrawnLayouts<T, kPass == Pass::update, kStates>{}, storages, tile);
+#if defined(__CUDA_ARCH__)
+  asm("" : "+r"(row));  // addresses are computed anew, not kept through the loop over vectors
+#endif
+  return walk_elements<kPass>(Tile<Rule, T>{bucket.rows[row], tile.record, bucket.records[row],
+                                            tile.first_state, tile.begin, tile.n, tile.lane},
+                              done);
+}
+
+// One tile of a row, by one warp. kDraws: where rows may draw random words.
+template <Pass kPass, class Rule, class T, bool kDraws>
 FO_DEVICE DirectionSums update_tile(const Bucket& bucket, const Extent& extent, int64_t tile, int lane) {
   const Row& row = bucket.rows[extent.row];
   const int first_state = bucket.first_state + element_states<Rule>() - states_of<Rule>(kPass);
@@ -302,10 +399,15 @@ FO_DEVICE DirectionSums update_tile(const Bucket& bucket, const Extent& extent, 
   const int n = left < kTile ? static_cast<int>(left) : kTile;
   Record<Rule, T> record;
   // Said to be aligned, which an array of bytes is not: it would be loaded byte by byte.
-  const void* bytes = __builtin_assume_aligned(bucket.records[extent.row].bytes, alignof(ScalarsRecord));
-  __builtin_memcpy(&record, bytes, sizeof record);
-  return walk_tile_as<kPass, Rule, T>(Layouts<T, states_of<Rule>(kPass)>{}, storages, row, first_state,
-                                      record, begin, n, lane);
+  const ScalarsRecord& prepared = bucket.records[extent.row];
+  __builtin_memcpy(&record, __builtin_assume_aligned(prepared.bytes, alignof(ScalarsRecord)), sizeof record);
+  if constexpr (kDraws) {
+    return walk_drawn_tile<kPass, Rule, T>(bucket, extent.row, storages,
+                                           {row, record, prepared, first_state, begin, n, lane});
+  } else {
+    return walk_tile_as<kPass, Rule, T>(Layouts<states_of<Rule>(kPass)>{}, storages, row, first_state, record,
+                                        begin, n, lane);
+  }
 }
 
 // Adds the sums of a block's tiles, in their order, row by row: for each of its rows one sum.
@@ -331,7 +433,7 @@ FO_DEVICE void add_up_block(const Bucket& bucket, const Extent& extent, int64_t 
       total;
 }
 
-template <Pass kPass, class Rule, class T>
+template <Pass kPass, class Rule, class T, bool kDraws>
 __global__ void __launch_bounds__(kThreads, blocks_at_once<T>(kPass, states_of<Rule>(kPass)))
     apply_kernel(Bucket bucket) {
   const bool skip = bucket.control->skip != 0;  // asked below: the loads until there do not wait for it
@@ -346,45 +448,48 @@ __global__ void __launch_bounds__(kThreads, blocks_at_once<T>(kPass, states_of<R
   const Extent extent = extents[__popc(__ballot_sync(0xffffffffu, passed))];
   if (skip) return;
   DirectionSums sums{0, 0};
-  if (extent.row >= 0) sums = update_tile<kPass, Rule, T>(bucket, extent, tile, lane);
+  if (extent.row >= 0) sums = update_tile<kPass, Rule, T, kDraws>(bucket, extent, tile, lane);
   if constexpr (kPass == Pass::accumulate && !Rule::kKeepsDirection) add_up_block(bucket, extent, tile, sums);
 }
 
-template <class Rule, class T, class... R>
+template <class Rule, class T, bool kDraws, class... R>
 constexpr ApplyKernel last_pass(RuleList<R...>) {
   if constexpr (Rule::kHasDirection) {
-    return apply_kernel<Pass::move, Rule, T>;
+    return apply_kernel<Pass::move, Rule, T, kDraws>;
   } else {
-    return apply_kernel<Pass::update, decltype(first_alike<Rule, R...>()), T>;
+    return apply_kernel<Pass::update, decltype(first_alike<Rule, R...>()), T, kDraws>;
   }
 }
 
-template <class Rule, class T>
+template <class Rule, class T, bool kDraws>
 constexpr ApplyKernel first_pass() {
   if constexpr (Rule::kHasDirection) {
-    return apply_kernel<Pass::accumulate, Rule, T>;
+    return apply_kernel<Pass::accumulate, Rule, T, kDraws>;
   } else {
     return nullptr;
   }
 }
 
+// In double one kernel is for all rows.
 template <class... R>
-ApplyKernel last_pass_of(RuleList<R...> rules, int rule, bool in_double) {
-  static const ApplyKernel in_float_table[] = {last_pass<R, float>(rules)...};
-  static const ApplyKernel in_double_table[] = {last_pass<R, double>(rules)...};
-  return (in_double ? in_double_table : in_float_table)[rule];
+ApplyKernel last_pass_of(RuleList<R...> rules, const Kernel& kernel) {
+  static const ApplyKernel in_float_table[] = {last_pass<R, float, false>(rules)...};
+  static const ApplyKernel drawn_table[] = {last_pass<R, float, true>(rules)...};
+  static const ApplyKernel in_double_table[] = {last_pass<R, double, true>(rules)...};
+  return (kernel.in_double ? in_double_table : kernel.draws ? drawn_table : in_float_table)[kernel.rule];
 }
 
 template <class... R>
-ApplyKernel first_pass_of(RuleList<R...>, int rule, bool in_double) {
-  static constexpr ApplyKernel in_float_table[] = {first_pass<R, float>()...};
-  static constexpr ApplyKernel in_double_table[] = {first_pass<R, double>()...};
-  return (in_double ? in_double_table : in_float_table)[rule];
+ApplyKernel first_pass_of(RuleList<R...>, const Kernel& kernel) {
+  static constexpr ApplyKernel in_float_table[] = {first_pass<R, float, false>()...};
+  static constexpr ApplyKernel drawn_table[] = {first_pass<R, float, true>()...};
+  static constexpr ApplyKernel in_double_table[] = {first_pass<R, double, true>()...};
+  return (kernel.in_double ? in_double_table : kernel.draws ? drawn_table : in_float_table)[kernel.rule];
 }
 
 }  // namespace
 
-ApplyKernel apply_kernel_of(int rule, bool in_double) { return last_pass_of(Rules{}, rule, in_double); }
-ApplyKernel accumulate_kernel_of(int rule, bool in_double) { return first_pass_of(Rules{}, rule, in_double); }
+ApplyKernel apply_kernel_of(const Kernel& kernel) { return last_pass_of(Rules{}, kernel); }
+ApplyKernel accumulate_kernel_of(const Kernel& kernel) { return first_pass_of(Rules{}, kernel); }
 
 }  // namespace fused_optim

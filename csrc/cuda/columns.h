@@ -7,7 +7,7 @@
 
 #include <type_traits>
 
-#include "cuda/vector.h"
+#include "cuda/words.h"
 
 namespace fused_optim {
 
@@ -38,8 +38,12 @@ struct FixedColumn {
     fused_optim::widen(loaded, out);
   }
   template <class T, int N>
-  FO_DEVICE void narrow(const T (&values)[N], Vector<S, N>& out) const {
+  FO_DEVICE void narrow(const T (&values)[N], Vector<S, N>& out, NoWords = {}) const {
     fused_optim::narrow(values, out);
+  }
+  template <class T, int N>
+  FO_DEVICE static bool is_not_sure(const T (&values)[N], const Vector<S, N>&) {
+    return any_nan(values);
   }
   template <int N>
   FO_DEVICE void put(int i, int plus, const Vector<S, N>& vector) const {
@@ -74,7 +78,7 @@ struct MasterColumns {
     widen_whole(loaded.param, loaded.master, out);
   }
   template <class T, int N>
-  FO_DEVICE void narrow(const T (&values)[N], Loaded<N>& out) const {
+  FO_DEVICE void narrow(const T (&values)[N], Loaded<N>& out, NoWords) const {
     narrow_whole(values, out.param, out.master);
   }
   template <int N>
@@ -123,7 +127,8 @@ struct AnyColumn {
     }
   }
 
-  FO_DEVICE void narrow(const T (&values)[1], Bits& out) const {
+  FO_DEVICE static bool is_not_sure(const T (&)[1], Bits) { return false; }
+  FO_DEVICE void narrow(const T (&values)[1], Bits& out, NoWords) const {
     const auto value = static_cast<float>(values[0]);
     if (dtype == DType::float32) out = bits_of(value);
     if (dtype == DType::bfloat16) out = stored<bfloat16>(value);
@@ -186,14 +191,14 @@ struct AnyParamColumns {
     }
     param.widen(loaded.param, out);
   }
-  FO_DEVICE void narrow(const T (&values)[1], Loaded<1>& out) const {
+  FO_DEVICE void narrow(const T (&values)[1], Loaded<1>& out, NoWords words) const {
     if constexpr (sizeof(T) == 4) {
       if (master.dtype == DType::remainder) return narrow_as<bfloat16, int16_t>(values, out);
       if (master.dtype == DType::float32 && param.dtype == DType::bfloat16)
         return narrow_as<bfloat16, float>(values, out);
       if (master.dtype == DType::float32) return narrow_as<float16, float>(values, out);
     }
-    param.narrow(values, out.param);
+    param.narrow(values, out.param, words);
   }
 
  private:

@@ -10,7 +10,8 @@
 
 namespace fused_optim {
 
-// The rows of one rule and one compute type: one launch of apply.
+// The rows of one rule and one compute type: one launch of apply. Where a rule measures its direction, those
+// that draw random words are one more.
 struct Bucket {
   const Extent* extents;        // in order, followed by kWarpsPerBlock of row -1
   const int32_t* first_extent;  // of each block
@@ -74,7 +75,7 @@ __global__ void direction_kernel(const DirectionRow* rows, const DirectionSums* 
                                  CudaStep step, DirectionPass pass);
 
 using ApplyKernel = void (*)(Bucket bucket);
-ApplyKernel apply_kernel_of(int rule, bool in_double);
-ApplyKernel accumulate_kernel_of(int rule, bool in_double);  // null for a rule without a direction
+ApplyKernel apply_kernel_of(const Kernel& kernel);
+ApplyKernel accumulate_kernel_of(const Kernel& kernel);  // null for a rule without a direction
 
 }  // namespace fused_optim

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstring>
 #include <limits>
+#include <map>
 #include <utility>
 
 namespace fused_optim {
@@ -42,6 +43,16 @@ bool keeps_direction_of(RuleList<R...>, int rule) {
   return table[rule];
 }
 
+bool measures(int rule) { return has_direction_of(Rules{}, rule) && !keeps_direction_of(Rules{}, rule); }
+
+// A number for each bucket, in the order in which they are launched. The rows of a rule and a compute type
+// are one, whether they draw random words or not; but a sum's order would depend on what other rows do.
+int bucket_of(const Row& row) {
+  const bool in_double = computes_in_double(row.dtype[kParam]);
+  const bool apart = measures(row.rule) && row.draws && !in_double;
+  return ((in_double ? Rules::kCount : 0) + row.rule) * 2 + (apart ? 1 : 0);
+}
+
 // The elements of a row's pieces, but for its last.
 int64_t piece_length(int64_t numel) {
   constexpr int64_t kMost = int64_t{kMostPieces} * kChunk;
@@ -63,43 +74,43 @@ TableLayout lay_out(const std::vector<Row>& rows, size_t group_count) {
   std::vector<std::vector<int32_t>> first_extents;
   std::vector<DirectionRow> directions;
   int32_t direction_sums = 0;
-  for (const bool in_double : {false, true}) {
-    for (int rule = 0; rule < Rules::kCount; ++rule) {
-      std::vector<Extent> list;
-      std::vector<int32_t> first;
-      int64_t tiles = 0;
-      const bool has_direction = has_direction_of(Rules{}, rule);
-      const bool measures = has_direction && !keeps_direction_of(Rules{}, rule);
-      for (size_t r = 0; r < rows.size(); ++r) {
-        const Row& row = rows[r];
-        if (row.rule != rule || computes_in_double(row.dtype[kParam]) != in_double) continue;
-        const int64_t end = tiles + (row.numel + kTile - 1) / kTile;
-        const int32_t first_sum = direction_sums;
-        if (measures) {
-          if (row.numel != 0) {
-            direction_sums += static_cast<int32_t>((end - 1) / kWarpsPerBlock - tiles / kWarpsPerBlock + 1);
-          }
-          directions.push_back({static_cast<int32_t>(r), first_sum, direction_sums - first_sum});
+  std::map<int, Kernel> kernels;  // by bucket_of, in the order of the launches
+  for (const Row& row : rows) {
+    Kernel& kernel = kernels[bucket_of(row)];
+    kernel = {row.rule, computes_in_double(row.dtype[kParam]), kernel.draws || row.draws};
+  }
+  for (const auto& [bucket, kernel] : kernels) {
+    std::vector<Extent> list;
+    std::vector<int32_t> first;
+    int64_t tiles = 0;
+    for (size_t r = 0; r < rows.size(); ++r) {
+      const Row& row = rows[r];
+      if (bucket_of(row) != bucket) continue;
+      const int64_t end = tiles + (row.numel + kTile - 1) / kTile;
+      const int32_t first_sum = direction_sums;
+      if (measures(row.rule)) {
+        if (row.numel != 0) {
+          direction_sums += static_cast<int32_t>((end - 1) / kWarpsPerBlock - tiles / kWarpsPerBlock + 1);
         }
-        if (row.numel == 0) continue;
-        // Blocks whose first tile is in this row.
-        for (int64_t tile = static_cast<int64_t>(first.size()) * kWarpsPerBlock; tile < end;
-             tile += kWarpsPerBlock) {
-          first.push_back(static_cast<int32_t>(list.size()));
-        }
-        list.push_back({tiles, static_cast<int32_t>(r), first_sum});
-        tiles = end;
+        directions.push_back({static_cast<int32_t>(r), first_sum, direction_sums - first_sum});
       }
-      if (list.empty()) continue;
-      layout.keeps_directions = layout.keeps_directions || keeps_direction_of(Rules{}, rule);
-      list.push_back({tiles, -1, 0});
-      for (int i = 1; i < kWarpsPerBlock; ++i) list.push_back({std::numeric_limits<int64_t>::max(), -1, 0});
-      layout.buckets.push_back({rule, in_double, static_cast<int64_t>(first.size()),
-                                arena.place<Extent>(list.size()), arena.place<int32_t>(first.size()),
-                                has_direction});
-      extents.push_back(std::move(list));
-      first_extents.push_back(std::move(first));
+      if (row.numel == 0) continue;
+      // Blocks whose first tile is in this row.
+      for (int64_t tile = static_cast<int64_t>(first.size()) * kWarpsPerBlock; tile < end;
+           tile += kWarpsPerBlock) {
+        first.push_back(static_cast<int32_t>(list.size()));
+      }
+      list.push_back({tiles, static_cast<int32_t>(r), first_sum});
+      tiles = end;
     }
+    if (list.empty()) continue;
+    layout.keeps_directions = layout.keeps_directions || keeps_direction_of(Rules{}, kernel.rule);
+    list.push_back({tiles, -1, 0});
+    for (int i = 1; i < kWarpsPerBlock; ++i) list.push_back({std::numeric_limits<int64_t>::max(), -1, 0});
+    layout.buckets.push_back({kernel, static_cast<int64_t>(first.size()), arena.place<Extent>(list.size()),
+                              arena.place<int32_t>(first.size()), has_direction_of(Rules{}, kernel.rule)});
+    extents.push_back(std::move(list));
+    first_extents.push_back(std::move(first));
   }
 
   std::vector<Piece> pieces, small;

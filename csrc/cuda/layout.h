@@ -83,10 +83,16 @@ struct Control {
   int32_t skip;    // found_inf says so, or an element that is not finite
 };
 
-// The launches of apply for the rows of one rule and one compute type.
-struct BucketLayout {
+// Which of the kernels of apply.
+struct Kernel {
   int rule;
   bool in_double;
+  bool draws;  // some rows draw random words
+};
+
+// The launches of apply for the rows of one bucket.
+struct BucketLayout {
+  Kernel kernel;
   int64_t blocks;
   size_t extents, first_extent;
   bool has_direction;
@@ -107,7 +113,7 @@ struct TableLayout {
   std::vector<uint32_t> words;  // what the host writes: here, what never changes
 };
 
-// Of rows, numels, groups, rules and parameter dtypes count.
+// Of rows, numels, groups, rules, parameter dtypes and whether they draw random words count.
 TableLayout lay_out(const std::vector<Row>& rows, size_t group_count);
 
 }  // namespace fused_optim

@@ -203,10 +203,14 @@ class CudaPhasesOfDevice final : public CudaPhases {
   }
 
   Bucket bucket(const Table& table, const BucketLayout& plan, bool backwards) const {
-    return {table.at<Extent>(plan.extents),     table.at<int32_t>(plan.first_extent),
-            table.at<Row>(layout_.rows),        table.at<ScalarsRecord>(layout_.records),
-            table.at<Control>(layout_.control), table.at<DirectionSums>(layout_.direction_sums),
-            first_state_of(Rules{}, plan.rule), backwards};
+    return {table.at<Extent>(plan.extents),
+            table.at<int32_t>(plan.first_extent),
+            table.at<Row>(layout_.rows),
+            table.at<ScalarsRecord>(layout_.records),
+            table.at<Control>(layout_.control),
+            table.at<DirectionSums>(layout_.direction_sums),
+            first_state_of(Rules{}, plan.kernel.rule),
+            backwards};
   }
 
   // Passes alternate direction: the end of the last one is still in the cache. False: the exchange has
@@ -216,8 +220,8 @@ class CudaPhasesOfDevice final : public CudaPhases {
     launch("the prepare phase", prepare_kernel, blocks, kThreads, stream_, prepare_table(table), step);
     for (const BucketLayout& plan : layout_.buckets) {
       if (!plan.has_direction) continue;
-      launch("the apply phase", accumulate_kernel_of(plan.rule, plan.in_double), plan.blocks, kThreads,
-             stream_, bucket(table, plan, reduces));
+      launch("the apply phase", accumulate_kernel_of(plan.kernel), plan.blocks, kThreads, stream_,
+             bucket(table, plan, reduces));
     }
     double unused;
     if (layout_.keeps_directions) {
@@ -233,7 +237,7 @@ class CudaPhasesOfDevice final : public CudaPhases {
       launch_directions(table, step, DirectionPass::whole);
     }
     for (const BucketLayout& plan : layout_.buckets) {
-      launch("the apply phase", apply_kernel_of(plan.rule, plan.in_double), plan.blocks, kThreads, stream_,
+      launch("the apply phase", apply_kernel_of(plan.kernel), plan.blocks, kThreads, stream_,
              bucket(table, plan, reduces != plan.has_direction));
     }
     return true;
@@ -270,10 +274,10 @@ cudaError_t load_kernel(Kernel kernel) {
 
 // Loads every kernel now: during a capture none may be loaded.
 cudaError_t load_kernels() {
-  for (const bool in_double : {false, true}) {
-    for (int rule = 0; rule < Rules::kCount; ++rule) {
-      cudaError_t error = load_kernel(apply_kernel_of(rule, in_double));
-      const ApplyKernel first = accumulate_kernel_of(rule, in_double);
+  for (int rule = 0; rule < Rules::kCount; ++rule) {
+    for (const Kernel& kernel : {Kernel{rule, false, false}, {rule, false, true}, {rule, true, false}}) {
+      cudaError_t error = load_kernel(apply_kernel_of(kernel));
+      const ApplyKernel first = accumulate_kernel_of(kernel);
       if (error == cudaSuccess && first != nullptr) error = load_kernel(first);
       if (error != cudaSuccess) return error;
     }

@@ -100,6 +100,7 @@ FO_DEVICE void prepare(const Row& row, const CudaGroup& group, const StepOptions
   const GroupHyper hyper = read_group<Rule>(group);
   const auto record = prepare_row<Rule, double>(row, hyper, options, norms, global_norm, measured);
   put_record<Rule>(record, computes_in_double(row.dtype[kParam]), out);
+  out.key = key_of(row);
 }
 
 template <class... R>

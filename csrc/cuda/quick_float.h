@@ -39,17 +39,21 @@ inline float approximate_reciprocal_root(float value) { return flush(1 / std::sq
 inline float approximate_reciprocal(float value) { return flush(1 / flush(value)); }
 #endif
 
+// Of a number from 2^-70 to 2^64, from an approximation of 1 / sqrt(value).
+FO_HOST_DEVICE inline float root_of_normal(float value, float approximation) {
+  const float first = value * approximation, half = 0.5f * approximation;
+  const float wrong = fmaf(-first, half, 0.5f);
+  const float root = fmaf(first, wrong, first), half_reciprocal = fmaf(half, wrong, half);
+  return fmaf(fmaf(-root, root, value), half_reciprocal, root);
+}
+
 // `approximation` is that of 1 / sqrt(shifted(value)). The root is taken of value * 2^64, so that nothing on
 // the way is subnormal; from 2^64 on this overflows and ends at a NaN, as a negative value does. A zero has
 // a finite reciprocal root through the addition, which is below half a unit of every other number.
 FO_HOST_DEVICE inline float shifted(float value) { return value * 0x1p64f + 0x1p-110f; }
 
 FO_HOST_DEVICE inline float quick_root(float value, float approximation) {
-  const float scaled = value * 0x1p64f;
-  const float first = scaled * approximation, half = 0.5f * approximation;
-  const float wrong = fmaf(-first, half, 0.5f);
-  const float root = fmaf(first, wrong, first), half_reciprocal = fmaf(half, wrong, half);
-  return fmaf(fmaf(-root, root, scaled), half_reciprocal, root) * 0x1p-32f;
+  return root_of_normal(value * 0x1p64f, approximation) * 0x1p-32f;
 }
 
 // `approximation` is that of 1 / divisor. The bounds keep the residual, which has to be exact, and the

@@ -1,7 +1,7 @@
 // The reduce phase on the device: norms, and whether all elements are finite.
 #include <cstddef>
 
-#include "cuda/columns.h"
+#include "cuda/drawn_columns.h"
 #include "cuda/sums.h"
 
 namespace fused_optim {
@@ -128,10 +128,10 @@ struct Numbers {
   }
 };
 
-// A parameter beside its master weight, or beside the lower half of it.
+// A parameter beside its master weight, or beside what it lacks of it.
 template <class S, class M>
 struct MasterNumbers {
-  static constexpr int kVector = 16 / sizeof(M);
+  static constexpr int kVector = 16 / (sizeof(M) > sizeof(S) ? sizeof(M) : sizeof(S));
   struct Loaded {
     Vector<S, kVector> param;
     Vector<M, kVector> master;
@@ -201,6 +201,9 @@ FO_DEVICE Square sum_param(const Row& row, int64_t begin, int n, Team team) {
     if (row.dtype[kMaster] == DType::remainder) {
       return sum_masters<MasterNumbers<bfloat16, int16_t>>(row, as_it_is, begin, n, team);
     }
+    if (row.dtype[kMaster] == DType::int8) {
+      return sum_masters<MasterNumbers<bfloat16, int8_t>>(row, as_it_is, begin, n, team);
+    }
     if (row.dtype[kMaster] == DType::float32) {
       return row.dtype[kParam] == DType::bfloat16
                  ? sum_masters<MasterNumbers<bfloat16, float>>(row, as_it_is, begin, n, team)
@@ -225,12 +228,14 @@ FO_DEVICE double read_weight_decay(RuleList<R...>, const Row& row, const CudaGro
 template <class T>
 FO_DEVICE Sums sum_decayed(const Row& row, const GradTransform<T>& grad, int64_t begin, int n, Team team) {
   constexpr int kElementsInFlight = 4;
-  const AnyColumn<T> grads(row, kGrad, begin);
-  const AnyParamColumns<T> params(row, kParam, begin);
+  using Grads = AnyColumn<T>;
+  using Params = DrawnParamColumns<T>;
+  const Grads grads(row, kGrad, begin);
+  const Params params(row, kParam, begin);
   Sums sums{};
   for (int first = team.thread; first < n; first += kElementsInFlight * team.threads) {
-    typename AnyColumn<T>::template Loaded<1> of_grad[kElementsInFlight];
-    typename AnyParamColumns<T>::template Loaded<1> of_param[kElementsInFlight];
+    typename Grads::template Loaded<1> of_grad[kElementsInFlight];
+    typename Params::template Loaded<1> of_param[kElementsInFlight];
 #pragma unroll
     for (int u = 0; u < kElementsInFlight; ++u) {
       const int i = first + u * team.threads;

@@ -5,7 +5,8 @@
 #include <initializer_list>
 #include <type_traits>
 
-#include "cuda/columns.h"
+#include "cuda/drawn_columns.h"
+#include "cuda/drawn_vectors.h"
 
 namespace fused_optim {
 
@@ -60,6 +61,8 @@ constexpr int widest(std::initializer_list<DType> columns) {
 // access.
 template <DType kParamType, DType kGradType, DType kMasterType, DType kStateType>
 struct Layout {
+  using Words = NoWords;
+  static constexpr bool kCodes = false;
   static constexpr int kWidest = widest({kParamType, kGradType, kMasterType, kStateType});
   static constexpr int kVector = 16 / kWidest;
   static constexpr int kParamBytes = size_of(kParamType) + size_of(kMasterType);
@@ -83,9 +86,42 @@ struct Layout {
   }
 };
 
+// One combination whose states are codes: means, and of two states the second roots. A parameter of 16 bits
+// without a master weight may be rounded stochastically.
+template <DType kParamType, DType kMasterType, bool kStochastic = false>
+struct CodesLayout {
+  using Words = VectorWords;
+  static constexpr bool kCodes = true;
+  static constexpr int kVector = 16 / size_of(kParamType);
+  static constexpr int kParamBytes = size_of(kParamType) + size_of(kMasterType);
+  static constexpr int kGradBytes = size_of(kParamType);
+  static constexpr int kStateBytes = 1;
+  static constexpr bool kMayBeStochastic = size_of(kParamType) == 2 && kMasterType == DType::none;
+  using ParamStorage = typename StorageOf<kParamType>::type;
+  template <class T, Reuse kReuse>
+  using Param =
+      typename std::conditional<kMasterType == DType::int8, Split8Columns<kReuse>,
+                                typename std::conditional<kStochastic, StochasticColumn<kReuse>,
+                                                          NearestColumn<ParamStorage, kReuse>>::type>::type;
+  template <class T>
+  using Grad = FixedColumn<ParamStorage, Reuse::none>;
+  template <class T, Reuse>
+  using State = CodeColumn;
+
+  FO_DEVICE static bool fits(uint64_t storages, bool stochastic, int states) {
+    uint64_t own =
+        number_of(kParamType, kParam) | number_of(kParamType, kGrad) | number_of(kMasterType, kMaster);
+    for (int k = 0; k < states; ++k) own |= number_of(k == 1 ? DType::uint8 : DType::int8, kFirstState + k);
+    return storages == own && (!kMayBeStochastic || stochastic == kStochastic);
+  }
+};
+
+// Every combination: elements, not vectors.
 template <class T>
 struct AnyLayout {
-  static constexpr int kVector = 1;  // elements
+  using Words = NoWords;
+  static constexpr bool kCodes = false;
+  static constexpr int kVector = 1;
   template <class U, Reuse>
   using Param = AnyParamColumns<U>;
   template <class U>
@@ -94,11 +130,26 @@ struct AnyLayout {
   using State = AnyColumn<U>;
 };
 
+// The same where rows may draw random words.
+template <class T>
+struct AnyDrawnLayout {
+  using Words = AnyWords;
+  static constexpr bool kCodes = false;  // but for those that a row's dtypes say
+  static constexpr int kVector = 1;
+  template <class U, Reuse>
+  using Param = DrawnParamColumns<U>;
+  template <class U>
+  using Grad = AnyColumn<U>;
+  template <class U, Reuse>
+  using State = DrawnState<U>;
+};
+
 template <class... L>
 struct LayoutList {};
 
-// The table of combinations that have code of their own: param, grad, master weight, states. Rules whose
-// states differ among themselves, and everything else that the plan admits, take the last entry.
+// The table of combinations that have code of their own, computed in float: param, grad, master weight,
+// states. Rules whose states differ among themselves, and everything else that the plan admits, take the last
+// entry.
 constexpr DType kNone = DType::none, kF32 = DType::float32, kF64 = DType::float64, kBf16 = DType::bfloat16,
                 kF16 = DType::float16, kSplit = DType::remainder;
 using FloatLayouts = LayoutList<Layout<kF32, kF32, kNone, kF32>,     // 4 + 4 bytes an element, 4 a state
@@ -111,7 +162,6 @@ using FloatLayouts = LayoutList<Layout<kF32, kF32, kNone, kF32>,     // 4 + 4 by
                                 Layout<kF16, kF16, kF32, kF32>,   //
                                 Layout<kBf16, kBf16, kSplit, kF32>,  // master_weights="split"
                                 AnyLayout<float>>;
-using DoubleLayouts = LayoutList<Layout<kF64, kF64, kNone, kF64>, AnyLayout<double>>;
 // For a rule without states, where some of those are the same.
 using StatelessLayouts = LayoutList<Layout<kF32, kF32, kNone, kF32>,     //
                                     Layout<kBf16, kBf16, kNone, kBf16>,  //
@@ -121,9 +171,15 @@ using StatelessLayouts = LayoutList<Layout<kF32, kF32, kNone, kF32>,     //
                                     Layout<kBf16, kBf16, kSplit, kF32>,  //
                                     AnyLayout<float>>;
 
-template <class T, int kStates>
-using Layouts = typename std::conditional<
-    sizeof(T) == 8, DoubleLayouts,
-    typename std::conditional<kStates == 0, StatelessLayouts, FloatLayouts>::type>::type;
+// Those of rows that draw random words. A sum has one order, so that none are where a direction is measured.
+template <class T, bool kUpdates, int kStates>
+using DrawnLayouts =
+    typename std::conditional<sizeof(T) == 4 && kUpdates && (kStates == 1 || kStates == 2),
+                              LayoutList<CodesLayout<kF32, kNone>, CodesLayout<kBf16, kNone>,
+                                         CodesLayout<kBf16, kNone, true>, CodesLayout<kBf16, DType::int8>>,
+                              LayoutList<>>::type;
+
+template <int kStates>
+using Layouts = typename std::conditional<kStates == 0, StatelessLayouts, FloatLayouts>::type;
 
 }  // namespace fused_optim

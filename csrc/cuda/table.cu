@@ -92,12 +92,12 @@ std::unique_ptr<Table> TableWriter::make_table() const {
 void TableWriter::write(const std::vector<Row>& rows, const std::vector<GroupHyper>& groups,
                         const std::vector<HyperTensors>& tensors) {
   constexpr size_t kUsed =
-      offsetof(Row, has_trust_ratio) + sizeof(bool);  // without the padding behind: it may be anything
+      offsetof(Row, stochastic) + sizeof(bool);  // without the padding behind: it may be anything
   for (size_t r = 0; r < layout_.row_count; ++r) {
     unsigned char* at = bytes(layout_.rows + r * sizeof(Row));
     std::memcpy(at, &rows[r], kUsed);
     // An inactive row's addresses may be stale: the device never sees them.
-    if (!rows[r].active) std::memset(at, 0, sizeof rows[r].address);
+    if (!rows[r].active) std::memset(at, 0, offsetof(Row, first));
   }
   for (size_t g = 0; g < layout_.group_count; ++g) {
     const CudaGroup group{groups[g], tensors[g]};

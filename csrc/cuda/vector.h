@@ -11,6 +11,7 @@
 
 #include <type_traits>
 
+#include "codec.h"
 #include "cuda/quick_float.h"
 #include "cuda/tuning.h"
 #include "prepare.h"
@@ -25,6 +26,10 @@ enum class Reuse { none, soon };
 
 template <int kBytes>
 struct BitsOf;
+template <>
+struct BitsOf<1> {
+  using type = unsigned char;
+};
 template <>
 struct BitsOf<2> {
   using type = unsigned short;
@@ -64,30 +69,34 @@ FO_DEVICE void store_global(void* address, const Value& value) {
   }
 }
 
-// N elements as they lie in memory. Two 16-bit elements share a word, from which the compiler would otherwise
-// take them as soon as it is loaded.
+// N elements as they lie in memory. Two elements of 16 bits and four of 8 share a word, from which the
+// compiler would otherwise take them as soon as it is loaded.
 template <class S, int N>
 struct Vector {
-  static constexpr bool kPairs = sizeof(S) == 2 && N > 1;
-  using Word = typename std::conditional<kPairs, uint32_t, typename BitsOf<sizeof(S)>::type>::type;
-  Word word[kPairs ? N / 2 : N];
+  static constexpr int kInWord = sizeof(S) < 4 && N > 1 ? 4 / sizeof(S) : 1;
+  static constexpr bool kPairs = kInWord == 2;
+  static constexpr int kBits = 8 * sizeof(S);
+  using Bits = typename BitsOf<sizeof(S)>::type;
+  using Word = typename std::conditional<(kInWord > 1), uint32_t, Bits>::type;
+  Word word[N / kInWord];
 
   FO_DEVICE S at(int k) const {
     S element;
-    if constexpr (kPairs) {
-      const auto half = static_cast<uint16_t>(k % 2 == 0 ? word[k / 2] : word[k / 2] >> 16);
-      __builtin_memcpy(&element, &half, sizeof element);
+    if constexpr (kInWord > 1) {
+      const auto bits = static_cast<Bits>(word[k / kInWord] >> k % kInWord * kBits);
+      __builtin_memcpy(&element, &bits, sizeof element);
     } else {
       __builtin_memcpy(&element, &word[k], sizeof element);
     }
     return element;
   }
-  // In order: element 2k before 2k + 1.
+  // In order: the first of a word before the others.
   FO_DEVICE void put(int k, S element) {
-    if constexpr (kPairs) {
-      uint16_t half;
-      __builtin_memcpy(&half, &element, sizeof half);
-      word[k / 2] = k % 2 == 0 ? half : word[k / 2] | static_cast<uint32_t>(half) << 16;
+    if constexpr (kInWord > 1) {
+      Bits bits;
+      __builtin_memcpy(&bits, &element, sizeof bits);
+      const int shift = k % kInWord * kBits;
+      word[k / kInWord] = shift == 0 ? bits : word[k / kInWord] | static_cast<uint32_t>(bits) << shift;
     } else {
       __builtin_memcpy(&word[k], &element, sizeof element);
     }
@@ -181,10 +190,11 @@ FO_DEVICE void narrow(const double (&values)[N], Vector<S, N>& out) {
   }
 }
 
-// A parameter and its master weight, or the lower half of it: load_master, load_split, store_ties_away and
+// A parameter and its master weight, or what it lacks of it: load_master, load_split, store_ties_away and
 // store_split. For a QuickFloat a master that is NaN need not be told from one that rounds to another
 // parameter, nor a split that makes a NaN be mended: a NaN is what comes of either.
 FO_DEVICE float load_whole(bfloat16 param, int16_t lower) { return load_split(param, lower); }
+FO_DEVICE float load_whole(bfloat16 param, int8_t remainder) { return load_split8(param, remainder); }
 template <class S>
 FO_DEVICE float load_whole(S param, float master) {
   return load_master(param, master);
@@ -265,6 +275,16 @@ FO_DEVICE void transform(const GradTransform<T>& grad, T (&values)[N], const T (
 #pragma unroll
     for (int e = 0; e < N; ++e) values[e] = values[e] + grad.weight_decay * param[e];
   }
+}
+
+template <class T, int N>
+FO_DEVICE bool any_nan(const T (&values)[N]) {
+  bool nan = false;
+  if constexpr (N > 1) {
+#pragma unroll
+    for (int e = 0; e < N; e += 2) nan = nan | ((values[e] != values[e]) | (values[e + 1] != values[e + 1]));
+  }
+  return nan;
 }
 
 template <class T>

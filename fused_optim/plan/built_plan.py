@@ -84,7 +84,7 @@ class BuiltPlan:
         """Whether a parameter that the native plan does not take still is what the plan was built for."""
         group, param = {**defaults, **param_groups[row.group]}, row.param
         return (param.dtype, param.device, layout_of(param)) == (row.dtype, row.device, row.layout) and (
-            row.refused == why_not_native(param, group, row.backend, row.matrices, draws=row.draws)
+            row.refused == why_not_native(param, group, row.backend, row.matrices)
         )
 
     def new_step(self, scale: LossScale, clip: ClipOptions, *, waits: bool) -> Step:

@@ -17,8 +17,6 @@ NATIVE_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # Backends that work on tensors of a device without waiting for it: they read and write numbers where they are.
 DEVICE_BACKENDS = ("cuda", "triton")
 NATIVE_BACKENDS = ("cpu", *DEVICE_BACKENDS)
-# Those that step rows with states of 8 bits, and round by random words.
-DRAWING_BACKENDS = ("cpu", "triton")
 
 
 class Plan(Protocol):
@@ -44,13 +42,10 @@ class Plan(Protocol):
     def norms(self) -> list[tuple[int, float, float, float]]: ...
 
 
-def why_not_native(
-    param: Tensor, group: dict[str, Any], backend: str, matrices: Matrices | None, *, draws: bool = False
-) -> str | None:
+def why_not_native(param: Tensor, group: dict[str, Any], backend: str, matrices: Matrices | None) -> str | None:
     """Why a parameter of this group cannot go through a native backend; None if it can.
 
-    ``matrices``: those that it is, if its direction is made orthogonal. ``draws``: its step rounds by random words, or
-    has states of 8 bits.
+    ``matrices``: those that it is, if its direction is made orthogonal.
     """
     if backend not in NATIVE_BACKENDS:
         return f"its backend is {backend}"
@@ -69,8 +64,6 @@ def why_not_native(
         return f"its strides {tuple(local(param).stride())} leave gaps in memory or overlap"
     if matrices is not None and not lies_as_matrices(param, matrices):
         return f"its strides {tuple(local(param).stride())} part the numbers of a matrix that is made orthogonal"
-    if draws and backend not in DRAWING_BACKENDS:
-        return f"the {backend} backend has no states of 8 bits yet, and does not round by random words"
     return None
 
 

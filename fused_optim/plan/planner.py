@@ -146,7 +146,7 @@ def row_of(place: Place, rule: Rule, options: Options, index: int) -> tuple[Row,
     matrices = rule.matrices(place)
     master = masters.key_for(param, options.master_weights, place.name)
     draws = formats.draws(param, rule.state_names(place.group), options)
-    refused = why_not_native(param, place.group, backend, matrices, draws=draws)
+    refused = why_not_native(param, place.group, backend, matrices)
     row = Row(
         group=place.group_index,
         param_ref=weakref.ref(param),

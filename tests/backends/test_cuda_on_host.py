@@ -801,3 +801,138 @@ def test_a_gpu_without_code_says_so(shim: OnHost) -> None:
     finally:
         shim.set_device()
     assert shim.module.why_no_cuda(0) == ""
+
+
+# Random words, states of a byte -----------------------------------------------------------------------------------
+
+WHOLE = ((64, 96), (43, 96), (129, 32))  # tiles of vectors, and a last one that is not full
+LAYOUTS: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
+    "float32": (torch.float32, {"state_dtype": "8bit"}),
+    "bfloat16": (torch.bfloat16, {"state_dtype": "8bit"}),
+    "bfloat16, stochastic": (torch.bfloat16, {"state_dtype": "8bit", "rounding": "stochastic"}),
+    "bfloat16, split8": (torch.bfloat16, {"state_dtype": "8bit", "master_weights": "split8"}),
+}
+each_layout = pytest.mark.parametrize("layout", LAYOUTS)
+
+
+def drawing_pair(rule: str, layout: str, shapes: Any = WHOLE, **options: Any) -> tuple[Any, Any]:
+    dtype, own = LAYOUTS[layout]
+    return pair_of(rule, shapes, dtype, **own, **options)
+
+
+@each_layout
+@pytest.mark.parametrize("rule", ["AdamW default", "SGD nesterov", "Lion decay"])
+def test_whole_tiles_of_codes_are_vectors(rule: str, layout: str, on_host: OnHost, all_native: None) -> None:
+    """With the bits of the cpu backend. A vector of a code's column asks for its scale once, an element does each."""
+    ours, twin = drawing_pair(rule, layout)
+    train_both(ours, twin)
+    assert_same_results(ours, twin)
+    states = 2 if rule == "AdamW default" else 1
+    dtype, options = LAYOUTS[layout]
+    numbers = states + 2 * dtype.itemsize + ("master_weights" in options)
+    vector = 16 // dtype.itemsize
+    counts = [rows * columns for rows, columns in WHOLE]
+    whole = sum(count // TILE * TILE for count in counts)
+    rest = sum(counts) - whole
+    on_host.launches()
+    set_grads(params_of(ours), 9)
+    ours.step()
+    loaded = on_host.launches()[-1][2]
+    assert loaded == numbers * (whole + rest) + states * (whole // vector + rest)
+
+
+@each_layout
+def test_a_vector_of_codes_that_is_out_of_the_ordinary(layout: str, on_host: OnHost, all_native: None) -> None:
+    """Codes of what is not finite, exponents that no encoding makes, remainders that count for nothing, zeros, numbers
+    beyond the codes' range: in the middle of whole tiles."""
+    ours, twin = drawing_pair("AdamW default", layout, ((128, 96), (128, 96), (128, 96), (128, 96)))
+    for optimizer in (ours, twin):
+        step_exactly(optimizer)
+        kinds = zip(params_of(optimizer), ("codes", "exponents", "parameters", "gradients"), strict=True)
+        for param, kind in kinds:
+            state, place = optimizer.state[param], 2 * TILE + 133
+            if kind == "codes":
+                state["exp_avg"].view(-1)[place] = -128
+                state["exp_avg_sq"].view(-1)[place + 2 * TILE] = 255
+                state["exp_avg"].view(-1)[place + 4 * TILE :] = 0
+                state["exp_avg_sq"].view(-1)[place + 4 * TILE :] = 0
+            elif kind == "exponents":
+                state["exp_avg_scale"].view(-1)[place // 32] = 3
+                state["exp_avg_sq_scale"].view(-1)[place // 32 + 40] = 70
+                state["exp_avg_scale"].view(-1)[place // 32 + 80] = 255
+            elif kind == "parameters":
+                for step, number in enumerate((0.0, -0.0, float("inf"), -float("inf"), float("nan"))):
+                    param.data.view(-1)[place + step * TILE :: 7 * TILE] = number
+                if "param_remainder" in state:
+                    state["param_remainder"].fill_(-77)
+            param.grad = eighths(tuple(param.shape), param.dtype, 3)
+            if kind == "gradients":
+                for step, number in enumerate((0.0, 1e-30, 3e38, float("inf"), float("nan"))):
+                    param.grad.view(-1)[place + step * TILE :: 9 * TILE] = number
+                param.grad.view(-1)[: TILE // 2] = 0.0
+        optimizer.step()
+    assert_same_results(ours, twin)
+    train_both(ours, twin, 1)
+    assert_same_results(ours, twin)
+
+
+@pytest.mark.parametrize(("order", "seed"), ORDERS)
+def test_the_order_of_threads_does_not_show_in_codes(order: str, seed: int, on_host: OnHost, all_native: None) -> None:
+    on_host.schedule(order, seed)
+    ours, twin = drawing_pair("AdamW default", "bfloat16, split8")
+    train_both(ours, twin)
+    assert_same_results(ours, twin)
+
+
+@pytest.mark.parametrize("first", [2**32 - TILE - 512, 2**33 - 64, 5 * 2**32 + 96])
+@each_layout
+def test_places_beyond_4_gibi_elements(
+    layout: str, first: int, on_host: OnHost, all_native: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A shard of a huge tensor, some tile of which passes a multiple of 2^32."""
+    monkeypatch.setattr("fused_optim.state.formats.first_place", lambda param: first)
+    ours, twin = drawing_pair("AdamW default", layout)
+    train_both(ours, twin, 2)
+    assert_same_results(ours, twin)
+
+
+@pytest.mark.parametrize("rule", ["AdamW default", "Lion decay"])
+def test_replays_count_the_steps_of_their_words(rule: str, on_host: OnHost, all_native: None) -> None:
+    ours, twin = drawing_pair(rule, "bfloat16, split8")
+    ours.param_groups[0]["capturable"] = True
+    train_both(ours, twin, 1)
+    for optimizer in (ours, twin):
+        set_grads(params_of(optimizer), 1)
+    kept = [param.grad for param in params_of(ours)]
+    on_host.begin_capture()
+    ours.step()
+    graph = on_host.end_capture()
+    for _ in range(3):
+        on_host.replay(graph)
+        twin.step()
+    assert kept
+    assert_same_results(ours, twin)
+
+
+def test_rows_that_draw_share_the_launch_of_the_others(on_host: OnHost, all_native: None) -> None:
+    """Of small rows the states are numbers, and draw nothing."""
+    ours, twin = drawing_pair("AdamW default", "float32", (*WHOLE, (31, 32), (5000,)))
+    train_both(ours, twin)
+    assert_same_results(ours, twin)
+    on_host.launches()
+    ours.step()
+    assert len(on_host.launches()) == 2  # prepare and apply
+
+
+def test_a_sum_does_not_depend_on_whether_other_rows_draw(on_host: OnHost) -> None:
+    """LAMB: the rows that draw are measured apart."""
+    found = []
+    for shapes in (((5000,),), ((5000,), (64, 96))):
+        params = [Parameter(torch.randn(shape, generator=torch.Generator().manual_seed(1))) for shape in shapes]
+        optimizer = RULES["LAMB default"](params, backend="cuda", state_dtype="8bit", max_grad_norm=None)
+        set_grads(params, 3)
+        for param in params:
+            param.grad = torch.randn(param.shape, generator=torch.Generator().manual_seed(2))
+        optimizer.step()
+        found.append(params[0].detach())
+    assert_same_bits(*found)

@@ -41,7 +41,6 @@ from torch.nn import Parameter
 
 from fused_optim import LAMB, LARC, SGD, Adam, AdamW, ClipGradByGlobalNorm, ClipGradByNorm, ClipGradByValue, GradScaler
 from fused_optim.backends import extension
-from fused_optim.plan.plan import DRAWING_BACKENDS
 
 TILE, CHUNK, BY_WARP = 1024, 32 * 1024, 4 * 1024  # csrc/cuda/layout.h, kernels/columns.py, kernels/reduce.py
 
@@ -615,14 +614,11 @@ def test_rows_come_and_go(column: Column, all_native: None) -> None:
 
 # States of a byte, masters of 24 bits, random words ---------------------------------------------------------------
 
-each_drawing_column = pytest.mark.parametrize(
-    "column", columns(*(name for name, column in COLUMNS.items() if column.backend in DRAWING_BACKENDS)), indirect=True
-)
 SMALL: dict[str, Any] = {"state_dtype": "8bit", "master_weights": "split8", "seed": 5}
 GROUPED: Shapes = ((43, 96), (129, 32), (33,))  # codes, in tiles the last of which are not full; no codes
 
 
-@each_drawing_column
+@each_column
 @pytest.mark.parametrize(
     "options",
     [
@@ -654,7 +650,7 @@ def test_codes_beside_clips_loss_scales_and_skipped_steps(
     column.agree(*column.both_of(rule, GROUPED, torch.bfloat16, work, **SMALL, **options))
 
 
-@each_drawing_column
+@each_column
 @pytest.mark.parametrize("offset", [1, 2, 3])
 def test_unaligned_codes_scales_and_gradients(column: Column, offset: int, all_native: None) -> None:
     def work(optimizer: Any) -> None:
@@ -670,7 +666,7 @@ def test_unaligned_codes_scales_and_gradients(column: Column, offset: int, all_n
     column.agree(*column.both_of("AdamW all", GROUPED, torch.bfloat16, work, **SMALL))
 
 
-@each_drawing_column
+@each_column
 @pytest.mark.parametrize(
     "options", [{"state_dtype": "8bit"}, {"state_dtype": torch.float16, "rounding": "stochastic"}], ids=spelled
 )
@@ -688,7 +684,7 @@ def test_codes_of_what_is_not_finite_or_tiny(column: Column, options: Any, all_n
     column.agree(*column.both_of("AdamW default", GROUPED, torch.float32, work, **options))
 
 
-@each_drawing_column
+@each_column
 @pytest.mark.parametrize("rule", ["AdamW all", "Lion decay"])
 def test_rows_of_codes_come_and_go(column: Column, rule: str, all_native: None) -> None:
     def work(optimizer: Any) -> None:

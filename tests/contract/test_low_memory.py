@@ -238,9 +238,14 @@ def test_a_fall_of_the_gradients_is_followed() -> None:
 
 
 def each_rule_and_option() -> pytest.MarkDecorator:
-    """Crosses backends, rules and options. An interpreter runs rules of each kind, most of them in two settings."""
+    """Crosses backends, rules and options. On GPU backends it is rules of each kind, in an interpreter most of them in
+    two settings."""
+    of_each_kind = crossed((*OF_EACH_KIND, "Muon all"))
     parameters = [pytest.param("cpu", *row, id=f"cpu-{row[0]}-{spelled(row[1])}") for row in crossed(RULES)]
-    for plan, (rule, options) in itertools.product(("", ", python plan"), crossed((*OF_EACH_KIND, "Muon all"))):
+    for rule, options in of_each_kind:
+        marks = pytest.mark.requires("g++")
+        parameters.append(pytest.param("cuda", rule, options, id=f"cuda-{rule}-{spelled(options)}", marks=marks))
+    for plan, (rule, options) in itertools.product(("", ", python plan"), of_each_kind):
         in_full = rule == "AdamW all" and not plan
         daily = in_full or (options in SETTINGS_OF_EVERY_DAY and (not plan or rule in ("AdamW all", "Lion decay")))
         marks = (pytest.mark.interpreted, *(() if daily else (pytest.mark.slow,)))
@@ -264,7 +269,7 @@ def test_backends_and_witness_agree_to_the_bit(
     does, in all but the parameter."""
     chosen = RULES[rule]
     options = fitting(chosen.case, options, chosen.variant)
-    shapes, steps = (SHAPES, 3) if any_backend == "cpu" else (SHAPES[CODED - 1 :], 2)
+    shapes, steps = (SHAPES[CODED - 1 :], 2) if any_backend == "triton" else (SHAPES, 3)
     for dtype in (torch.bfloat16,) if "master_weights" in options else (torch.bfloat16, torch.float32):
         found = []
         for backend in (any_backend, "eager"):

@@ -122,7 +122,7 @@ cudaError_t launch(const cudaLaunchConfig_t& config, size_t parameter_bytes, std
 void barrier(const char* file, int line);
 
 // Waits for the lanes of `mask` and returns what this lane gets of the values that all of them brought.
-enum class Exchange { ballot, shuffle_down };
+enum class Exchange { ballot, shuffle_down, shuffle_xor };
 uint64_t exchange(Exchange kind, unsigned mask, uint64_t value, unsigned distance, const char* file,
                   int line);
 
@@ -130,10 +130,10 @@ void count_loaded(size_t bytes);
 void count_stored(size_t bytes);
 
 template <class Value>
-Value shuffle_down(unsigned mask, Value value, unsigned distance, const char* file, int line) {
+Value shuffle(Exchange kind, unsigned mask, Value value, unsigned distance, const char* file, int line) {
   uint64_t bits = 0;
   std::memcpy(&bits, &value, sizeof value);
-  bits = exchange(Exchange::shuffle_down, mask, bits, distance, file, line);
+  bits = exchange(kind, mask, bits, distance, file, line);
   std::memcpy(&value, &bits, sizeof value);
   return value;
 }
@@ -150,8 +150,12 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   static_cast<unsigned>(cuda_on_host::exchange(cuda_on_host::Exchange::ballot, mask, (predicate) ? 1 : 0, 0, \
                                                __FILE__, __LINE__))
 #define __any_sync(mask, predicate) (__ballot_sync(mask, predicate) != 0)
-#define __shfl_down_sync(mask, value, distance) \
-  cuda_on_host::shuffle_down(mask, value, static_cast<unsigned>(distance), __FILE__, __LINE__)
+#define __shfl_down_sync(mask, value, distance)                                                             \
+  cuda_on_host::shuffle(cuda_on_host::Exchange::shuffle_down, mask, value, static_cast<unsigned>(distance), \
+                        __FILE__, __LINE__)
+#define __shfl_xor_sync(mask, value, distance)                                                             \
+  cuda_on_host::shuffle(cuda_on_host::Exchange::shuffle_xor, mask, value, static_cast<unsigned>(distance), \
+                        __FILE__, __LINE__)
 
 inline int __popc(unsigned value) { return __builtin_popcount(value); }
 

@@ -351,7 +351,7 @@ uint64_t exchange(Exchange kind, unsigned mask, uint64_t value, unsigned distanc
     }
     for (unsigned i = 0; i < kWarp; ++i) {
       if ((mask >> i & 1u) == 0) continue;
-      const unsigned from = i + warp.distance[i];
+      const unsigned from = kind == Exchange::shuffle_xor ? i ^ warp.distance[i] : i + warp.distance[i];
       Fiber& other = m.fibers[self - lane + i];
       const bool there = from < kWarp && (mask >> from & 1u) != 0;
       other.result = kind == Exchange::ballot ? ballot

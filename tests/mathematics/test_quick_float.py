@@ -1,4 +1,4 @@
-"""The arithmetic without branches of the CUDA kernels ends at IEEE's results, or at a NaN."""
+"""The arithmetic without branches of the CUDA kernels ends at IEEE's results, or at a NaN; its codes are codec.h's."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from pathlib import Path
 import pytest
 from support.sources import ROOT
 
-HEADER = ROOT / "csrc" / "cuda" / "quick_float.h"
+CSRC = ROOT / "csrc"
 
 
-def compile_test(tmp_path: Path, include: Path) -> Path:
-    program = tmp_path / "quick_float_test"
+def compile_test(tmp_path: Path, include: Path, name: str) -> Path:
+    program = tmp_path / f"{name}_test"
     options = ["-std=c++17", "-O2", "-ffp-contract=off", "-fno-math-errno", "-Wall", "-Wextra", "-Werror"]
     if platform.machine() == "x86_64" and " fma " in Path("/proc/cpuinfo").read_text():
         options.append("-mfma")  # a function of the C library otherwise, which takes ten times as long
-    source = ROOT / "tests" / "csrc" / "quick_float_test.cpp"
+    source = ROOT / "tests" / "csrc" / f"{name}_test.cpp"
     subprocess.run(["c++", *options, f"-I{include}", str(source), "-o", str(program)], check=True)
     return program
 
@@ -25,7 +25,7 @@ def compile_test(tmp_path: Path, include: Path) -> Path:
 @pytest.mark.requires("c++")
 def test_root_and_quotient_are_those_of_ieee(tmp_path: Path) -> None:
     """Every mantissa, whatever the processor's first approximation is."""
-    program = compile_test(tmp_path, ROOT / "csrc")
+    program = compile_test(tmp_path, CSRC, "quick_float")
     result = subprocess.run([program], capture_output=True, text=True)
     assert result.returncode == 0, result.stdout
     assert int(result.stdout.split()[-4]) > 10**9, result.stdout
@@ -58,15 +58,68 @@ def test_root_and_quotient_are_those_of_ieee(tmp_path: Path) -> None:
     ],
 )
 def test_wrong_arithmetic_is_found(tmp_path: Path, right: str, wrong: str) -> None:
-    text = HEADER.read_text()
+    source = with_a_fault(tmp_path, "quick_float", right, wrong)
+    program = compile_test(tmp_path, source, "quick_float")
+    # A sixtieth of the cases finds most of it, in a fraction of the time.
+    assert any(subprocess.run([program, *few], capture_output=True).returncode != 0 for few in (["some"], []))
+
+
+def with_a_fault(tmp_path: Path, name: str, right: str, wrong: str) -> Path:
+    """The sources that a test includes, with a wrong text in one header."""
+    text = (CSRC / "cuda" / f"{name}.h").read_text()
     assert right in text
     source = tmp_path / "csrc"
     (source / "cuda").mkdir(parents=True)
-    for name in ("rules", "row.h", "storage.h"):
-        (source / name).symlink_to(ROOT / "csrc" / name)
-    (source / "cuda" / "quick_float.h").write_text(text.replace(right, wrong))
-    program = compile_test(tmp_path, source)
-    # A sixtieth of the cases finds most of it, in a fraction of the time.
+    for file in ("rules", "row.h", "storage.h", "codec.h", "cuda/quick_float.h"):
+        (source / file).symlink_to(CSRC / file)
+    (source / "cuda" / f"{name}.h").unlink(missing_ok=True)
+    (source / "cuda" / f"{name}.h").write_text(text.replace(right, wrong))
+    return source
+
+
+@pytest.mark.requires("c++")
+def test_codes_without_branches_are_those_of_the_codec(tmp_path: Path) -> None:
+    """Every mantissa, every code beside every exponent, every parameter beside every remainder."""
+    program = compile_test(tmp_path, CSRC, "quick_codec")
+    result = subprocess.run([program], capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout
+    assert int(result.stdout.split()[-4]) > 10**8, result.stdout
+
+
+@pytest.mark.requires("c++")
+@pytest.mark.parametrize(
+    ("right", "wrong"),
+    [
+        ("0x1p-100f", "0x1p-30f"),
+        ("& 0xff00u) | 0x80u", "& 0xff00u) | 0x00u"),
+        ("magnitude_bits < least ? magnitude_bits : least", "magnitude_bits < 1 ? least : least"),
+        ("sums[k] = sum > floor ? sum : floor", "sums[k] = sum > 0 * floor ? sum : floor"),
+        ("(2u - 0x96000000u)", "(0u - 0x96000000u)"),
+        ("(signs & 0x01010101u)", "0u"),
+        ("static_cast<uint32_t>(Quick::Code::kMost) << 23", "0x7f800000u"),
+        ("exponent == 0 || exponent >= Quick::Code::kLeast", "true"),
+        ("zero_bytes(~codes)", "0 * zero_bytes(~codes)"),
+        ("^ (magnitudes + 0x00800080u)", ""),
+        (" + 0x8000u;\n  params", ";\n  params"),
+        ("gather(sums, 1) ^ 0x80808080u", "gather(sums, 1)"),
+    ],
+    ids=[
+        "a small share's neighbours",
+        "a mean's lowest random bit",
+        "the least code of a zero",
+        "no least code",
+        "a root's lowest random bit",
+        "one less in a negative byte",
+        "the largest exponents",
+        "the smallest exponents",
+        "infinities",
+        "remainders beside infinities",
+        "masters rounded down",
+        "the turned bit of a remainder",
+    ],
+)
+def test_wrong_codes_are_found(tmp_path: Path, right: str, wrong: str) -> None:
+    program = compile_test(tmp_path, with_a_fault(tmp_path, "quick_codec", right, wrong), "quick_codec")
     assert any(subprocess.run([program, *few], capture_output=True).returncode != 0 for few in (["some"], []))
 
 
