@@ -92,6 +92,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         modules = {module for mark in item.iter_markers("requires") for module in mark.kwargs.get("modules", ())}
         if missing := sorted(module for module in modules if importlib.util.find_spec(module) is None):
             item.add_marker(pytest.mark.skip(reason=f"needs {', '.join(missing)} installed"))
+        for mark in item.iter_markers("requires"):
+            if torch.torch_version.TorchVersion(torch.__version__) < mark.kwargs.get("torch", "0"):
+                item.add_marker(pytest.mark.skip(reason=f"needs torch {mark.kwargs['torch']} or newer"))
     choose_for_check(items)
     # A group is one worker's: begun last, it would keep that one at work when the others have nothing left to do.
     items.sort(key=lambda item: item.get_closest_marker("xdist_group") is None)

@@ -90,7 +90,7 @@ class OldTensor(torch.Tensor):
     __dlpack_c_exchange_api__ = None
 
 
-@pytest.mark.parametrize("has_api", [True, False])
+@pytest.mark.parametrize("has_api", [pytest.param(True, marks=pytest.mark.requires(torch="2.9")), False])
 def test_show_config_says_which_reader_serves_and_why(monkeypatch: pytest.MonkeyPatch, has_api: bool) -> None:
     if not has_api:
         monkeypatch.setattr(torch, "Tensor", OldTensor)

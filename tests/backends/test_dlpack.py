@@ -39,6 +39,7 @@ def test_another_order_of_fields_is_found(tmp_path: Path) -> None:
     assert "static assertion failed" in result.stderr
 
 
+@pytest.mark.requires(torch="2.10")
 def test_torchs_capsule_has_the_name_and_version_that_are_read() -> None:
     capsule = torch.Tensor.__dlpack_c_exchange_api__
     ctypes.pythonapi.PyCapsule_GetPointer.restype = ctypes.c_void_p

@@ -305,6 +305,7 @@ def test_a_plan_that_does_not_know_where_the_negation_is(monkeypatch: pytest.Mon
     assert_same_snapshots(snapshot(one), snapshot(other))
 
 
+@pytest.mark.requires(torch="2.9")
 def test_torchs_shim_says_of_every_tensor_what_python_does() -> None:
     shim = shims.tensor_shim()
     assert shim is not None
@@ -349,6 +350,7 @@ def test_a_torch_whose_shim_cannot_be_used(lacks: str, monkeypatch: pytest.Monke
     assert_same_snapshots(snapshot(one), snapshot(other))
 
 
+@pytest.mark.requires(torch="2.9")
 def test_the_shim_is_asked_nothing_at_which_it_throws(monkeypatch: pytest.MonkeyPatch) -> None:
     """Some versions of torch print the exception: not of a sparse gradient."""
     shim = shims.tensor_shim()

@@ -158,6 +158,7 @@ def test_zeros_stay_zeros() -> None:
 # Beside torch ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.requires(torch="2.9")
 def test_signature_is_torchs_and_then_ours() -> None:
     ours, theirs = (list(inspect.signature(kind).parameters.values()) for kind in (Muon, torch.optim.Muon))
     assert [(p.name, p.default) for p in ours[: len(theirs)]] == [(p.name, p.default) for p in theirs]
@@ -165,6 +166,7 @@ def test_signature_is_torchs_and_then_ours() -> None:
 
 
 @each_implementation
+@pytest.mark.requires(torch="2.9")
 @pytest.mark.parametrize("options", [{}, {"nesterov": False, "adjust_lr_fn": "match_rms_adamw", "weight_decay": 0.5}])
 def test_torchs_class_and_its_checkpoints(options: dict[str, Any], backend: str) -> None:
     """As near as products in bfloat16 are; and each goes on with what the other has saved."""

@@ -181,6 +181,7 @@ def test_state_dtype_that_is_none_is_refused(case: Case, state_dtype: Any) -> No
 @pytest.mark.usefixtures("all_native")
 @each_backend
 @each_adam
+@pytest.mark.requires(torch="2.10")
 @pytest.mark.parametrize(
     ("dtype", "grad_dtype"),
     [
