@@ -209,4 +209,4 @@ def fallbacks() -> Iterator[list[str]]:
 def all_native(fallbacks: list[str]) -> Iterator[None]:
     """Fails a test in which the witness served a parameter of a fused backend: it would judge itself."""
     yield
-    assert fallbacks == []
+    assert [line for line in fallbacks if "has no effect" not in line] == []
