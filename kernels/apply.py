@@ -104,9 +104,9 @@ def update_tile(
     ALIGNED_GRAD: tl.constexpr,
 ):
     loaded = load_elements(tile, these, DTYPES, WHOLE, ALIGNED_GRAD)
-    words = draw_words(tile, key, these.i, DRAWS)
     grad, param, states = widen_elements(loaded, DTYPES, COMPUTE)
     param, states = UPDATE(param, transform(grad, param, by), states, s)
+    words = draw_words(tile, key, these.i, DRAWS)
     store_param(param_columns(tile, DTYPES, WHOLE), these.i, tile.left, param, words, DTYPES, WHOLE)
     store_states(tile, these, narrow_states(states, words, DTYPES), DTYPES, WHOLE)
 
@@ -161,9 +161,9 @@ def accumulate_tile(
     """The first pass of a rule with a direction: the states, and the sums of direction and param, or the direction that
     is kept."""
     loaded = load_elements(tile, these, READ, WHOLE, ALIGNED_GRAD)
-    words = draw_words(tile, key, these.i, DRAWS)
     grad, param, states = widen_elements(loaded, READ, COMPUTE)
-    stored = narrow_states(ACCUMULATE(transform(grad, param, by), states, s), words, DTYPES)
+    states = ACCUMULATE(transform(grad, param, by), states, s)
+    stored = narrow_states(states, draw_words(tile, key, these.i, DRAWS), DTYPES)
     store_states(tile, these, stored, DTYPES, WHOLE)
     if len(READ) != len(DTYPES):
         return tl.full([], 0.0, tl.float64), tl.full([], 0.0, tl.float64)
@@ -239,9 +239,9 @@ def move_tile(
     columns = param_columns(tile, DTYPES, WHOLE)
     param, master = load_param(columns, these.i, tile.left, DTYPES, WHOLE)
     states = load_states(tile, these, DTYPES, WHOLE)
-    words = draw_words(tile, key, these.i, DRAWS)
     param, states = widen_param(param, master, DTYPES, COMPUTE), widen_states(states, DTYPES, COMPUTE)
     param = param - s[STEP_SIZE] * DIRECTION(param, states, s)
+    words = draw_words(tile, key, these.i, DRAWS)
     store_param(columns, these.i, tile.left, param, words, DTYPES, WHOLE)
 
 

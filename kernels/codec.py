@@ -39,13 +39,14 @@ def random_key(seed, step, place):
 
 
 @triton.jit
-def random_words(key, first, i):
-    """The words of the elements `first + i` of a whole tensor: of those whose places have the same upper half, the key
-    is the same."""
+def random_words(key, first, i, COUNT: tl.constexpr):
+    """The words of the elements `first + i` of a whole tensor; i: less than COUNT."""
     upper, begin = (first >> 32).to(tl.uint32), first.to(tl.uint32)
     lower = begin + i.to(tl.uint32)
-    of_upper = tl.where(lower < begin, key ^ mix(upper + 1), key ^ mix(upper))
-    return mix(lower * 0x9E3779B9 + of_upper)
+    numbers = lower * 0x9E3779B9 + (key ^ mix(upper))
+    if begin > 0xFFFFFFFF - COUNT:  # then the upper half of some places is one more
+        numbers = tl.where(lower < begin, lower * 0x9E3779B9 + (key ^ mix(upper + 1)), numbers)
+    return mix(numbers)
 
 
 @triton.jit

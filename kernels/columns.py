@@ -141,7 +141,7 @@ def store_tile(at, i, left, value, WHOLE: tl.constexpr):
 def draw_words(tile, key, i, DRAWS: tl.constexpr):
     """A random word for each element of a tile, where some column is rounded by them."""
     if DRAWS:
-        return random_words(key, tile.columns.first + tile.begin, i)
+        return random_words(key, tile.columns.first + tile.begin, i, TILE)
     else:
         return 0
 

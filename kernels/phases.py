@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
+import triton.language as tl
 
 from ..plan.step import DeviceStep, Step
 from .apply import accumulate_kernel, apply_kernel, move_kernel
@@ -33,6 +34,7 @@ ADDING_THREADS = 512
 # states are codes.
 REGISTERS = 80
 MORE_REGISTERS = 96
+DOUBLE_REGISTERS = 128  # beside states of codes, float64 numbers
 PREPARE_REGISTERS = 168  # few programs, of double numbers
 COPIED = 1024  # numbers that a program copies
 
@@ -59,7 +61,9 @@ def options(threads: int, registers: int) -> dict[str, Any]:
 
 def registers_of(bucket: Bucket) -> int:
     """Of a thread that updates elements, at most."""
-    return MORE_REGISTERS if bucket.has_codes else REGISTERS
+    if not bucket.has_codes:
+        return REGISTERS
+    return DOUBLE_REGISTERS if bucket.compute == tl.float64 else MORE_REGISTERS
 
 
 class LaunchedStep(NamedTuple):

@@ -77,7 +77,9 @@ def facts(kernel: Any) -> dict[str, Any]:
     if kernel.metadata.name == "reduce_kernel":  # elements are read in a loop
         way = max((loop.way for loop in loops_of(found)), key=lambda way: sum(one.moves("LDG") for one in way))
     rounds = rounds_of(way)
-    of_columns = [sum(width for width in widths if width >= 16) for widths in rounds]
+    # Of columns are accesses of 16 bytes, and those of 8 among them: a thread's elements of a column of bytes.
+    of_columns = [sum(width for width in widths if width >= 8) if max(widths) >= 16 else 0 for widths in rounds]
+    written = [one.moves("STG") for one in way if not one.guarded]  # one thread alone stores a sum
     # Registers are given out 8 a thread at a time.
     programs = min(REGISTERS // (-(-found.registers // 8) * 8 * threads), THREADS // threads, PROGRAMS)
     return {
@@ -90,13 +92,13 @@ def facts(kernel: Any) -> dict[str, Any]:
         "column_rounds": sum(count > 0 for count in of_columns),
         "bytes_together": max(of_columns, default=0),
         "bytes_read": sum(of_columns),
-        "bytes_written": sum(width for one in way if (width := one.moves("STG")) >= 16),
+        "bytes_written": sum(width for width in written if width >= 8),
     }
 
 
 # The kernels ----------------------------------------------------------------------------------------------------
 
-SHAPES = (5, 1025, 33 * 1024 + 5)
+SHAPES = ((5,), (1025,), (33 * 1024 + 5,), (129, 64))  # the last one's states may be codes
 
 
 def layouts() -> dict[str, tuple[str, Callable[..., Any], str, int, int]]:
@@ -105,6 +107,12 @@ def layouts() -> dict[str, tuple[str, Callable[..., Any], str, int, int]]:
 
     def momentum(params: Any) -> Any:
         return SGD(params, 0.1, momentum=0.9, backend="triton")
+
+    def small_momentum(params: Any) -> Any:
+        return SGD(params, 0.1, momentum=0.9, backend="triton", **small)
+
+    def small_lamb(params: Any) -> Any:
+        return LAMB(params, max_grad_norm=None, backend="triton", **small)
 
     def adamw(**options: Any) -> Callable[..., Any]:
         return lambda params: AdamW(params, backend="triton", **options)
@@ -116,6 +124,8 @@ def layouts() -> dict[str, tuple[str, Callable[..., Any], str, int, int]]:
         return LARS(params, 0.1, momentum=0.9, weight_decay=0.1, backend="triton")
 
     clipped, wide = adamw(grad_clip=ClipGradByGlobalNorm(1.0)), "float32"
+    codes: dict[str, Any] = {"state_dtype": "8bit"}
+    small: dict[str, Any] = {"state_dtype": "8bit", "master_weights": "split8"}
     return {
         "AdamW float32": ("apply", adamw(), "float32", 16, 12),
         "AdamW bfloat16": ("apply", adamw(), "bfloat16", 8, 6),
@@ -127,6 +137,13 @@ def layouts() -> dict[str, tuple[str, Callable[..., Any], str, int, int]]:
         "momentum bfloat16": ("apply", momentum, "bfloat16", 6, 4),
         "LAMB bfloat16, first pass": ("accumulate", lamb, "bfloat16", 8, 4),
         "LAMB bfloat16, second pass": ("move", lamb, "bfloat16", 6, 2),
+        "AdamW float32, 8-bit states": ("apply", adamw(**codes), "float32", 10, 6),
+        "AdamW bfloat16, split8 master, 8-bit states": ("apply", adamw(**small), "bfloat16", 7, 5),
+        "AdamW bfloat16, stochastic, 8-bit states": ("apply", adamw(**codes, rounding="stochastic"), "bfloat16", 6, 4),
+        "AdamW bfloat16, stochastic": ("apply", adamw(rounding="stochastic"), "bfloat16", 8, 6),
+        "momentum bfloat16, split8 master, 8-bit state": ("apply", small_momentum, "bfloat16", 6, 4),
+        "LAMB bfloat16, split8 master, 8-bit states, first pass": ("accumulate", small_lamb, "bfloat16", 7, 2),
+        "LAMB bfloat16, split8 master, 8-bit states, second pass": ("move", small_lamb, "bfloat16", 5, 3),
         "norm float32": ("reduce", clipped, "float32", 4, 0),
         "norm bfloat16": ("reduce", clipped, "bfloat16", 2, 0),
         "LARS' norms float32": ("reduce", lars, "float32", 8, 0),
@@ -154,12 +171,14 @@ def compile_layouts(target: str) -> dict[str, dict[str, Any]]:
     result: dict[str, dict[str, Any]] = {}
     for name, (kernel, make, dtype, read, written) in layouts().items():
         before = len(compiled(kernels[kernel]))
-        params = [torch.nn.Parameter(torch.ones(n, dtype=_dtype(dtype))) for n in SHAPES]
+        params = [torch.nn.Parameter(torch.ones(shape, dtype=_dtype(dtype))) for shape in SHAPES]
         optimizer = make(params)
         for param in params:
             param.grad = torch.ones_like(param)
         optimizer.step()
-        (one,) = compiled(kernels[kernel])[before:] or compiled(kernels[kernel])  # LAMB's both passes come at once
+        # LAMB's both passes come at once; states that cannot be codes have a kernel of their own, which comes before.
+        one = compiled(kernels[kernel])[-1]
+        assert " pass" in name or len(compiled(kernels[kernel])) > before, name
         found = facts(one)
         times = max(1, found["bytes_read"] // (read * elements))  # tiles of a way round a loop
         found |= {"read": read * elements * times, "written": written * elements, "elements": elements * times}
@@ -171,14 +190,14 @@ def table(facts_of: dict[str, dict[str, Any]], target: str) -> str:
     import triton
 
     lines = [
-        "| kernel | registers | programs of 128 threads a multiprocessor | rounds of reads | 16-byte reads of a thread "
-        "under way | KB under way a multiprocessor | instructions an element |",
+        "| kernel | registers | programs of 128 threads a multiprocessor | rounds of reads | bytes of a thread under "
+        "way | KB under way a multiprocessor | instructions an element |",
         "|---|---|---|---|---|---|---|",
     ]
     for name, found in facts_of.items():
         together = found["bytes_together"]
         lines.append(
-            f"| {name} | {found['registers']} | {found['programs']} | {found['rounds']} | {together // 16} | "
+            f"| {name} | {found['registers']} | {found['programs']} | {found['rounds']} | {together} | "
             f"{found['programs'] * found['threads'] * together / 1024:.0f} | "
             f"{found['instructions'] / found['elements']:.0f} |"
         )

@@ -58,16 +58,20 @@ def test_every_rule_and_storage_compiles(target: str, tmp_path: Path) -> None:
 
 def check_machine_code(kernels: dict[str, dict[str, Any]]) -> None:
     """A program waits for memory as often as it must, and has enough under way meanwhile."""
-    assert len(kernels) == 14
+    assert len(kernels) == 21
     for name, kernel in kernels.items():
         assert not kernel["spills"], (name, kernel)
         # Its row and tile, what the table says of the row, and the elements; round a loop, elements alone.
         assert kernel["rounds"] == (1 if "norm" in name else 3), (name, kernel)
         assert kernel["column_rounds"] == 1, (name, kernel)
-        assert kernel["bytes_read"] == kernel["read"], (name, kernel)  # all of it in 16-byte accesses
+        # All of it in accesses of 16 bytes; of columns of bytes, 8.
+        assert kernel["bytes_read"] == kernel["read"], (name, kernel)
         assert kernel["bytes_written"] == kernel["written"], (name, kernel)
         under_way = kernel["programs"] * kernel["threads"] * kernel["bytes_together"]
-        assert under_way >= (48 if name.startswith(("AdamW", "momentum")) else 40) * 1024, (name, kernel)
+        if "8-bit" in name:  # few bytes an element, whose codes take longer than memory
+            assert under_way >= 28 * 1024, (name, kernel)
+        else:
+            assert under_way >= (48 if name.startswith(("AdamW", "momentum")) else 40) * 1024, (name, kernel)
 
 
 def test_machine_code(tmp_path: Path) -> None:

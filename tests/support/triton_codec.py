@@ -58,7 +58,7 @@ def whole8_kernel(params, remainders, out, COUNT: tl.constexpr):
 def words_kernel(seed, step, place, first, out, COUNT: tl.constexpr):
     i = tl.arange(0, COUNT)
     key = random_key(tl.load(seed), tl.load(step), tl.load(place))
-    tl.store(out + i, random_words(key, tl.load(first), i).to(tl.int32))
+    tl.store(out + i, random_words(key, tl.load(first), i, COUNT).to(tl.int32))
 
 
 def launch(kernel: Any, *arguments: Any, **constants: Any) -> None:

@@ -66,13 +66,14 @@ def facts(kernel: Any) -> dict[str, Any]:
 
 
 def columns_of(kernel: Any) -> tuple[int, int]:
-    """How many columns a kernel reads and writes."""
+    """How many columns a kernel reads and writes, but for those of bytes, of which a thread has 8."""
     name, names = kernel.metadata.name, kernel.src.fn.arg_names
     if "DTYPES" not in names:
         return 0, 0
     _, _, master, *states = kernel.src.constants[(names.index("DTYPES"),)]
+    states = [dtype for dtype in states if dtype not in (6, 7)]
     param_read = 2 if master == 5 else 1  # a remainder is half of a number
-    param_written = 2 if master else 1
+    param_written = 2 if master and master != 6 else 1
     return {
         "reduce_kernel": (1, 0),
         "apply_kernel": (1 + param_read + len(states), param_written + len(states)),
@@ -90,7 +91,7 @@ def all_facts() -> list[dict[str, Any]]:
     return [facts(one) for kernel in kernels for one in compiled(kernel)]
 
 
-SHAPES = (5, 1025, 33 * 1024 + 5)
+SHAPES = ((5,), (1025,), (33 * 1024 + 5,), (129, 64))  # the last one's states may be codes
 
 
 def step(optimizer: Any) -> None:
@@ -120,7 +121,7 @@ def phases_step() -> Any:
     return Step(1.0, 1, ClipOptions(GLOBAL_NORM, 1.0), False, [DeviceStep(0)], None)
 
 
-def compile_storages() -> None:
+def compile_storages(target: str) -> None:
     from fused_optim import LAMB, AdamW, ClipGradByGlobalNorm
 
     settings = [
@@ -132,6 +133,12 @@ def compile_storages() -> None:
         (torch.bfloat16, {"master_weights": "float32"}),
         (torch.float16, {"master_weights": "float32"}),
         (torch.bfloat16, {"master_weights": "split"}),
+        (torch.float32, {"state_dtype": "8bit"}),
+        (torch.bfloat16, {"state_dtype": "8bit", "master_weights": "split8"}),
+        (torch.bfloat16, {"state_dtype": "8bit", "rounding": "stochastic"}),
+        (torch.float16, {"rounding": "stochastic"}),
+        # What AMD's compiler keeps of them in registers cannot be asked for.
+        *([] if target.startswith("gfx") else [(torch.float64, {"state_dtype": "8bit"})]),
     ]
     for dtype, options in settings:
         for make in (AdamW, LAMB):
@@ -173,7 +180,7 @@ def main(task: str, target: str) -> None:
     if task == "schedule":
         print(json.dumps(run_schedule(active)))
         return
-    compile_rules() if task == "rules" else compile_storages()
+    compile_rules() if task == "rules" else compile_storages(target)
     print(json.dumps(all_facts()))
 
 
