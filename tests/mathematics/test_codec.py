@@ -134,6 +134,60 @@ def test_bounds_of_a_single_step(spread: int, number: int | None) -> None:
     assert ((m_again - m).double().abs() <= torch.exp2(mean[1].double() - 127) * (2 * q + 1) / 16129 * (1 + 1e-6)).all()
 
 
+BINADES = range(-15, 0)  # of x beside a largest one of 1; what is smaller has the least code, or 0
+
+
+def assert_codes_are_close(dtype: torch.dtype, x: Tensor, number: int) -> None:
+    """Codes of numbers that rise, beside 1: as the definition says to one code, rising, within the promised bounds."""
+    value = (x * x if dtype == torch.uint8 else x).view(-1, 31)
+    groups = torch.cat([torch.ones(len(value), 1), value], dim=1)
+    codes, exponents = codec.encode(groups, dtype, word(number, groups))
+    assert (exponents == 127).all()
+    found = codes[:, 1:].flatten().to(torch.float64)
+    root = value.double().sqrt() if dtype == torch.uint8 else value.double()
+    exact = root.flatten().sqrt() * LEVELS[dtype]
+    least = 4 if dtype == torch.uint8 else 0
+    assert ((found - exact.clamp_min(least)).abs() < 1.0001).all()
+    assert (found[1:] >= found[:-1]).all()
+    again = codec.decode(codes, exponents)[:, 1:].double()
+    if dtype == torch.uint8:
+        assert float((value / again).sqrt().max()) < 1.5625
+    else:
+        assert ((again - value).abs() <= (2 * exact.floor().view_as(value) + 1) / 16129 * (1 + 1e-6)).all()
+
+
+@each_code
+@pytest.mark.parametrize("number", [LOWEST, HIGHEST], ids=hex)
+def test_numbers_of_every_binade_have_the_code_that_is_next_to_them(dtype: torch.dtype, number: int) -> None:
+    for binade in BINADES:
+        mantissas = 1 + torch.arange(0, 1 << 23, 677, dtype=torch.float64) / (1 << 23)
+        x = (mantissas * 2.0**binade).float()
+        assert_codes_are_close(dtype, x[: len(x) // 31 * 31], number)
+
+
+@pytest.mark.slow
+@each_code
+@pytest.mark.parametrize("number", [LOWEST, HIGHEST], ids=hex)
+@pytest.mark.parametrize("binade", BINADES)
+def test_every_mantissa_has_the_code_that_is_next_to_it(dtype: torch.dtype, number: int, binade: int) -> None:
+    bits = torch.arange(1 << 23, dtype=torch.int32) + (binade + 127 << 23)
+    x = torch.cat([bits, bits[-1:].expand(-len(bits) % 31)]).view(torch.float32)
+    assert_codes_are_close(dtype, x, number)
+
+
+@each_code
+def test_the_mean_over_all_words_is_the_number_to_half_of_1_in_256_of_a_code(dtype: torch.dtype) -> None:
+    """Over every value that the bits of a word take that the code reads: no chance is left."""
+    words = torch.arange(1 << 14) << 18 if dtype == torch.uint8 else torch.arange(256) << 8
+    words = words.to(torch.int32).view(-1, 1).expand(-1, 32)
+    value = torch.cat([torch.ones(1), torch.linspace(0.01, 0.99, 31)]).expand(len(words), 32)
+    codes, _ = codec.encode(value.contiguous(), dtype, words.contiguous())
+    mean = codes.double().mean(0)[1:]
+    x = value[0, 1:].double()
+    exact = (x.sqrt() if dtype == torch.uint8 else x).sqrt() * LEVELS[dtype]
+    assert float((mean - exact).abs().max()) <= 1 / 512 + 1e-4
+
+
 @each_code
 def test_zeros_stay_zeros_and_what_is_not_finite_stays_with_its_element(dtype: torch.dtype) -> None:
     value = torch.full((3, 32), 1e-6)
@@ -245,6 +299,20 @@ def test_stochastic_rounding_goes_to_a_neighbour(dtype: torch.dtype) -> None:
     other = (value.to(dtype).view(torch.int16) + step).to(torch.int16).view(dtype).float()
     exact = nearest == value
     assert ((rounded == nearest) | ((rounded == other) & ~exact) | (nearest == 0)).all()
+
+
+@pytest.mark.parametrize("number", [LOWEST, codec.MIDDLE, HIGHEST, 0x12345678], ids=hex)
+def test_every_lower_half_rounds_up_as_often_as_it_should(number: int) -> None:
+    """A float32 number goes up where its lower half and the word's 16 bits carry: so in as many of 2^16 words as the
+    lower half says."""
+    lower = torch.arange(1 << 16, dtype=torch.int32)
+    random = (number * 0x9E3779B1 & 0xFFFFFFFF) >> 16
+    for upper in (0x0000, 0x3F80, 0x7F7F, 0x8000, 0xC2FF):
+        value = (lower + codec.signed(upper << 16)).view(torch.float32)
+        rounded = (
+            codec.round_stochastically(value, torch.bfloat16, word(number, value)).view(torch.int16).int() & 0xFFFF
+        )
+        assert torch.equal(rounded, upper + (lower + random >= 1 << 16).int())
 
 
 @pytest.mark.parametrize("dtype", NARROW, ids=str)
