@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .codec import takes_words
 from .columns import TILE
+from .prepare import ADDED_TILES, FEW_TILES, MOST_PIECES
 from .reduce import CHUNK_TILES, MOST_CHUNKS, SUMS
 from .rule import Rule
 from .table import (
@@ -86,13 +87,14 @@ class Layout(NamedTuple):
     buckets: list[Bucket]
     totals: Tensor  # int32 [rows, 3]: row, first of its chunks' sums, number of chunks
     sums: Tensor  # float64 [rows and chunks, SUMS]
-    tile_sums: Tensor  # float64 [tiles of rules that measure a direction, 2]
-    directions: dict[str, Tensor]  # of each such rule, int32 [rows, 3]: row, first of its tiles' sums, number of tiles
+    tile_sums: Tensor  # float64 [tiles of rules that measure a direction, and pieces, 2]
+    pieces: Tensor  # int32 [pieces, 3]: of rows with many such tiles, first tile's sum, number of tiles, own sum
+    directions: dict[str, Tensor]  # of each such rule, int32 [rows, 3]: row, first of its tiles or pieces, their number
     drawing: frozenset[str]  # the rules some of whose rows take random words
 
     def tensors(self) -> list[Tensor]:
         of_buckets = [tensor for bucket in self.buckets for tensor in (bucket.tiles, bucket.chunks)]
-        return [self.totals, self.sums, self.tile_sums, *self.directions.values(), *of_buckets]
+        return [self.totals, self.sums, self.tile_sums, self.pieces, *self.directions.values(), *of_buckets]
 
 
 def layout_of(
@@ -141,7 +143,8 @@ def layout_of(
         for row, count in zip(rows, tile_counts) if rule.measures_direction else ():
             directions.setdefault(name, []).append((row, summed, count))
             summed += count
-    tile_sums = torch.zeros(summed, 2, dtype=torch.float64, device=device)
+    directions, pieces = _in_pieces(directions, summed)
+    tile_sums = torch.zeros(summed + len(pieces), 2, dtype=torch.float64, device=device)
     buckets = [
         Bucket(
             rule,
@@ -159,9 +162,30 @@ def layout_of(
         _triples(device, totals),
         torch.zeros(slots, SUMS.value, dtype=torch.float64, device=device),
         tile_sums,
+        _triples(device, pieces),
         {name: _triples(device, of_rule) for name, of_rule in directions.items()},
         frozenset(rule.name for rule, word in zip(rules, storages) if word & DRAWS),
     )
+
+
+def _in_pieces(
+    directions: dict[str, list[tuple[int, int, int]]], tiles: int
+) -> tuple[dict[str, list[tuple[int, int, int]]], list[tuple[int, int, int]]]:
+    """The rows whose directions are measured, of which those with many tiles have pieces in their place, and these.
+
+    The length of a piece follows from its row's number of tiles alone. ``tiles``: how many there are.
+    """
+    pieces: list[tuple[int, int, int]] = []
+
+    def in_pieces(row: int, first: int, count: int) -> tuple[int, int, int]:
+        if count <= FEW_TILES.value:
+            return row, first, count
+        length, before = max(-(-count // MOST_PIECES.value), ADDED_TILES.value), len(pieces)
+        for begin in range(0, count, length):
+            pieces.append((first + begin, min(length, count - begin), tiles + len(pieces)))
+        return row, tiles + before, len(pieces) - before
+
+    return {name: [in_pieces(*entry) for entry in entries] for name, entries in directions.items()}, pieces
 
 
 def _storages_of(rule: Rule, word: int) -> tuple[int, ...]:

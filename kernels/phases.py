@@ -18,7 +18,7 @@ import triton.language as tl
 from ..plan.step import DeviceStep, Step
 from .apply import accumulate_kernel, apply_kernel, move_kernel
 from .layout import Bucket, Layout, ints, layout_of
-from .prepare import PREPARED, direction_kernel, grad_sq_kernel, prepare_kernel
+from .prepare import PREPARED, direction_kernel, grad_sq_kernel, pieces_kernel, prepare_kernel
 from .reduce import SUMS, copy_kernel, reduce_kernel, total_kernel
 from .refresh import DeviceTable, Table
 from .rule import DECAYED_SQ, DIRECTION_SQ, FINITE, GRAD_SQ, MAX_HYPER, PARAM_SQ, Rule
@@ -113,7 +113,7 @@ class Phases:
         self.table = DeviceTable(device, group_count, len(rule_names), capturable)
         self.words = self.table.words[self.table.groups_at :]  # what a plan writes: those of groups and rows
         self._storages = b""
-        self._layout = Layout([], *(torch.empty(0, device="cpu") for _ in range(3)), {}, frozenset())
+        self._layout = Layout([], *(torch.empty(0, device="cpu") for _ in range(4)), {}, frozenset())
         with self.table.on_device():
             self._listed = {
                 name: (rules()[name], ints(device, [row for row, other in enumerate(rule_names) if other == name]))
@@ -350,6 +350,8 @@ class Phases:
                 )
 
     def _launch_directions(self, layout: Layout, table: Table, *, adds_up: bool, prepares: bool) -> None:
+        if adds_up:
+            self._launch(pieces_kernel, len(layout.pieces), layout.pieces, layout.tile_sums, threads=ADDING_THREADS)
         for name, directions in layout.directions.items():
             rule = rules()[name]
             self._launch(

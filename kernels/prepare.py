@@ -71,8 +71,10 @@ LR = tl.constexpr(0)
 PREPARED = tl.constexpr(64)
 # Lanes in which the rows' sums are added.
 LANES = tl.constexpr(128)
-# Sums of tiles that a program adds at a time.
+# Sums of tiles that a program adds at a time. Those of a row that has more than FEW_TILES are first added in pieces.
 ADDED_TILES = tl.constexpr(2048)
+FEW_TILES = tl.constexpr(8192)
+MOST_PIECES = tl.constexpr(4096)
 
 
 @triton.jit
@@ -317,12 +319,35 @@ def grad_sq_kernel(table, group_count, row_count, sums, grad_sq):
     tl.store(address.to(tl.pointer_type(tl.float32)), found, mask=address != 0)
 
 
+@triton.jit
+def add_tiles(tile_sums, first, count):
+    """The sums of so many tiles, of direction and of param: along lanes, which are added along a tree."""
+    lanes = tl.arange(0, ADDED_TILES)
+    of_direction = tl.zeros([ADDED_TILES], tl.float64)
+    of_param = tl.zeros([ADDED_TILES], tl.float64)
+    for begin in range(0, count, ADDED_TILES):
+        tile = tile_sums + 2 * (first + begin + lanes).to(tl.int64)
+        of_direction += tl.load(tile, mask=begin + lanes < count, other=0.0)
+        of_param += tl.load(tile + 1, mask=begin + lanes < count, other=0.0)
+    return tl.sum(of_direction, 0), tl.sum(of_param, 0)
+
+
+@triton.jit
+def pieces_kernel(pieces, tile_sums):
+    """Pieces of rows with many tiles: `pieces` holds the first tile of each, their number, and where the sums go."""
+    piece = pieces + 3 * tl.program_id(0)
+    direction_sq, param_sq = add_tiles(tile_sums, tl.load(piece), tl.load(piece + 1))
+    out = tile_sums + 2 * tl.load(piece + 2).to(tl.int64)
+    tl.store(out, direction_sq)
+    tl.store(out + 1, param_sq)
+
+
 @triton.jit(do_not_specialize=["group_count", "row_count"])
 def direction_kernel(
     table,
     group_count,
     row_count,
-    directions,  # [rows with a direction, 3]: row, the first of its tiles, their number
+    directions,  # [rows with a direction, 3]: row, the first of its tiles or pieces, their number
     tile_sums,
     sums,
     records,
@@ -344,15 +369,7 @@ def direction_kernel(
     if (active != 0) & (tl.load(control) == 0):
         at = sums + row.to(tl.int64) * SUMS
         if ADDS_UP:
-            lanes = tl.arange(0, ADDED_TILES)
-            of_direction = tl.zeros([ADDED_TILES], tl.float64)
-            of_param = tl.zeros([ADDED_TILES], tl.float64)
-            for begin in range(0, count, ADDED_TILES):
-                tile = tile_sums + 2 * (first + begin + lanes).to(tl.int64)
-                of_direction += tl.load(tile, mask=begin + lanes < count, other=0.0)
-                of_param += tl.load(tile + 1, mask=begin + lanes < count, other=0.0)
-            direction_sq = tl.sum(of_direction, 0)
-            param_sq = tl.sum(of_param, 0)
+            direction_sq, param_sq = add_tiles(tile_sums, first, count)
         else:
             direction_sq = tl.load(at + SUM_DIRECTION_SQ)
             param_sq = tl.load(at + SUM_PARAM_SQ)

@@ -16,6 +16,7 @@ import pytest
 import torch
 from cases import (
     RULES,
+    assert_near,
     assert_same_bits,
     assert_same_results,
     assert_same_snapshots,
@@ -146,6 +147,32 @@ def test_the_chunks_of_long_rows_are_longer(monkeypatch: pytest.MonkeyPatch, all
         step_exactly(results[-1])
     assert phases_of(results[0])._layout.totals[:, 2].tolist() == [3, 3]
     assert_same_results(*map(inner, results))
+
+
+def test_directions_of_long_rows_are_added_in_pieces(monkeypatch: pytest.MonkeyPatch, all_native: None) -> None:
+    import triton.language as tl
+    from fused_optim.kernels import layout, prepare
+
+    monkeypatch.setattr(prepare, "ADDED_TILES", tl.constexpr(2))
+    for name, number in (("ADDED_TILES", 2), ("FEW_TILES", 3), ("MOST_PIECES", 4)):
+        monkeypatch.setattr(layout, name, tl.constexpr(number))
+    results, launches = [], []
+    for backend in ("triton", "cpu"):
+        # Of 1, 3, 4, and of 11 tiles: these are too many for pieces of two.
+        params = [Parameter(eighths((n,), torch.float32, n)) for n in (5, 3 * TILE, 4 * TILE, 10 * TILE + 77)]
+        results.append(RULES["LAMB default"](params, backend=backend))
+        step_exactly(results[-1])
+        if backend == "triton":
+            launches.append(launches_of(results[-1], lambda: step_exactly(results[0], 200)))
+        else:
+            step_exactly(results[-1], 200)
+    of_triton = phases_of(results[0])._layout
+    assert of_triton.pieces[:, 1].tolist() == [2, 2, 3, 3, 3, 2]
+    assert of_triton.directions["lamb"][:, 2].tolist() == [1, 3, 2, 4]
+    assert_near(*results)
+    norms = [optimizer.last_norms.trust_ratio for optimizer in results]
+    torch.testing.assert_close(*norms, rtol=1e-6, atol=0)
+    assert launches == [7]  # one more than without
 
 
 def test_a_capture_for_which_nothing_is_laid_out_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
