@@ -1,4 +1,4 @@
-"""Write the figures of bench/results/cpu.json into README.md and docs/speed.svg; with --check only compare."""
+"""Write the figures of bench/results into README.md, docs/memory.md and docs/speed.svg; with --check only compare."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import json
 import sys
 from pathlib import Path
 
+import memory_figures
+from memory_figures import filled
+
 ROOT = Path(__file__).resolve().parent.parent
-BEGIN, END = "<!-- figures:begin -->", "<!-- figures:end -->"
 
 
 def figures(result: dict) -> str:
@@ -67,21 +69,31 @@ def chart(result: dict) -> str:
     )
 
 
-def main() -> int:
-    readme = ROOT / "README.md"
-    text = readme.read_text()
-    before, rest = text.split(BEGIN)
-    _, after = rest.split(END)
+def texts() -> dict[Path, str]:
+    """What each file that shows figures should hold."""
     result = json.loads((ROOT / "bench" / "results" / "cpu.json").read_text())
-    filled = f"{before}{BEGIN}\n{figures(result)}\n{END}{after}"
-    drawn = chart(result)
+    readme, memory = ROOT / "README.md", ROOT / "docs" / "memory.md"
+    costs = memory_figures.costs()
+    return {
+        readme: filled(filled(readme.read_text(), "figures", figures(result)), "low memory", costs),
+        memory: filled(
+            filled(filled(memory.read_text(), "low memory", costs), "updates", memory_figures.updates()),
+            "losses",
+            memory_figures.losses(),
+        ),
+        CHART: chart(result),
+    }
+
+
+def main() -> int:
+    wanted = texts()
     if "--check" in sys.argv[1:]:
-        stale = [name for name, old in (("README.md", filled != text), (CHART.name, CHART.read_text() != drawn)) if old]
+        stale = [path.name for path, text in wanted.items() if path.read_text() != text]
         if stale:
-            print(f"{stale} do not show bench/results/cpu.json: run python scripts/readme_figures.py")
+            print(f"{stale} do not show what stands in bench/results: run python scripts/readme_figures.py")
         return int(bool(stale))
-    readme.write_text(filled)
-    CHART.write_text(drawn)
+    for path, text in wanted.items():
+        path.write_text(text)
     return 0
 
 
