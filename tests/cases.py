@@ -8,9 +8,10 @@ row.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -520,6 +521,17 @@ def device_of(backend: str) -> str:
     return BACKENDS.get(backend, "cpu")
 
 
+# Of a test's time more than half went into making the same random numbers again. Elements of a tensor that is
+# remembered, and of all parameters of an optimizer: 2 MB each at most.
+REMEMBERED = 250_000
+
+
+def remembers(numel: int) -> bool:
+    """Whether numbers are remembered: not under a mode that changes what torch makes, as FakeTensorMode does."""
+    modes = torch._C._len_torch_dispatch_stack() + torch._C._len_torch_function_stack()
+    return numel <= REMEMBERED and not modes and not torch.is_inference_mode_enabled()
+
+
 def new_params(
     dtype: torch.dtype = torch.float32,
     shapes: Iterable[Sequence[int]] = SHAPES,
@@ -527,22 +539,34 @@ def new_params(
     seed: int = 7,
 ) -> list[Parameter]:
     """Parameters that are the same for the same arguments, also across dtypes up to rounding."""
+    shapes = tuple(map(tuple, shapes))
+    make = remembered_numbers if remembers(sum(map(math.prod, shapes))) else made_numbers
+    return [Parameter(value.to(device=device, dtype=dtype, copy=True)) for value in make(shapes, seed)]
+
+
+def made_numbers(shapes: tuple[tuple[int, ...], ...], seed: int) -> list[Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    values = (torch.randn(tuple(shape), generator=generator, dtype=torch.float64) for shape in shapes)
-    return [Parameter(value.to(device=device, dtype=dtype)) for value in values]
+    return [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
 
 
 def new_grad(param: Tensor, step: int, position: int = 0, scale: float = 1.0) -> Tensor:
     """A gradient whose elements span eight decades and hold zeros, the same for the same arguments."""
+    make = remembered_grad if remembers(param.numel()) else made_grad
+    return make(tuple(param.shape), step, position, scale).to(device=param.device, dtype=param.dtype, copy=True)
+
+
+def made_grad(shape: tuple[int, ...], step: int, position: int, scale: float) -> Tensor:
     generator = torch.Generator().manual_seed(1_000_003 * (step + 1) + position)
-    shape = tuple(param.shape)
     value = torch.randn(shape, generator=generator, dtype=torch.float64)
     decade = torch.randint(0, 8, shape, generator=generator)
     # A table: torch's pow gives other bits at the ends of the pieces that its threads take.
     powers = torch.tensor([10.0**exponent for exponent in range(-6, 2)], dtype=torch.float64)
     zero = torch.rand(shape, generator=generator, dtype=torch.float64) < 0.05
-    value = torch.where(zero, 0.0, value * powers[decade] * scale)
-    return value.to(device=param.device, dtype=param.dtype)
+    return torch.where(zero, 0.0, value * powers[decade] * scale)
+
+
+remembered_numbers = lru_cache(maxsize=32)(made_numbers)
+remembered_grad = lru_cache(maxsize=256)(made_grad)
 
 
 def set_grads(params: Iterable[Tensor], step: int, scale: float = 1.0) -> None:

@@ -278,6 +278,7 @@ def behind(offset: int, tensor: Tensor) -> Tensor:
     return room[offset:].copy_(tensor)
 
 
+@pytest.mark.sparingly(offset=3)
 @pytest.mark.parametrize("offset", [1, 2, 3])
 @pytest.mark.parametrize("rule", ["SGD no momentum", "SGD all", "LARS optax", "LARC NovoGrad", "LAMB without ratio"])
 def test_unaligned_gradients_of_every_kind_of_rule(column: Column, rule: str, offset: int, all_native: None) -> None:
@@ -419,6 +420,7 @@ def test_states_of_zeros(column: Column, rule: str, dtype: torch.dtype, all_nati
     column.agree(*column.both(make, work), exact=exact)
 
 
+@pytest.mark.sparingly(dtype=torch.float32)
 @pytest.mark.parametrize("rule", ["NovoGrad decay", "LARC default", "LARC AdamW", "LARS decay", "LAMB default"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=spelled)
 def test_last_norms_without_a_gradient_that_is_gone(column: Column, rule: str, dtype: torch.dtype) -> None:
@@ -490,6 +492,7 @@ def test_loss_scale_and_found_inf(column: Column, rule: str, all_native: None) -
     column.agree(ours, twin, exact=not RULES[rule].sums)
 
 
+@pytest.mark.sparingly(rule=("SGD all", "SGD nesterov", "NovoGrad decay", "LAMB default"))
 @pytest.mark.parametrize(
     ("rule", "options"),
     [

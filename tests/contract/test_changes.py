@@ -152,7 +152,7 @@ def test_hyperparameter_changes_the_step(case: Case, change: str, backend: str) 
 
 
 @each_implementation
-@each_adam
+@each_adamw
 def test_flag_toggled_back(case: Case, backend: str) -> None:
     """The extra state of a flag stays while it is off, and is taken up again."""
     optimizer, params = start(case, backend, "amsgrad")
@@ -166,7 +166,7 @@ def test_flag_toggled_back(case: Case, backend: str) -> None:
 
 
 @each_implementation
-@each_adam
+@each_adamw
 def test_list_betas_changed_in_place(case: Case, backend: str) -> None:
     optimizer, _ = start(case, backend)
     optimizer.param_groups[0]["betas"] = betas = [0.9, 0.999]
@@ -178,7 +178,7 @@ def test_list_betas_changed_in_place(case: Case, backend: str) -> None:
 
 
 @each_implementation
-@each_adam
+@each_adamw
 def test_hyperparameter_tensors_filled_in_place(case: Case, backend: str) -> None:
     lr, beta = torch.tensor(0.01), torch.tensor(0.9)
     optimizer, _ = start(case, backend, lr=lr, betas=(0.9, 0.99))
@@ -308,7 +308,7 @@ CHANGES_OF_STATE = {
 
 
 @each_implementation
-@each_adam
+@each_adamw
 @pytest.mark.parametrize("change", CHANGES_OF_STATE)
 @pytest.mark.parametrize("name", ["exp_avg", "exp_avg_sq", "step"])
 def test_state_changed(case: Case, name: str, change: str, backend: str) -> None:
@@ -329,7 +329,7 @@ def test_state_changed(case: Case, name: str, change: str, backend: str) -> None
 
 
 @each_backend
-@each_adam
+@each_adamw
 @each_dtype
 @pytest.mark.parametrize("found", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
 def test_found_state_dtype_is_adopted_alike(case: Case, found: torch.dtype, dtype: torch.dtype, backend: str) -> None:
@@ -354,7 +354,7 @@ def test_found_state_dtype_is_adopted_alike(case: Case, found: torch.dtype, dtyp
 
 
 @each_implementation
-@each_adam
+@each_adamw
 @pytest.mark.parametrize(
     "make",
     [
@@ -459,17 +459,22 @@ def test_a_step_count_is_the_users(kind: str, form: str, any_backend: str, fallb
         assert_near(optimizer, twin)  # sums of norms in another order
 
 
-@pytest.mark.parametrize("form", ELEMENTS)
 @pytest.mark.parametrize(
-    ("kind", "name", "master"),
+    ("kind", "name", "master", "form"),
     [
-        ("AdamW", "exp_avg", None),
-        ("AdamW", "max_exp_avg_sq", "split"),
-        ("AdamW", "master_param", "float32"),
-        ("AdamW", "param_remainder", "split"),
-        ("SGD", "momentum_buffer", None),
-        ("NovoGrad", "exp_avg", "float32"),
-        ("LAMB", "exp_avg_sq", None),
+        *(("AdamW", "exp_avg", None, form) for form in ELEMENTS),
+        *(
+            (*state, form)
+            for state in (
+                ("AdamW", "max_exp_avg_sq", "split"),
+                ("AdamW", "master_param", "float32"),
+                ("AdamW", "param_remainder", "split"),
+                ("SGD", "momentum_buffer", None),
+                ("NovoGrad", "exp_avg", "float32"),
+                ("LAMB", "exp_avg_sq", None),
+            )
+            for form in ("transposed", "row of a larger one")
+        ),
     ],
 )
 def test_a_state_is_the_users(
@@ -579,7 +584,7 @@ def test_workers_share_one_state(backend: str, ranks: Ranks) -> None:
 
 
 @each_implementation
-@each_adam
+@each_adamw
 def test_step_is_counted_on_by_the_user(case: Case, backend: str) -> None:
     optimizer, params = start(case, backend)
     optimizer.state[params[0]]["step"] += 40
@@ -630,7 +635,7 @@ def test_state_dict_of_a_parameter_replaced(case: Case, backend: str) -> None:
 
 
 @each_implementation
-@each_adam
+@each_adamw
 @pytest.mark.parametrize("name", ["step", "exp_avg", "exp_avg_sq"])
 def test_state_tensor_shared_by_two_parameters_is_split(case: Case, name: str, backend: str) -> None:
     """As a deepcopy or a hand-made state leaves them: each parameter moves as if it had its own."""
@@ -648,7 +653,7 @@ def test_state_tensor_shared_by_two_parameters_is_split(case: Case, name: str, b
 
 
 @each_implementation
-@each_adam
+@each_adamw
 def test_step_views_of_one_tensor(case: Case, backend: str) -> None:
     optimizer, params = start(case, backend)
     flat = torch.full((len(params),), 2.0)
@@ -759,7 +764,7 @@ def test_a_parameter_without_states_leaves_nothing_in_the_checkpoint(native: boo
 
 
 @each_implementation
-@each_adam
+@each_adamw
 def test_a_state_of_a_parameter_that_left_is_refused_in_words(case: Case, backend: str) -> None:
     optimizer, params = start(case, backend)
     del optimizer.param_groups[0]["params"][1]
@@ -770,7 +775,7 @@ def test_a_state_of_a_parameter_that_left_is_refused_in_words(case: Case, backen
 
 
 @each_implementation
-@each_adam
+@each_adamw
 def test_groups_added_removed_reordered(case: Case, backend: str) -> None:
     optimizer, _ = start(case, backend)
     optimizer.add_param_group(
@@ -788,7 +793,7 @@ def test_groups_added_removed_reordered(case: Case, backend: str) -> None:
 
 
 @each_implementation
-@each_adam
+@each_adamw
 def test_parameters_come_and_go_between_steps(case: Case, backend: str) -> None:
     """Alternating sets of gradients, as mixtures of experts have them."""
     params = new_params(shapes=[(5,), (3, 4), (), (7,)], device=device_of(backend))
@@ -834,7 +839,7 @@ def test_gradient_replaced_or_moved(case: Case, backend: str) -> None:
 
 @pytest.mark.usefixtures("two_threads")
 @each_implementation
-@each_adam
+@each_adamw
 @pytest.mark.parametrize("shape", [(8,), (300, 500)], ids=str)
 def test_same_parameter_twice(case: Case, shape: tuple[int, ...], backend: str) -> None:
     """Appended to the list by hand (the constructor only warns): two updates a step, one after the other, as torch."""
@@ -852,7 +857,7 @@ def test_same_parameter_twice(case: Case, shape: tuple[int, ...], backend: str) 
 
 @pytest.mark.usefixtures("two_threads")
 @each_implementation
-@each_adam
+@each_adamw
 @pytest.mark.parametrize("size", [40, 200_000])
 @pytest.mark.parametrize("cut", ["whole", "half", "shifted"])
 def test_overlapping_parameters(case: Case, cut: str, size: int, backend: str) -> None:
@@ -876,7 +881,7 @@ def test_overlapping_parameters(case: Case, cut: str, size: int, backend: str) -
 
 
 @each_implementation
-@each_adam
+@each_adamw
 def test_parameters_that_begin_to_overlap(case: Case, backend: str) -> None:
     results = []
     for make in (case.make, case.make_reference):
@@ -907,7 +912,7 @@ def test_state_that_overlaps_a_parameter(case: Case, backend: str) -> None:
 
 
 @each_implementation
-@each_adam
+@each_adamw
 def test_two_optimizers_share_parameters(case: Case, backend: str) -> None:
     params = new_params(shapes=FEW, device=device_of(backend))
     first = case.make(params, "decay", backend=backend)

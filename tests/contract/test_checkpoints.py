@@ -21,6 +21,7 @@ from cases import (
     device_of,
     each_adam,
     each_adam_variant,
+    each_adamw,
     each_case,
     each_dtype,
     each_implementation,
@@ -79,7 +80,7 @@ def test_resumed_run_equals_the_uninterrupted_one(case: Case, variant: str, dtyp
 
 
 @each_implementation
-@each_adam
+@each_adamw
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("state_dtype", [None, torch.float32])
 @pytest.mark.parametrize("same_option", [True, False])
@@ -173,7 +174,7 @@ def test_backend_is_not_in_the_checkpoint(case: Case) -> None:
 
 
 @each_implementation
-@each_adam
+@each_adamw
 @pytest.mark.parametrize("kind", [np.array, np.float64, np.int64, int, lambda value: torch.tensor([value])])
 @pytest.mark.parametrize("loaded", [True, False])
 def test_a_step_may_be_any_number(case: Case, kind: Callable[[int], Any], loaded: bool, backend: str) -> None:
@@ -331,7 +332,7 @@ def test_decoupled_weight_decay_of_the_class_or_the_checkpoint(backend: str) -> 
 
 
 @each_implementation
-@each_adam
+@each_adamw
 @pytest.mark.parametrize("step", [5, 5.0, torch.tensor(5.0), torch.tensor([5], dtype=torch.int32)], ids=str)
 def test_step_of_the_group(case: Case, step: Any, backend: str) -> None:
     """apex's FusedAdam keeps the step in the group; DeepSpeed's too, beside moments of its own dtype."""
@@ -363,7 +364,7 @@ def test_step_of_the_group(case: Case, step: Any, backend: str) -> None:
 
 
 @each_implementation
-@each_adam
+@each_adamw
 def test_step_count_as_a_number(case: Case, backend: str) -> None:
     """DeepSpeed's CPU Adam and torch before 1.12 keep a Python int per parameter."""
     optimizer, params = trained(case, backend, "decay")
@@ -389,7 +390,7 @@ def test_checkpoint_without_bias_correction_is_refused(case: Case, backend: str)
 
 
 @each_implementation
-@each_adam
+@each_adamw
 def test_group_key_step_without_state(case: Case, backend: str) -> None:
     """DeepSpeed puts it there when it creates the optimizer; it is no reason to skip bias correction."""
     params, twins = (new_params(shapes=FEW, device=device_of(backend)) for _ in range(2))
@@ -519,7 +520,7 @@ REFUSED: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
 
 
 @each_implementation
-@each_adam
+@each_adamw
 @pytest.mark.parametrize("damage", REFUSED)
 def test_damaged_checkpoint_is_refused_and_nothing_changes(case: Case, damage: str, backend: str) -> None:
     def make() -> tuple[Any, list[Any]]:
@@ -548,7 +549,7 @@ def test_damaged_checkpoint_is_refused_and_nothing_changes(case: Case, damage: s
 
 
 @each_implementation
-@each_adam
+@each_adamw
 def test_refusal_names_the_parameter(case: Case, backend: str) -> None:
     model = nn.Linear(3, 2)
     optimizer = case.make(model.named_parameters(), backend=backend)
@@ -697,7 +698,7 @@ def train_model(model: nn.Module, optimizer: Any, steps: int) -> None:
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @each_implementation
-@each_adam
+@each_adamw
 @pytest.mark.parametrize("source", ["ours", "torch's"])
 @pytest.mark.parametrize("target", ["ours", "torch's"])
 def test_distributed_checkpoint_state_dicts(case: Case, source: str, target: str, backend: str) -> None:

@@ -18,7 +18,7 @@ from cases import (
     assert_same_snapshots,
     bits,
     device_of,
-    each_adam,
+    each_adamw,
     each_dtype,
     each_implementation,
     each_kind,
@@ -118,7 +118,7 @@ def compare_with_contiguous(
 @each_implementation
 @each_dtype
 @each_layout
-@each_adam
+@each_adamw
 def test_parameter_of_any_layout(case: Case, layout: str, dtype: torch.dtype, backend: str) -> None:
     buffer, view = LAYOUTS[layout](dtype)
     mask = torch.ones_like(buffer, dtype=torch.bool)
@@ -134,7 +134,7 @@ def test_parameter_of_any_layout(case: Case, layout: str, dtype: torch.dtype, ba
 
 @each_implementation
 @each_layout
-@each_adam
+@each_adamw
 def test_gradient_as_the_backward_lays_it_out(case: Case, layout: str, backend: str) -> None:
     """A gradient with the parameter's strides, which is how autograd accumulates into a dense parameter."""
     _, view = LAYOUTS[layout](torch.float32)
@@ -165,7 +165,7 @@ GRADIENTS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 @each_implementation
-@each_adam
+@each_adamw
 @pytest.mark.parametrize("gradient", GRADIENTS)
 @pytest.mark.parametrize("shape", [(6,), (1,), (6, 6), (5, 1, 7), (64, 33)], ids=str)
 def test_gradient_of_another_layout(case: Case, shape: tuple[int, ...], gradient: str, backend: str) -> None:
@@ -530,7 +530,7 @@ def test_parameter_that_is_a_conjugate_view() -> None:
 
 
 @pytest.mark.usefixtures("all_native")
-@each_adam
+@each_adamw
 @each_dtype
 def test_gradients_as_views_of_one_bucket(case: Case, dtype: torch.dtype) -> None:
     """As DistributedDataParallel's gradient_as_bucket_view lays them: any alignment, and still native."""
@@ -549,7 +549,7 @@ def test_gradients_as_views_of_one_bucket(case: Case, dtype: torch.dtype) -> Non
 
 
 @each_implementation
-@each_adam
+@each_adamw
 def test_parameters_as_views_of_one_buffer(case: Case, backend: str) -> None:
     """Neighbours in one storage, which do not overlap."""
     buffer = values((1000,))
@@ -577,7 +577,7 @@ def test_dense_layouts_are_native(case: Case, layout: str, dtype: torch.dtype) -
 
 
 @each_implementation
-@each_adam
+@each_adamw
 @pytest.mark.parametrize("layout", ["transposed", "channels_last", "column", "size-1 dimension inside"])
 def test_states_are_taken_in_any_layout(case: Case, layout: str, backend: str) -> None:
     """A checkpoint's state is contiguous where the parameter is not, and the other way round."""

@@ -19,7 +19,7 @@ from cases import (
     assert_same_results,
     assert_same_snapshots,
     device_of,
-    each_adam,
+    each_adamw,
     each_backend,
     each_implementation,
     each_implementation_daily,
@@ -186,7 +186,7 @@ def assert_unchanged(optimizer: Any, before: list[Any]) -> None:
 
 @pytest.mark.filterwarnings("ignore:Sparse")
 @each_implementation
-@each_adam
+@each_adamw
 @pytest.mark.parametrize("wrong", WRONG)
 @pytest.mark.parametrize("steps", [0, 2])
 def test_wrong_input_is_refused_before_anything_changes(case: Case, wrong: str, steps: int, backend: str) -> None:
@@ -251,7 +251,7 @@ BAD_VALUES: dict[str, tuple[str, Any]] = {
 
 
 @each_implementation
-@each_adam
+@each_adamw
 @pytest.mark.parametrize("bad", BAD_VALUES)
 def test_hyperparameter_that_cannot_be_used_changes_nothing(case: Case, bad: str, backend: str) -> None:
     key, value = BAD_VALUES[bad]
@@ -444,7 +444,7 @@ def test_wrapped_gradient_of_a_plain_parameter(case: Case, backend: str) -> None
 
 
 @each_implementation
-@each_adam
+@each_adamw
 def test_meta_parameters_step_without_memory(case: Case, backend: str) -> None:
     """As torch's: shapes and states come out, no number."""
     real = new_params(shapes=FEW, device=device_of(backend))
@@ -466,7 +466,7 @@ def test_meta_parameters_step_without_memory(case: Case, backend: str) -> None:
         assert optimizer.state[param][name].device.type == "meta"
 
 
-@each_adam
+@each_adamw
 def test_fake_tensors_step_without_memory(case: Case) -> None:
     """As torch's do."""
     with FakeTensorMode():
@@ -495,7 +495,7 @@ def test_storage_that_was_freed(case: Case, backend: str) -> None:
 
 
 @each_implementation
-@each_adam
+@each_adamw
 def test_uninitialized_parameter(case: Case, backend: str) -> None:
     lazy = nn.LazyLinear(3, bias=False)
     (plain,) = new_params(shapes=[(5,)], device=device_of(backend))

@@ -468,7 +468,7 @@ def test_tensor_lr_of_any_one_element_shape(
 
 
 @each_implementation
-@each_adam
+@each_adamw
 def test_late_parameter_gets_its_own_bias_correction(case: Case, backend: str) -> None:
     first, late = new_params(device=device_of(backend), shapes=[(5, 7), (5, 7)])
     optimizer = case.make([first, late], backend=backend)
@@ -570,7 +570,7 @@ def test_groups_have_their_own_hyperparameters(case: Case, backend: str) -> None
 
 
 @each_implementation
-@each_adam
+@each_adamw
 def test_dtypes_and_devices_mix_in_one_group(case: Case, backend: str) -> None:
     mixed = [param for dtype in DTYPES for param in new_params(dtype, device=device_of(backend))]
     optimizer = case.make(mixed, backend=backend)
