@@ -12,6 +12,7 @@ from torch.nn import Parameter
 
 import fused_optim
 
+from .peers.peer import class_of
 from .peers.timm import timm
 
 Groups = list[dict[str, Any]]
@@ -294,6 +295,22 @@ CASES = {
             "timm Muon",
             lambda: fused_optim.Muon(blocks_of_gpt2(), ns_coefficients="quintic"),
             lambda: timm("muon", "Muon")(blocks_of_gpt2(), weight_decay=0.1, nesterov=True),
+        ),
+        Case(
+            "Muon, 2 blocks of GPT-2 small, beside pytorch_optimizer",
+            "pytorch_optimizer Muon",
+            lambda: fused_optim.Muon(blocks_of_gpt2()),
+            lambda: class_of("pytorch_optimizer", "Muon", "pip install --no-deps pytorch_optimizer")(
+                [{"params": blocks_of_gpt2(), "use_muon": True}], lr=1e-3, weight_decay=0.1
+            ),
+        ),
+        Case(
+            "Muon, 2 blocks of GPT-2 small, beside dion",
+            "dion Muon",
+            lambda: fused_optim.Muon(blocks_of_gpt2(), ns_coefficients="polar_express"),
+            lambda: class_of("dion", "Muon", "pip install git+https://github.com/microsoft/dion")(
+                blocks_of_gpt2(), lr=1e-3, mu=0.95, weight_decay=0.1, nesterov=True
+            ),
         ),
     )
 }

@@ -62,6 +62,21 @@ def needs(module: str, remedy: str) -> Callable[[], str | None]:
     return why_missing
 
 
+def class_of(module: str, name: str, remedy: str) -> Any:
+    """A class of a module.
+
+    Raises:
+        Missing: the module is not installed, or cannot be imported here.
+    """
+    reason = needs(module, remedy)()
+    if reason is not None:
+        raise Missing(reason)
+    try:
+        return getattr(importlib.import_module(module), name)
+    except ImportError as error:
+        raise Missing(f"{module} cannot be imported: {error}") from None
+
+
 def maker(module: str, name: str, *, rename: Mapping[str, str] | None = None, **fixed: Any) -> Maker:
     """Makes a class of a module from param groups and our hyperparameters, some under other names.
 

@@ -84,7 +84,7 @@ class Dealt:
     def __init__(
         self, rows: Sequence[Row], spread: Spread, mesh: Mesh, team: Team, owners: Sequence[int], me: int
     ) -> None:
-        self.is_active = False
+        self.is_active = False  # takes part in this step, and has not been exchanged yet
         self.device_mesh, self._team = spread.mesh, team
         self._group, self._ranks = group_of(spread.mesh, mesh), mesh.ranks
         self._size, self._iteration = (spread.matrices.rows, spread.matrices.columns), spread.iteration
@@ -119,7 +119,7 @@ class Dealt:
         return any((param := ref()) is not None and param.grad is not None for ref in self._params)
 
     def activate(self, is_active: bool) -> None:
-        """Take part in this step, or not: all processes alike."""
+        """Take part in the step that begins, or not: all processes alike."""
         self.is_active = is_active
         for ref, part in zip(self._params, self.parts) if is_active else ():
             param = ref()
@@ -159,6 +159,7 @@ class Dealt:
         if self._result is not self._directions:
             self._directions.copy_(self._result)
         self._incoming = self._result = self._directions[:0]
+        self.is_active = False
 
     def _wait(self) -> None:
         for work in self._works:

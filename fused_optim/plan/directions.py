@@ -81,7 +81,6 @@ class Directions:
         iterations: Sequence[Iteration | None],
     ) -> None:
         self._batches, self.dealt, self.parts, self.iterations = batches, dealt, parts, iterations
-        self._done: set[int | None] = set()
 
     def __call__(self, norms: Any) -> float:
         index = norms if isinstance(norms, int) else None
@@ -89,20 +88,14 @@ class Directions:
             for batch in self._batches.get(index, ()):
                 if batch.is_active():
                     orthogonalize_(batch.directions, batch.iteration)
-            self._exchange(index)
+            exchange(self.dealt.get(index, ()))
         return 0.0
 
     def finish(self) -> None:
         """Exchange what no native plan has asked for: other processes wait for it."""
-        with torch.no_grad():
-            for index in self.dealt:
-                self._exchange(index)
-        self._done.clear()
-
-    def _exchange(self, index: int | None) -> None:
-        if index not in self._done and index in self.dealt:
-            self._done.add(index)
-            exchange(self.dealt[index])
+        for of_table in self.dealt.values():
+            with torch.no_grad():
+                exchange(of_table)
 
     @classmethod
     def of(cls, rows: Sequence[Row], groups: Sequence[dict[str, Any]], rule: Rule) -> Directions | None:

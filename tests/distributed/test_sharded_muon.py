@@ -28,6 +28,7 @@ from torch.nn import Parameter
 
 import fused_optim
 from fused_optim import ClipGradByGlobalNorm, ClipGradByNorm, ClipGradByValue, Muon, muon_groups
+from fused_optim.plan import dealt
 from fused_optim.rule.orthogonal import Iteration, orthogonalize_, polynomials_of
 from fused_optim.tensors import local
 
@@ -114,10 +115,11 @@ def train_spread(place: str, backend: str, steps: int, compiled_plan: bool = Tru
     assert_equal_to(alone, ours)
 
 
+@pytest.mark.parametrize("steps", [3, pytest.param(20, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("backend", ["cpu", "eager", "cuda"])
 @pytest.mark.parametrize("place", PLACEMENTS)
-def test_four_processes_step_as_one(place: str, backend: str, ranks: Ranks) -> None:
-    ranks.run(train_spread, place, backend, 20)
+def test_four_processes_step_as_one(place: str, backend: str, steps: int, ranks: Ranks) -> None:
+    ranks.run(train_spread, place, backend, 20 if (place, backend) == ("FSDP", "cpu") else steps)
 
 
 def train_interpreted(compiled_plan: bool) -> None:
@@ -200,7 +202,7 @@ def bytes_of_a_step(place: str, shapes: list[tuple[int, ...]], dtype: torch.dtyp
         optimizer.step()
     gc.collect()
     before = len(gc.get_objects())
-    for _ in range(20):
+    for _ in range(4):
         optimizer.step()
     gc.collect()
     assert len(gc.get_objects()) <= before
@@ -216,6 +218,26 @@ def test_bytes_and_collectives_of_a_step(place: str, dtype: torch.dtype | None, 
     replicas, parts = (2, 2) if place == "HSDP" else (1, WORLD)
     expected = numel * size * (parts - 1) // parts + numel * size * (replicas * parts - 1) // parts
     assert set(ranks.run(bytes_of_a_step, place, shapes, dtype)) == {(2 * 3, 1, expected, 0)}
+
+
+def turns_of_a_step() -> str:
+    """What this process does in turn: sends (s), and multiplies (m)."""
+    shapes = [(16, 8), (8, 32), (32, 16)] * WORLD
+    params = [Parameter(spread(numbers(shape, index), "FSDP")) for index, shape in enumerate(shapes)]
+    optimizer = Muon(params, lr=0.02)
+    for index, param in enumerate(params):
+        param.grad = spread(numbers(shapes[index], index), "FSDP")
+    turns: list[str] = []
+    all_to_all = dist.all_to_all_single
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist, "all_to_all_single", lambda *a, **k: turns.append("s") or all_to_all(*a, **k))
+        patch.setattr(dealt, "orthogonalize_", lambda *a: turns.append("m") or orthogonalize_(*a))
+        optimizer.step()
+    return "".join(turns)
+
+
+def test_the_next_matrices_are_on_their_way_while_some_are_multiplied(ranks: Ranks) -> None:
+    assert set(ranks.run(turns_of_a_step)) == {"ssmssmsms"}
 
 
 @pytest.mark.parametrize(
@@ -570,7 +592,7 @@ def train_fsdp(kind: str) -> None:
         kinds = {type(placement).__name__ for param in model.parameters() for placement in param.placements}
         assert "_StridedShard" in kinds
     twin, ours = (Muon(muon_groups(one), **OPTIONS, grad_clip=ClipGradByGlobalNorm(0.5)) for one in (alone, model))
-    for step in range(20):
+    for step in range(6):
         for optimizer, one, share in ((twin, alone, False), (ours, model, True)):
             optimizer.zero_grad()
             batch = numbers((8, 12), step)

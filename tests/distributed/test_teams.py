@@ -50,7 +50,7 @@ def test_a_mesh_in_the_order_of_its_ranks() -> None:
 def test_parts_are_torchs(shape: tuple[int, ...], sizes: tuple[int, ...], placements: tuple[Any, ...]) -> None:
     mesh = mesh_of(*sizes)
     assert why_not_dealt(placements, sizes) is None
-    positive = tuple(Shard(p.dim % len(shape)) if p.is_shard() else p for p in placements)
+    positive = tuple(Shard(p.dim % len(shape)) if type(p) is Shard else p for p in placements)
     covered = torch.zeros(shape, dtype=torch.int64)
     for process, coordinate in enumerate(mesh.coordinates):
         part = part_of(shape, mesh, placements, process)

@@ -124,8 +124,8 @@ def test_long_matrices_take_fewer_operations(ratio: float, dtype: torch.dtype, m
     ("setting", "value"),
     [
         ("torch.backends.cuda.matmul.allow_tf32", True),
-        ("torch.backends.mkldnn.matmul.fp32_precision", "bf16"),
-        ("torch.backends.fp32_precision", "tf32"),
+        pytest.param("torch.backends.mkldnn.matmul.fp32_precision", "bf16", marks=pytest.mark.requires(torch="2.9")),
+        pytest.param("torch.backends.fp32_precision", "tf32", marks=pytest.mark.requires(torch="2.9")),
     ],
 )
 def test_where_float32_has_fewer_digits_there_are_no_rounds(setting: str, value: Any) -> None:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -89,7 +90,8 @@ def test_every_case_takes_a_step() -> None:
         if "8M" not in case.name:
             stepped = case.ours()
             stepped.step()
-            case.theirs().step()
+            with suppress(Missing):  # what other peers than timm are
+                case.theirs().step()
             assert elements_of(stepped) > 0
 
 
