@@ -60,7 +60,7 @@ def test_a_free_threaded_python_is_told_which_to_use(extension: str) -> None:
 
 
 def test_a_free_threaded_python_does_not_import() -> None:
-    result = say(sys.executable, "-c", FREE_THREADED, str(ROOT / "fused_optim" / "extension.py"))
+    result = say(sys.executable, "-c", FREE_THREADED, str(ROOT / "fused_optim" / "backends" / "extension.py"))
     assert result.returncode == 1
     version = f"{sys.version_info[0]}.{sys.version_info[1]}"
     assert result.stderr.splitlines()[-1] == (
