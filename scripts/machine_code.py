@@ -309,6 +309,7 @@ class Layout:
     stores: tuple[int, ...]
     state: int
     codes: bool = False  # each state has a scale of a byte
+    draws: bool = False  # in the kernel of rows that draw random words
 
 
 LAYOUTS = (
@@ -322,12 +323,13 @@ LAYOUTS = (
     Layout("float16, float32 states", "float16", 4, (8, 8), (8,), 16),
     Layout("float16, float32 master", "float16", 4, (8, 16, 8), (8, 16), 16),
 )
-# Of the kernels that step rows of codes.
-LAYOUTS_OF_CODES = (
-    Layout("float32, 8-bit", "", 4, (16, 16), (16,), 4, codes=True),
-    Layout("bfloat16, 8-bit", "bfloat16", 8, (16, 16), (16,), 8, codes=True),
-    Layout("bfloat16, stochastic, 8-bit", "", 8, (16, 16), (16,), 8, codes=True),
-    Layout("bfloat16, split8, 8-bit", "", 8, (16, 8, 16), (16, 8), 8, codes=True),
+LAYOUTS_THAT_DRAW = (
+    Layout("float32, 8-bit", "", 4, (16, 16), (16,), 4, codes=True, draws=True),
+    Layout("bfloat16, 8-bit", "bfloat16", 8, (16, 16), (16,), 8, codes=True, draws=True),
+    Layout("bfloat16, stochastic, 8-bit", "", 8, (16, 16), (16,), 8, codes=True, draws=True),
+    Layout("bfloat16, split8, 8-bit", "", 8, (16, 8, 16), (16, 8), 8, codes=True, draws=True),
+    Layout("bfloat16, split8", "", 4, (8, 4, 8), (8, 4), 16, draws=True),
+    Layout("bfloat16, stochastic", "", 8, (16, 16), (16,), 16, draws=True),
 )
 
 
@@ -348,16 +350,16 @@ def find_loop(kernel: Kernel, layout: Layout, states: int) -> tuple[Loop, int] |
     return None
 
 
-def kernel_of(kernels: list[Kernel], rule: str, *, codes: bool = False) -> Kernel:
-    (found,) = [k for k in kernels if re.search(rf"apply_kernel.*4PassE0E.*{rule}EfLb{codes:d}E", k.name)]
+def kernel_of(kernels: list[Kernel], rule: str, *, draws: bool = False) -> Kernel:
+    (found,) = [k for k in kernels if re.search(rf"apply_kernel.*4PassE0E.*{rule}EfLb{draws:d}E", k.name)]
     return found
 
 
 def loops_of_layouts(kernels: list[Kernel]) -> Iterator[tuple[str, Layout, tuple[Loop, int] | None]]:
     """Of each element update in `RULES` the layouts that have code of their own."""
     for rule, (pattern, states) in RULES.items():
-        for layout in (*LAYOUTS, *LAYOUTS_OF_CODES):
-            yield rule, layout, find_loop(kernel_of(kernels, pattern, codes=layout.codes), layout, states)
+        for layout in (*LAYOUTS, *LAYOUTS_THAT_DRAW):
+            yield rule, layout, find_loop(kernel_of(kernels, pattern, draws=layout.draws), layout, states)
 
 
 RULES = {"AdamW": ("AdamILb0EE", 2), "momentum": ("8Momentum", 1)}

@@ -146,7 +146,7 @@ class Columns {
 #pragma unroll
         for (int k = 0; k < kStates; ++k) state[k][e] = element[k];
       }
-      if constexpr (L::kCodes) {
+      if constexpr (L::kDraws) {
         // Four elements at a time: there are no registers for the words of all.
 #pragma unroll
         for (int k = 0; k < kStates; ++k) state_[k].find_exponent(state[k], states[u][k]);
@@ -158,7 +158,7 @@ class Columns {
           for (int k = 0; k < kStates; ++k) state_[k].narrow_four(e, state[k], states[u][k], words);
         }
       }
-      if constexpr (!L::kCodes) {
+      if constexpr (!L::kDraws) {
         const auto words = words_.template of<N>(i + plus);
         if constexpr (kPass != Pass::accumulate) param_.narrow(value, params[u], words);
         if constexpr (kPass != Pass::move) {
@@ -348,8 +348,9 @@ FO_DEVICE int walk_vectors(const Tile<Rule, T>& tile) {
 }
 
 template <Pass kPass, class Rule, class T, class... L>
-FO_DEVICE int walk_vectors_as(LayoutList<L...>, uint64_t storages, const Tile<Rule, T>& tile) {
-  constexpr int kStates = states_of<Rule>(kPass);
+FO_DEVICE int walk_vectors_as(LayoutList<L...>, [[maybe_unused]] uint64_t storages,
+                              [[maybe_unused]] const Tile<Rule, T>& tile) {
+  [[maybe_unused]] constexpr int kStates = states_of<Rule>(kPass);
   int done = 0;
   ((L::fits(storages, tile.row.stochastic, kStates) ? void(done = walk_vectors<kPass, L>(tile)) : void()),
    ...);

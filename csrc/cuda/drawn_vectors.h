@@ -25,27 +25,22 @@ struct VectorWords {
   }
 };
 
-// A parameter that is rounded to nearest.
-template <class S, Reuse kReuse>
-struct NearestColumn : ParamColumn<S, kReuse> {
-  using ParamColumn<S, kReuse>::ParamColumn;
+// A column of numbers: rounded to nearest, or in bfloat16 by words.
+template <class Column, bool kStochastic>
+struct RoundedColumn : Column {
+  using Column::Column;
 
   template <int N>
-  FO_DEVICE void narrow_four(int e, const QuickFloat (&values)[N], Vector<S, N>& out, WordsOfFour) const {
-    if (e == 0) this->narrow(values, out);
-  }
-};
-
-// A parameter of bfloat16, rounded by words.
-template <Reuse kReuse>
-struct StochasticColumn : ParamColumn<bfloat16, kReuse> {
-  using ParamColumn<bfloat16, kReuse>::ParamColumn;
-
+  FO_DEVICE void find_exponent(const QuickFloat (&)[N], const typename Column::template Loaded<N>&) const {}
   template <int N>
-  FO_DEVICE void narrow_four(int e, const QuickFloat (&values)[N], Vector<bfloat16, N>& out,
+  FO_DEVICE void narrow_four(int e, const QuickFloat (&values)[N], typename Column::template Loaded<N>& out,
                              const WordsOfFour& words) const {
-    out.word[e / 2] = pack_stochastically(values + e, words.bits);
-    out.word[e / 2 + 1] = pack_stochastically(values + e + 2, words.bits + 2);
+    if constexpr (kStochastic && Column::template Loaded<N>::kPairs) {
+      out.word[e / 2] = pack_stochastically(values + e, words.bits);
+      out.word[e / 2 + 1] = pack_stochastically(values + e + 2, words.bits + 2);
+    } else if (e == 0) {
+      this->narrow(values, out);
+    }
   }
 };
 

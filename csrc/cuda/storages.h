@@ -33,6 +33,10 @@ struct StorageOf<DType::remainder> {
   using type = int16_t;
 };
 template <>
+struct StorageOf<DType::int8> {
+  using type = int8_t;
+};
+template <>
 struct StorageOf<DType::none> {
   using type = float;  // of a column that is never asked for
 };
@@ -62,7 +66,7 @@ constexpr int widest(std::initializer_list<DType> columns) {
 template <DType kParamType, DType kGradType, DType kMasterType, DType kStateType>
 struct Layout {
   using Words = NoWords;
-  static constexpr bool kCodes = false;
+  static constexpr bool kDraws = false, kCodes = false;
   static constexpr int kWidest = widest({kParamType, kGradType, kMasterType, kStateType});
   static constexpr int kVector = 16 / kWidest;
   static constexpr int kParamBytes = size_of(kParamType) + size_of(kMasterType);
@@ -86,33 +90,39 @@ struct Layout {
   }
 };
 
-// One combination whose states are codes: means, and of two states the second roots. A parameter of 16 bits
-// without a master weight may be rounded stochastically.
-template <DType kParamType, DType kMasterType, bool kStochastic = false>
-struct CodesLayout {
+// One combination of rows that draw random words. States of int8 are codes: means, and of two states the
+// second roots. What is stored in 16 bits, but for a parameter beside a master weight, is rounded
+// stochastically or not.
+template <DType kParamType, DType kMasterType, DType kStateType, bool kStochastic = false>
+struct DrawnLayout {
   using Words = VectorWords;
-  static constexpr bool kCodes = true;
-  static constexpr int kVector = 16 / size_of(kParamType);
+  static constexpr bool kDraws = true;
+  static constexpr bool kCodes = kStateType == DType::int8;
+  static constexpr int kVector = 16 / widest({kParamType, kMasterType, kStateType});
   static constexpr int kParamBytes = size_of(kParamType) + size_of(kMasterType);
   static constexpr int kGradBytes = size_of(kParamType);
-  static constexpr int kStateBytes = 1;
-  static constexpr bool kMayBeStochastic = size_of(kParamType) == 2 && kMasterType == DType::none;
+  static constexpr int kStateBytes = size_of(kStateType);
   using ParamStorage = typename StorageOf<kParamType>::type;
+  using StateStorage = typename StorageOf<kStateType>::type;
   template <class T, Reuse kReuse>
   using Param =
       typename std::conditional<kMasterType == DType::int8, Split8Columns<kReuse>,
-                                typename std::conditional<kStochastic, StochasticColumn<kReuse>,
-                                                          NearestColumn<ParamStorage, kReuse>>::type>::type;
+                                RoundedColumn<ParamColumn<ParamStorage, kReuse>, kStochastic>>::type;
   template <class T>
   using Grad = FixedColumn<ParamStorage, Reuse::none>;
-  template <class T, Reuse>
-  using State = CodeColumn;
+  template <class T, Reuse kReuse>
+  using State =
+      typename std::conditional<kCodes, CodeColumn,
+                                RoundedColumn<FixedColumn<StateStorage, kReuse>, kStochastic>>::type;
 
   FO_DEVICE static bool fits(uint64_t storages, bool stochastic, int states) {
     uint64_t own =
         number_of(kParamType, kParam) | number_of(kParamType, kGrad) | number_of(kMasterType, kMaster);
-    for (int k = 0; k < states; ++k) own |= number_of(k == 1 ? DType::uint8 : DType::int8, kFirstState + k);
-    return storages == own && (!kMayBeStochastic || stochastic == kStochastic);
+    for (int k = 0; k < states; ++k)
+      own |= number_of(kCodes && k == 1 ? DType::uint8 : kStateType, kFirstState + k);
+    const bool rounds =
+        (kMasterType == DType::none && size_of(kParamType) == 2) || (states > 0 && size_of(kStateType) == 2);
+    return storages == own && (!rounds || stochastic == kStochastic);
   }
 };
 
@@ -120,7 +130,7 @@ struct CodesLayout {
 template <class T>
 struct AnyLayout {
   using Words = NoWords;
-  static constexpr bool kCodes = false;
+  static constexpr bool kDraws = false, kCodes = false;
   static constexpr int kVector = 1;
   template <class U, Reuse>
   using Param = AnyParamColumns<U>;
@@ -134,7 +144,7 @@ struct AnyLayout {
 template <class T>
 struct AnyDrawnLayout {
   using Words = AnyWords;
-  static constexpr bool kCodes = false;  // but for those that a row's dtypes say
+  static constexpr bool kDraws = false, kCodes = false;  // but for what the row says
   static constexpr int kVector = 1;
   template <class U, Reuse>
   using Param = DrawnParamColumns<U>;
@@ -172,12 +182,20 @@ using StatelessLayouts = LayoutList<Layout<kF32, kF32, kNone, kF32>,     //
                                     AnyLayout<float>>;
 
 // Those of rows that draw random words. A sum has one order, so that none are where a direction is measured.
+constexpr DType kSplit8 = DType::int8, kEightBit = DType::int8;
+using DrawnFloatLayouts = LayoutList<DrawnLayout<kF32, kNone, kEightBit>,         //
+                                     DrawnLayout<kBf16, kNone, kEightBit>,        //
+                                     DrawnLayout<kBf16, kNone, kEightBit, true>,  //
+                                     DrawnLayout<kBf16, kSplit8, kEightBit>,      //
+                                     DrawnLayout<kBf16, kSplit8, kF32>,           //
+                                     DrawnLayout<kBf16, kNone, kBf16, true>>;
+using DrawnStatelessLayouts =
+    LayoutList<DrawnLayout<kBf16, kSplit8, kBf16>, DrawnLayout<kBf16, kNone, kBf16, true>>;
+
 template <class T, bool kUpdates, int kStates>
-using DrawnLayouts =
-    typename std::conditional<sizeof(T) == 4 && kUpdates && (kStates == 1 || kStates == 2),
-                              LayoutList<CodesLayout<kF32, kNone>, CodesLayout<kBf16, kNone>,
-                                         CodesLayout<kBf16, kNone, true>, CodesLayout<kBf16, DType::int8>>,
-                              LayoutList<>>::type;
+using DrawnLayouts = typename std::conditional<
+    sizeof(T) == 8 || !kUpdates || (kStates > 2), LayoutList<>,
+    typename std::conditional<kStates == 0, DrawnStatelessLayouts, DrawnFloatLayouts>::type>::type;
 
 template <int kStates>
 using Layouts = typename std::conditional<kStates == 0, StatelessLayouts, FloatLayouts>::type;
