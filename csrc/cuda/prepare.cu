@@ -100,7 +100,6 @@ FO_DEVICE void prepare(const Row& row, const CudaGroup& group, const StepOptions
   const GroupHyper hyper = read_group<Rule>(group);
   const auto record = prepare_row<Rule, double>(row, hyper, options, norms, global_norm, measured);
   put_record<Rule>(record, computes_in_double(row.dtype[kParam]), out);
-  out.key = key_of(row);
 }
 
 template <class... R>
@@ -169,6 +168,8 @@ __global__ void __launch_bounds__(kThreads) prepare_kernel(PrepareTable table, C
   const Norms norms = needs_of(row, group.hyper, options) != 0 ? table.sums[r].norms : Norms{};
   MeasuredNorms seen;
   prepare_any(Rules{}, row, group, options, norms, global_norm, table.records[r], seen);
+  // From the table again: no register holds what only rows that draw need, while prepare_any works.
+  table.records[r].key = row.draws ? key_of(read_words(table.rows[r])) : 0;
   if (step.measured != 0) {
     auto* out = reinterpret_cast<float*>(step.measured) + 3 * static_cast<int64_t>(r);
     out[0] = static_cast<float>(seen.grad_norm);
