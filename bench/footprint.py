@@ -87,7 +87,7 @@ def footprint(recipe: Recipe, stepper: Stepper, material: Material) -> dict[str,
 
 def _temporary_on_cpu(stepper: Stepper) -> int:
     """The most that a step takes from torch's allocator at a time, beside what it had."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as recorded:
         stepper.step()
     events = recorded.profiler.kineto_results.events()  # type: ignore[union-attr]
     taken = most = 0
@@ -108,7 +108,7 @@ def _profiled_on_cuda(stepper: Stepper, device: torch.device) -> tuple[int, int,
     torch.cuda.synchronize(device)
     temporary = torch.cuda.max_memory_allocated(device) - before
     own = 0 if counter is None else counter() - counted
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as recorded:
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA], acc_events=True) as recorded:
         stepper.step()
         torch.cuda.synchronize(device)
     kernels = [

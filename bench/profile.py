@@ -256,7 +256,7 @@ def profile_step(
     copied = moved / max(copy.bytes_per_second() for _ in range(TIMED))  # the limit is the best that it does
     del copy
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
-    with named_phases(inner, range_of), profiled(activities=activities) as recorded:
+    with named_phases(inner, range_of), profiled(activities=activities, acc_events=True) as recorded:
         with record_function(MODEL):
             forward_backward()
         with record_function(OPTIMIZER):

@@ -297,7 +297,8 @@ def test_pre_hook_may_make_the_gradients(case: Case, backend: str) -> None:
 def test_step_shows_in_the_profiler(case: Case, backend: str) -> None:
     optimizer, params = start(case, backend)
     set_grads(params, 9)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+    # Without acc_events torch 2.11 warns, once a process, that a cycle clears the events of the last.
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True) as profile:
         optimizer.step()
     assert f"Optimizer.step#{case.name}.step" in {event.key for event in profile.key_averages()}
 
