@@ -14,7 +14,7 @@ from torch import Tensor
 
 # Where bitsandbytes keeps states that FSDP must not touch.
 WRAPPED = "__bnb_optimizer_quant_state__"
-BLOCKS = (256, 2048)  # bitsandbytes' elements of a scale: since version 0.44, and before it
+BLOCKS = (256, 2048)  # bitsandbytes' elements of a scale: of its present versions, and of earlier ones
 
 
 def _block_of(codes: Tensor, scales: Any, key: str) -> int:
