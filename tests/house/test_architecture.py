@@ -240,3 +240,10 @@ def test_only_the_optimizers_know_the_whole_optimizer(path: Path) -> None:
     above = {"optimizer.py", "description.py", "__init__.py"}
     if path.name not in above and path.parent.name != "optimizers":
         assert "FusedOptimizer" not in code_of(path)
+
+
+@pytest.mark.xdist_group("groups")
+def test_groups_of_tests_are_seen(request: pytest.FixtureRequest) -> None:
+    """pytest-xdist writes a test's group behind its name, or else, beside a newer pytest, sees none and says nothing."""
+    if request.config.getoption("loadgroup", False):
+        assert request.node.nodeid.endswith("@groups")
