@@ -244,6 +244,6 @@ def test_only_the_optimizers_know_the_whole_optimizer(path: Path) -> None:
 
 @pytest.mark.xdist_group("groups")
 def test_groups_of_tests_are_seen(request: pytest.FixtureRequest) -> None:
-    """pytest-xdist writes a test's group behind its name, or else, beside a newer pytest, sees none and says nothing."""
+    """pytest-xdist writes a test's group behind its name; beside a newer pytest it sees none, and says nothing."""
     if request.config.getoption("loadgroup", False):
         assert request.node.nodeid.endswith("@groups")
