@@ -73,13 +73,15 @@ def texts() -> dict[Path, str]:
     """What each file that shows figures should hold."""
     result = json.loads((ROOT / "bench" / "results" / "cpu.json").read_text())
     readme, memory = ROOT / "README.md", ROOT / "docs" / "memory.md"
-    costs = memory_figures.costs()
+    costs, losses = memory_figures.costs(), memory_figures.losses()
     return {
-        readme: filled(filled(readme.read_text(), "figures", figures(result)), "low memory", costs),
+        readme: filled(
+            filled(filled(readme.read_text(), "figures", figures(result)), "low memory", costs), "losses", losses
+        ),
         memory: filled(
             filled(filled(memory.read_text(), "low memory", costs), "updates", memory_figures.updates()),
             "losses",
-            memory_figures.losses(),
+            losses,
         ),
         CHART: chart(result),
     }
