@@ -190,7 +190,8 @@ def blocks_of(code: list[Instruction]) -> tuple[Blocks, Edges]:
         last = blocks[start][-1]
         ways: list[int | None] = [after]
         if last.name.startswith("BRA"):
-            goes_on = last.guarded or re.search(r"BRA(\.\w+)* !?U?P\d", last.text) is not None
+            # .DIV and .CONV: if the warp has diverged there, or has not.
+            goes_on = last.guarded or re.search(r"BRA(\.\w+)* !?U?P\d|BRA\.(DIV|CONV)", last.text) is not None
             ways = [last.target, after if goes_on else None]
         elif last.name.startswith(("EXIT", "RET")):
             ways = [after if last.guarded else None]
@@ -241,7 +242,9 @@ def is_ordinary(block: list[Instruction]) -> bool:
     scales."""
     widths = [bytes_ for instruction in block for kind in ("LDG", "STG") if (bytes_ := instruction.moves(kind))]
     narrow = min(widths, default=8) < 8 and max(widths) < 16
-    return not narrow and not any(instruction.name.startswith("CALL") for instruction in block)
+    # Under a condition it is how sm_80 leaves a loop.
+    calls = any(instruction.name.startswith("CALL") and not instruction.guarded for instruction in block)
+    return not narrow and not calls
 
 
 def loops_of(kernel: Kernel) -> Iterator[Loop]:

@@ -52,8 +52,8 @@ constexpr int vectors_in_flight(Pass pass, int states) {
   constexpr int kBytesInFlight = FO_KB_IN_FLIGHT * 1024;
   const int bytes = L::kParamBytes + (pass == Pass::move ? 0 : L::kGradBytes) + states * L::kStateBytes;
   const int of_one = blocks_at_once<T>(pass, states) * kThreads * bytes * L::kVector;
-  if (L::kCodes && states > 1) return 1;  // there are no registers for two vectors
-  int count = 1;                          // a power of 2, as what a tile has is
+  if (L::kCodes && states > 1) return blocks_at_once<T>(pass, states) > 2 ? 1 : 2;  // more have no registers
+  int count = 1;  // a power of 2, as what a tile has is
   constexpr int kMost = kTile / kWarp / L::kVector;
   while (sizeof(T) == 4 && count * of_one < kBytesInFlight && count < kMost) count *= 2;
   return count;
