@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -129,13 +130,27 @@ def test_loops_ask_for_all_before_they_wait(kernels: list) -> None:
     assert not faults(kernels, 3, MOST_INSTRUCTIONS)
 
 
+# What nvcc 13.0 makes of the same sources for sm_100, and not for sm_90 and sm_80: 16 bytes are spilled outside of all
+# loops; of the six loads of LAMB's second pass the last is asked for after the first has come; and two updates in
+# float64 whose rows may draw random words wait for a load.
+OF_SM_100 = (
+    "AdamILb0EEEfLb0E.* spills",
+    "prepare_kernel.* spills",
+    "PassE2.*LambEfLb0E.* a load waits",
+    "(MuonEd|SgdEd)Lb1E.* a load waits",
+)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 @pytest.mark.requires("nvcc")
 @pytest.mark.parametrize("arch", ["sm_80", "sm_100"])
 def test_loops_ask_for_all_before_they_wait_on_other_architectures(arch: str, tmp_path: Path) -> None:
     kernels = [kernel for file in compile_kernels(tmp_path, arch) for kernel in machine_code.read_kernels(file, arch)]
-    assert not faults(kernels, 3 if arch == "sm_100" else 2)
+    known = OF_SM_100 if arch == "sm_100" else ()
+    found = faults(kernels, 3 if arch == "sm_100" else 2)
+    assert not [fault for fault in found if not any(re.search(pattern, fault) for pattern in known)]
+    assert all(any(re.search(pattern, fault) for fault in found) for pattern in known)  # none has gone unnoticed
 
 
 @pytest.mark.requires("nvcc")
