@@ -27,29 +27,27 @@ def spelled(row: Row) -> str:
 
 
 def costs() -> str:
-    """A row a setting and peer: bytes a parameter as allocated, and what a step takes of the processor."""
+    """A row a setting and peer: bytes a parameter as allocated, and the time of a step."""
     results = [read(path.stem) for path in sorted(RESULTS.glob("cpu-memory-*.json"), reverse=True)]
-    rows = [row for result in results for row in result["grid"] if "processor_us" in row]
-    units = {row["dtype"]: row["processor_us"] for row in rows if row["contender"] == OURS}
+    rows = [row for result in results for row in result["grid"] if row["status"] == "measured"]
+    units = {row["dtype"]: row["wall_us"] for row in rows if row["contender"] == OURS}
     lines = [
-        "| AdamW | bytes a parameter | processor time of a step [µs] (quartiles) | of the first of its dtype |",
+        "| AdamW | bytes a parameter | step [µs] (quartiles) | of the first of its dtype |",
         "|---|---|---|---|",
     ]
     for row in rows:
-        low, high = row["processor_quartiles_us"]
+        low, high = row["wall_quartiles_us"]
         held = ITEM_SIZES[row["dtype"]] + row["state_bytes_per_parameter"]
         lines.append(
-            f"| {spelled(row)} | {held:.2f} | {row['processor_us']:,.0f} ({low:,.0f}–{high:,.0f}) | "
-            f"{row['processor_us'] / units[row['dtype']]:.2f} |"
+            f"| {spelled(row)} | {held:.2f} | {row['wall_us']:,.0f} ({low:,.0f}–{high:,.0f}) | "
+            f"{row['wall_us'] / units[row['dtype']]:.2f} |"
         )
     rounds = " and ".join(str(row["rounds"]) for row in rows if row["contender"] == OURS)
     machine, first = results[0]["machine"], rows[0]
     lines += [
         "",
         f"Parameter, states and master as allocated; {first['parameters'] / 1e6:.1f} M parameters in "
-        f"{first['tensors']} matrices. Medians of {rounds} interleaved rounds on one thread. Much other work ran "
-        "beside, so that the time on the clock says nothing and the processor's is shown, which shared caches make "
-        f"longer too. {machine['cpu']}, "
+        f"{first['tensors']} matrices. Medians of {rounds} interleaved rounds on one thread. {machine['cpu']}, "
         f"torch {machine['torch']}, {machine['date']}, commit {machine['commit']}.",
     ]
     return "\n".join(lines)
