@@ -274,8 +274,7 @@ class FusedOptimizer(Rule, torch.optim.Optimizer):
         if not kept.stepping.acquire(False):
             raise RuntimeError("step() of one optimizer was called from two threads at once")
         try:
-            plan = kept.plan or kept.new_plan(self.param_groups, self.defaults, self)
-            asked = plan.waits or plan.agreement is not None
+            asked = (kept.plan or kept.new_plan(self.param_groups, self.defaults, self)).asks_first
             if asked and scale.stops():  # what only one device steps reads found_inf there
                 return
             # A torch function mode, as torch.set_default_device sets one, would make reading `.grad` 20 times slower.
@@ -324,8 +323,8 @@ class FusedOptimizer(Rule, torch.optim.Optimizer):
         grad_norm: float | Tensor | None = None
         if step.clip.kind == GLOBAL_NORM:
             grad_norm = plan.buffers[0].grad_norm if step.global_norm is None else step.global_norm
-            if step.global_norm is None and not written and not plan.shards:  # nothing was launched that would write it
-                grad_norm = 0.0
+            if step.global_norm is None and not written and not plan.shards:
+                grad_norm = 0.0  # nothing was launched that would write it
         measures = plan.measures or grad_norm is not None
         self._kept.last = LastStep(plan, eager.measured, grad_norm) if measures else None
         # Writing through addresses leaves the version counters alone; a stale graph must still raise.

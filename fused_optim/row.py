@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from .rule.orthogonal import Matrices
-from .tensors import Layout
 
 # How a number lies in memory, as `DType` in csrc/row.h numbers it. int16 and int8 are remainders of split master
 # weights; of a state int8 and uint8 are codes.
@@ -53,7 +52,7 @@ class Row:
     master: str | None  # state key of its master weight
     dtype: torch.dtype  # of the parameter, and
     device: torch.device  # where it was, when the plan was built,
-    layout: Layout | None  # and how its elements lay there
+    layout: tuple[tuple[int, ...], tuple[int, ...]] | None  # and its shape and strides there
     name: str
     backend: str
     refused: str | None  # why no native backend takes it

@@ -65,6 +65,7 @@ class BuiltPlan:
         self._step = Step(1.0, 1, NO_CLIP, False, (), None)
         # What only one CUDA device steps reads everything there, and nothing waits for it.
         self.waits = len(self.buffers) != 1 or len(self.buffers[0].rows) != len(rows)
+        self.asks_first = self.waits or agreement is not None  # for found_inf, before anything else
 
     def refresh(
         self, param_groups: list[dict[str, Any]], state: dict[Tensor, Any], defaults: dict[str, Any]
