@@ -51,6 +51,11 @@ struct FixedColumn {
   }
 };
 
+// Where the scales of a tile's codes are; index: of a state's column, or of one that a rule does not have.
+FO_DEVICE uint64_t scales_at(const Row& row, int index, int64_t begin) {
+  return row.scale[index < kFirstState ? 0 : index - kFirstState] + static_cast<uint64_t>(begin) / kGroup;
+}
+
 // The parameter as a rule sees it: itself, or its master weight, or what it is the upper half of, beside
 // which it is a rounded copy.
 template <class S, Reuse kReuse>
@@ -88,33 +93,61 @@ struct MasterColumns {
   }
 };
 
-// A column whose storage is read from the row, element by element: for every combination that has no code of
-// its own. What it loads waits as bits, since to ask for the storage is to branch.
-template <class T>
-struct AnyColumn {
+// What lies in memory of a column whose storage is read from the row, element by element. kBytes: it may be
+// one byte. An element waits as bits, since to ask for the storage is to branch.
+template <class T, bool kBytes>
+struct StoredColumn {
   using Bits = typename std::conditional<sizeof(T) == 8, uint64_t, uint32_t>::type;
-  template <int N>
-  using Loaded = Bits;
   uint64_t address;
   DType dtype;
 
-  FO_DEVICE AnyColumn(const Row& row, int index, int64_t begin)
+  FO_DEVICE StoredColumn(const Row& row, int index, int64_t begin)
       : address(row.address[index] +
                 static_cast<uint64_t>(begin) * static_cast<uint64_t>(size_of(row.dtype[index]))),
         dtype(row.dtype[index]) {}
 
-  template <int N>
-  FO_DEVICE Bits fetch(int i, int plus) const {
-    static_assert(N == 1, "an element");
+  FO_DEVICE Bits fetch_bits(int i) const {
     Bits bits = 0;
     const int bytes = size_of(dtype);
-    const void* at = reinterpret_cast<const void*>(address + static_cast<uint64_t>((i + plus) * bytes));
+    const void* at = reinterpret_cast<const void*>(address + static_cast<uint64_t>(i * bytes));
+    if constexpr (kBytes) {
+      if (bytes == 1) bits = load_global<Reuse::none, uint8_t>(at);
+    }
     if (bytes == 2) bits = load_global<Reuse::none, uint16_t>(at);
     if (bytes == 4) bits = load_global<Reuse::none, uint32_t>(at);
     if constexpr (sizeof(T) == 8) {
       if (bytes == 8) bits = load_global<Reuse::none, uint64_t>(at);
     }
     return bits;
+  }
+  FO_DEVICE void put_bits(int i, Bits bits) const {
+    const int bytes = size_of(dtype);
+    void* at = reinterpret_cast<void*>(address + static_cast<uint64_t>(i * bytes));
+    if constexpr (kBytes) {
+      if (bytes == 1) store_global<Reuse::none>(at, static_cast<uint8_t>(bits));
+    }
+    if (bytes == 2) store_global<Reuse::none>(at, static_cast<uint16_t>(bits));
+    if (bytes == 4) store_global<Reuse::none>(at, static_cast<uint32_t>(bits));
+    if constexpr (sizeof(T) == 8) {
+      if (bytes == 8) store_global<Reuse::none>(at, bits);
+    }
+  }
+};
+
+// A column of numbers for every combination that has no code of its own.
+template <class T>
+struct AnyColumn : StoredColumn<T, false> {
+  using Stored = StoredColumn<T, false>;
+  using Stored::dtype;
+  using Stored::Stored;
+  using Bits = typename Stored::Bits;
+  template <int N>
+  using Loaded = Bits;
+
+  template <int N>
+  FO_DEVICE Bits fetch(int i, int plus) const {
+    static_assert(N == 1, "an element");
+    return this->fetch_bits(i + plus);
   }
 
   FO_DEVICE void widen(Bits bits, T (&out)[1]) const {
@@ -141,13 +174,7 @@ struct AnyColumn {
   template <int N>
   FO_DEVICE void put(int i, int plus, Bits bits) const {
     static_assert(N == 1, "an element");
-    const int bytes = size_of(dtype);
-    void* at = reinterpret_cast<void*>(address + static_cast<uint64_t>((i + plus) * bytes));
-    if (bytes == 2) store_global<Reuse::none>(at, static_cast<uint16_t>(bits));
-    if (bytes == 4) store_global<Reuse::none>(at, static_cast<uint32_t>(bits));
-    if constexpr (sizeof(T) == 8) {
-      if (bytes == 8) store_global<Reuse::none>(at, bits);
-    }
+    this->put_bits(i + plus, bits);
   }
 
  private:

@@ -85,41 +85,8 @@ FO_SHARED_CODE ParamBits narrow_param(float value, DType param, DType master, An
   return {rounded.bits, bits_of(value)};
 }
 
-// What lies in memory.
 template <class T>
-struct DrawnColumn {
-  using Bits = typename std::conditional<sizeof(T) == 8, uint64_t, uint32_t>::type;
-  uint64_t address;
-  DType dtype;
-
-  FO_DEVICE DrawnColumn(const Row& row, int index, int64_t begin)
-      : address(row.address[index] +
-                static_cast<uint64_t>(begin) * static_cast<uint64_t>(size_of(row.dtype[index]))),
-        dtype(row.dtype[index]) {}
-
-  FO_DEVICE Bits fetch(int i) const {
-    Bits bits = 0;
-    const int bytes = size_of(dtype);
-    const void* at = reinterpret_cast<const void*>(address + static_cast<uint64_t>(i * bytes));
-    if (bytes == 1) bits = load_global<Reuse::none, uint8_t>(at);
-    if (bytes == 2) bits = load_global<Reuse::none, uint16_t>(at);
-    if (bytes == 4) bits = load_global<Reuse::none, uint32_t>(at);
-    if constexpr (sizeof(T) == 8) {
-      if (bytes == 8) bits = load_global<Reuse::none, uint64_t>(at);
-    }
-    return bits;
-  }
-  FO_DEVICE void put(int i, Bits bits) const {
-    const int bytes = size_of(dtype);
-    void* at = reinterpret_cast<void*>(address + static_cast<uint64_t>(i * bytes));
-    if (bytes == 1) store_global<Reuse::none>(at, static_cast<uint8_t>(bits));
-    if (bytes == 2) store_global<Reuse::none>(at, static_cast<uint16_t>(bits));
-    if (bytes == 4) store_global<Reuse::none>(at, static_cast<uint32_t>(bits));
-    if constexpr (sizeof(T) == 8) {
-      if (bytes == 8) store_global<Reuse::none>(at, bits);
-    }
-  }
-};
+using DrawnColumn = StoredColumn<T, true>;
 
 // The parameter as a rule sees it: itself, or with what is beside it.
 template <class T>
@@ -137,7 +104,7 @@ struct DrawnParamColumns {
   template <int N>
   FO_DEVICE Loaded<N> fetch(int i, int plus) const {
     static_assert(N == 1, "an element");
-    return {param.fetch(i + plus), master.fetch(i + plus)};
+    return {param.fetch_bits(i + plus), master.fetch_bits(i + plus)};
   }
   FO_DEVICE void widen(const Loaded<1>& loaded, T (&out)[1]) const {
     if constexpr (sizeof(T) == 8) {  // a float64 parameter has no master weight
@@ -156,8 +123,8 @@ struct DrawnParamColumns {
   }
   template <int N>
   FO_DEVICE void put(int i, int plus, const Loaded<N>& out) const {
-    master.put(i + plus, out.master);
-    param.put(i + plus, out.param);
+    master.put_bits(i + plus, out.master);
+    param.put_bits(i + plus, out.param);
   }
 };
 
@@ -173,14 +140,12 @@ struct DrawnState {
   uint64_t scale;
 
   FO_DEVICE DrawnState(const Row& row, int index, int64_t begin)
-      : column(row, index, begin),
-        scale(row.scale[index < kFirstState ? 0 : index - kFirstState] +
-              static_cast<uint64_t>(begin) / kGroup) {}
+      : column(row, index, begin), scale(scales_at(row, index, begin)) {}
 
   template <int N>
   FO_DEVICE Loaded<N> fetch(int i, int plus) const {
     static_assert(N == 1, "an element");
-    Loaded<N> loaded{column.fetch(i + plus), 0};
+    Loaded<N> loaded{column.fetch_bits(i + plus), 0};
     if (is_byte(column.dtype)) loaded.exponent = load_global<Reuse::none, uint8_t>(exponent_at(i + plus));
     return loaded;
   }
@@ -212,7 +177,7 @@ struct DrawnState {
   }
   template <int N>
   FO_DEVICE void put(int i, int plus, const Loaded<N>& out) const {
-    column.put(i + plus, out.bits);
+    column.put_bits(i + plus, out.bits);
     if (is_byte(column.dtype) && (i + plus) % kGroup == 0)
       store_global<Reuse::none>(exponent_at(i + plus), static_cast<uint8_t>(out.exponent));
   }

@@ -81,9 +81,7 @@ struct CodeColumn {
   bool roots = false;
 
   FO_DEVICE CodeColumn(const Row& row, int index, int64_t begin)
-      : codes(row, index, begin),
-        scale(row.scale[index < kFirstState ? 0 : index - kFirstState] +
-              static_cast<uint64_t>(begin) / kGroup) {}
+      : codes(row, index, begin), scale(scales_at(row, index, begin)) {}
 
   template <int N>
   FO_DEVICE Loaded<N> fetch(int i, int plus) const {
