@@ -8,6 +8,7 @@
 // standard container is used.
 #include "cpu/kernels.h"
 
+#include "cpu/codes_avx512.h"
 #include "cpu/tiles.h"
 
 #define FO_STRINGIFY_(a) #a
@@ -117,23 +118,42 @@ template <class Rule, bool kDecays>
 void apply_codes(const Row& row, const Record<Rule, float>& record, uint32_t of_upper, int64_t begin,
                  int64_t end) {
   constexpr int kMean = kFirstState + per_tensor_states<Rule>(), kRoot = kMean + 1;
-  alignas(64) float scratch[2][kScratch], means[kScratch], roots[kScratch], powers[2][kScratch];
+  alignas(64) float scratch[2][kScratch], powers[2][kScratch];
   alignas(64) uint32_t words[kTile];
+  ToEncode found;
   for (int64_t i = begin; i < end; i += kTile) {
     const int64_t n = end - i < kTile ? end - i : kTile;
     int8_t* mean_codes = column<int8_t>(row, kMean) + i;
     uint8_t* root_codes = column<uint8_t>(row, kRoot) + i;
+    uint8_t *mean_scales = scales_of(row, kMean, i), *root_scales = scales_of(row, kRoot, i);
     prefetch_tile(row, i + kTile, end);
     float* param = load_param<float>(row, i, n, scratch[0]);
     const float* grad = load_tile<float>(row, kGrad, i, n, scratch[1]);
-    widen_codes(mean_codes, means, n);
-    widen_codes(root_codes, roots, n);
-    powers_of_tile(scales_of(row, kMean, i), MeanCode::kUnit, powers[0], n);
-    powers_of_tile(scales_of(row, kRoot, i), RootCode::kUnit, powers[1], n);
-    update_codes<Rule, kDecays>(param, grad, means, roots, powers[0], powers[1], record, n);
     const uint32_t first = static_cast<uint32_t>(row.first + i) * kPlaceStride + of_upper;
-    encode_tile<MeanCode, true>(means, mean_codes, scales_of(row, kMean, i), words, n, first);
-    encode_tile<RootCode>(roots, root_codes, scales_of(row, kRoot, i), words, n);
+    bool is_encoded = false;
+#if defined(FO_HAS_CODES_AVX512)
+    const bool fits = are_finite(mean_codes, root_codes, n);
+    if (fits) {
+      update_groups<Rule, kDecays>(param, grad, mean_codes, root_codes, mean_scales, root_scales, record, n,
+                                   found);
+      const bool wants_words = row.stochastic || row.dtype[kMaster] == DType::int8;
+      is_encoded = encode_groups(found, mean_codes, root_codes, mean_scales, root_scales,
+                                 wants_words ? words : nullptr, n, first);
+    }
+#else
+    constexpr bool fits = false;
+#endif
+    if (!fits) {
+      widen_codes(mean_codes, found.means, n);
+      widen_codes(root_codes, found.roots, n);
+      powers_of_tile(mean_scales, MeanCode::kUnit, powers[0], n);
+      powers_of_tile(root_scales, RootCode::kUnit, powers[1], n);
+      update_codes<Rule, kDecays>(param, grad, found.means, found.roots, powers[0], powers[1], record, n);
+    }
+    if (!is_encoded) {
+      encode_tile<MeanCode, true>(found.means, mean_codes, mean_scales, words, n, first);
+      encode_tile<RootCode>(found.roots, root_codes, root_scales, words, n);
+    }
     store_param<float>(row, i, n, param, words);
   }
 }

@@ -149,6 +149,24 @@ void encode_odd_group(const float* x, typename Code::Storage* codes, uint8_t* sc
   }
 }
 
+// Of a tile: the first state and the root of the second, as they will be encoded, and the largest magnitude
+// of each group, as bits.
+struct ToEncode {
+  alignas(64) float means[kScratch], roots[kScratch];
+  uint32_t most_mean[kTile / kGroup], most_root[kTile / kGroup];
+};
+
+// The exponents of groups from the largest finite_bits of each, and the inverses of their powers of two.
+template <class Code, class Bits>
+void exponents_of_groups(const Bits* __restrict most, uint8_t* __restrict scales, float* __restrict inverses,
+                         int64_t groups) {
+  for (int64_t g = 0; g < groups; ++g) {
+    const int32_t exponent = group_exponent<Code>(static_cast<int32_t>(most[g]));
+    inverses[g] = power_of_two(254 - exponent);
+    scales[g] = static_cast<uint8_t>(exponent);
+  }
+}
+
 // The codes of a tile. x: of MeanCode the values, of RootCode their roots. One loop after the other, so that
 // no group waits for another. kDraws: the words are drawn here, from `first` on, the first one before it is
 // mixed, and left in `words`.
@@ -160,12 +178,8 @@ void encode_tile(const float* __restrict x, typename Code::Storage* __restrict c
   float of_groups[kTile / kGroup];
   alignas(64) float inverses[kTile];
   largest_of_groups(x, most, n);
-  for (int64_t g = 0; g < groups; ++g) {
-    largest = most[g] > largest ? most[g] : largest;
-    const int32_t exponent = group_exponent<Code>(most[g]);
-    of_groups[g] = power_of_two(254 - exponent);
-    scales[g] = static_cast<uint8_t>(exponent);
-  }
+  for (int64_t g = 0; g < groups; ++g) largest = most[g] > largest ? most[g] : largest;
+  exponents_of_groups<Code>(most, scales, of_groups, groups);
   uint32_t word = first;
   if (largest >= kNotFiniteBits) {
     for (int64_t i = 0; kDraws && i < n; ++i, word += kPlaceStride) words[i] = mix(word);
