@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 from torch.nn.parameter import UninitializedTensorMixin, is_lazy  # type: ignore[attr-defined]
 
 # As `TensorKind` in csrc/plan/tensor_reader.h numbers them.
@@ -47,6 +48,16 @@ def is_plain(kind: type) -> bool:
         and not issubclass(kind, UninitializedTensorMixin)
         and kind.__torch_dispatch__ is Tensor.__torch_dispatch__
     )
+
+
+def has_numbers(tensor: Tensor) -> bool:
+    """Whether there is memory behind a tensor: a meta or fake one has a shape alone."""
+    return not (tensor.is_meta or isinstance(tensor, FakeTensor))
+
+
+def plain_float(number: float | Tensor) -> float:
+    """A number as Python's, waiting for its device; 0 for a tensor without numbers."""
+    return float(number) if not isinstance(number, Tensor) or has_numbers(number) else 0.0
 
 
 def is_dense(tensor: Tensor) -> bool:

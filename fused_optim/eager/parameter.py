@@ -21,7 +21,7 @@ from ..rule.hyperparameters import is_sequence, plain_number
 from ..rule.orthogonal import Matrices, kept_dtype, orthogonalize_
 from ..rule.trust_ratio import IN_NORM, OUTSIDE, SKIP, TrustRatio
 from ..state import codec, formats, masters
-from ..tensors import is_dense, is_plain
+from ..tensors import is_dense, is_plain, plain_float
 
 
 class Randomness(NamedTuple):
@@ -85,7 +85,7 @@ class TensorNorms(NamedTuple):
 
     def sums(self) -> list[float]:
         """What adds up over parts of a tensor; the maximum stays what it is."""
-        numbers = dict(zip(self._fields, map(float, self)))
+        numbers = dict(zip(self._fields, map(plain_float, self)))
         return [number if name == "grad_max" else number * number for name, number in numbers.items()]
 
     @classmethod
@@ -150,10 +150,10 @@ def _store(tensor: Tensor, value: Tensor) -> None:
 
 
 def _norm(tensor: Tensor, keep: bool, order: float = 2) -> Number:
-    """A vector norm in float64, as a Python float or as a 0-d tensor."""
+    """A vector norm in float64, as a Python float or as a 0-d tensor; 0 of a tensor without numbers."""
     wide = tensor.to(torch.float64)
     norm = torch.linalg.vector_norm(wide, order) if wide.numel() else wide.new_zeros(())
-    return norm if keep else norm.item()
+    return norm if keep else plain_float(norm)
 
 
 def apply_trust_ratio(

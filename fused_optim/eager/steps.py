@@ -15,7 +15,7 @@ from ..plan.shards import Shards
 from ..row import NORMS, Row
 from ..rule.contract import Rule
 from ..state.formats import scale_key
-from ..tensors import is_sharded, local
+from ..tensors import has_numbers, is_sharded, local, plain_float
 from .parameter import EagerStep, MeasuredNorms, Randomness, TensorNorms, step_eager
 from .sparse import listed_rows
 
@@ -83,7 +83,8 @@ class EagerSteps:
 
     def non_finite(self) -> bool:
         """Whether some gradient has an element that is infinite or NaN."""
-        return any(not torch.isfinite(local(self._grad_of(self._rows[index]))).all() for index in self._steps)
+        grads = (local(self._grad_of(self._rows[index])) for index in self._steps)
+        return any(has_numbers(grad) and not torch.isfinite(grad).all() for grad in grads)
 
     def exchange(self, table: Tensor, shards: Shards) -> float:
         """Put the norms of the rows among ``shards`` into the table that is added up, and take them from it."""
@@ -100,7 +101,7 @@ class EagerSteps:
         for index in list(self._steps):
             coefficient = 1.0
             if self._rows[index].clipped and self._clip.kind in (GLOBAL_NORM, NORM):
-                norm = global_norm if self._clip.kind == GLOBAL_NORM else float(self._norms[index].grad_norm)
+                norm = global_norm if self._clip.kind == GLOBAL_NORM else plain_float(self._norms[index].grad_norm)
                 coefficient = self._clip.coefficient(norm)
             self._advance(index, (self._norms[index], coefficient))
             waits = index in self._parts or any(index in table.positions for table in shards)

@@ -8,6 +8,7 @@ roots and integer operations take part, so that csrc/codec.h gives the same bits
 from __future__ import annotations
 
 import math
+import struct
 from typing import NamedTuple
 
 import torch
@@ -33,7 +34,8 @@ class Code(NamedTuple):
     @property
     def unit(self) -> float:
         """1 / levels^2, rounded to float32."""
-        return float(torch.ones(()) / torch.full((), float(self.levels * self.levels)))
+        (rounded,) = struct.unpack("f", struct.pack("f", 1 / self.levels**2))
+        return float(rounded)
 
 
 MEAN = Code(levels=127, floor=0, least=-112 + 127, most=126 + 127)
@@ -81,9 +83,8 @@ def random_key(seed: int, step: float | Tensor, place: int, device: torch.device
 
 def random_words(index: Tensor, key: Tensor) -> Tensor:
     """A 32-bit word for each element, as int32; ``index``: int64, its place in the whole tensor."""
-    if index.numel() and int(index.max()) >= LIMIT:
-        key = key ^ mix((index >> 32).to(torch.int32))
-    return mix(index.to(torch.int32) * signed(_GOLDEN) + key)
+    upper = mix((index >> 32).to(torch.int32))  # 0 below 2^32
+    return mix(index.to(torch.int32) * signed(_GOLDEN) + (key ^ upper))
 
 
 def middle_words(like: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ import copy
 import math
 import re
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -479,6 +480,36 @@ def test_fake_tensors_step_without_memory(case: Case) -> None:
         for param in params:
             name = optimizer.state_names(optimizer.param_groups[0])[0]
             assert optimizer.state[param][name].shape == param.shape
+
+
+@pytest.mark.parametrize("kind", ["meta", "fake"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"state_dtype": "8bit"},
+        {"master_weights": "split8"},
+        {"rounding": "stochastic"},
+        {"grad_clip": fused_optim.ClipGradByGlobalNorm(1.0)},
+        {"grad_clip": fused_optim.ClipGradByNorm(1.0)},
+    ],
+    ids=lambda options: "-".join(map(str, *options.items())),
+)
+@pytest.mark.parametrize("rule", ["AdamW", "LAMB", "NovoGrad", "Muon", "Lion"])
+def test_no_option_asks_tensors_without_memory_for_numbers(rule: str, options: dict[str, Any], kind: str) -> None:
+    """As a plan for memory has it: the states of a run are the real ones' in name, shape and dtype."""
+
+    def trained(device: str) -> Any:
+        param = Parameter(torch.ones(128, 64, dtype=torch.bfloat16, device=device))
+        others = {"max_grad_norm": None} if rule == "LAMB" else {}
+        optimizer = getattr(fused_optim, rule)([param], **options, **others, backend="eager")
+        for _ in range(2):
+            param.grad = torch.ones_like(param)
+            optimizer.step()
+        return {key: (value.shape, value.dtype) for key, value in optimizer.state[param].items()}
+
+    with FakeTensorMode() if kind == "fake" else nullcontext():
+        found = trained("meta" if kind == "meta" else "cpu")
+    assert found == trained("cpu")
 
 
 @each_implementation
