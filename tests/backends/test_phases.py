@@ -42,7 +42,9 @@ from torch.nn import Parameter
 from fused_optim import LAMB, LARC, SGD, Adam, AdamW, ClipGradByGlobalNorm, ClipGradByNorm, ClipGradByValue, GradScaler
 from fused_optim.backends import extension
 
-TILE, CHUNK, BY_WARP = 1024, 32 * 1024, 4 * 1024  # csrc/cuda/layout.h, kernels/columns.py, kernels/reduce.py
+# csrc/cuda/layout.h, kernels/columns.py, kernels/reduce.py
+TILE, BY_WARP = 1024, 4 * 1024
+CUDA_CHUNK, TRITON_CHUNK = 32 * 1024, 8 * TILE
 
 Shapes = tuple[tuple[int, ...], ...]
 
@@ -61,6 +63,7 @@ class Column:
     # Around the vector, the warp's strip, the tile, a block's tiles; around the pieces that norms are summed in.
     ragged: Shapes
     norms: Shapes
+    chunk: int  # elements of a row that one program, or block, adds up
     compiled_plan: bool = True
 
     @contextmanager
@@ -99,14 +102,16 @@ class Column:
 
 MANY = flat(0, 1, 2, 3, 4, 5, 7, 8, 9, 127, 129, 255, 257, 1023, 1024, 1025, 8191, 8193, BY_WARP + 1)
 FEW = flat(0, 1, 3, 5, 9, 1023, 1024, 1025, 2049)  # an interpreter takes its time
-MANY_NORMS = flat(0, 1, 5, BY_WARP - 1, BY_WARP, BY_WARP + 1, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK + 77)
-FEW_NORMS = flat(0, 1, 5, TILE, CHUNK + 1)
+MANY_NORMS = flat(
+    *(0, 1, 5, BY_WARP - 1, BY_WARP, BY_WARP + 1, CUDA_CHUNK - 1, CUDA_CHUNK, CUDA_CHUNK + 1, 2 * CUDA_CHUNK + 77)
+)
+FEW_NORMS = flat(0, 1, 5, TILE, TRITON_CHUNK + 1)
 COLUMNS = {
-    "cuda on the host": Column("cuda", "cpu", True, MANY, MANY_NORMS),
-    "triton interpreted": Column("triton", "cpu", True, FEW, FEW_NORMS),
-    "triton interpreted, python plan": Column("triton", "cpu", True, FEW, FEW_NORMS, compiled_plan=False),
-    "cuda": Column("cuda", "cuda", False, MANY, MANY_NORMS),
-    "triton": Column("triton", "cuda", False, MANY, MANY_NORMS),
+    "cuda on the host": Column("cuda", "cpu", True, MANY, MANY_NORMS, CUDA_CHUNK),
+    "triton interpreted": Column("triton", "cpu", True, FEW, FEW_NORMS, TRITON_CHUNK),
+    "triton interpreted, python plan": Column("triton", "cpu", True, FEW, FEW_NORMS, TRITON_CHUNK, compiled_plan=False),
+    "cuda": Column("cuda", "cuda", False, MANY, MANY_NORMS, CUDA_CHUNK),
+    "triton": Column("triton", "cuda", False, MANY, MANY_NORMS, TRITON_CHUNK),
 }
 MARKS: dict[str, tuple[Any, ...]] = {
     "cuda on the host": (pytest.mark.requires("g++"),),
@@ -173,7 +178,7 @@ def test_every_rule_and_dtype(column: Column, rule: str, dtype: torch.dtype, all
         if not RULES[rule].sums:
             times(2)(optimizer)
 
-    ours, twin = column.both_of(rule, (*column.ragged, (CHUNK + 77,)), dtype, work)
+    ours, twin = column.both_of(rule, (*column.ragged, (column.chunk + 77,)), dtype, work)
     assert inner(ours).backend == column.backend
     # In float64 Triton's logarithms are another library's.
     same_scalars = dtype != torch.float64 or column.backend == "cuda"
@@ -247,7 +252,7 @@ def test_states_of_the_other_narrow_dtype(
 def test_masters_and_other_storages_of_every_kind_of_rule(
     column: Column, rule: str, options: dict[str, Any], all_native: None
 ) -> None:
-    ours, twin = column.both_of(rule, (*column.ragged, (CHUNK + 77,)), torch.bfloat16, **options)
+    ours, twin = column.both_of(rule, (*column.ragged, (column.chunk + 77,)), torch.bfloat16, **options)
     column.agree(ours, twin, exact=not RULES[rule].directions)
 
 
@@ -287,7 +292,7 @@ def test_unaligned_gradients_of_every_kind_of_rule(column: Column, rule: str, of
             param.grad = behind(offset, eighths(tuple(param.shape), param.dtype, i).to(param.device))
         optimizer.step()
 
-    column.agree(*column.both_of(rule, (*column.ragged, (CHUNK + 77,)), torch.float32, work))
+    column.agree(*column.both_of(rule, (*column.ragged, (column.chunk + 77,)), torch.float32, work))
 
 
 def test_dtypes_mix(column: Column, all_native: None) -> None:
@@ -302,7 +307,7 @@ def test_several_rules_share_a_step(column: Column, all_native: None) -> None:
     def make(backend: str, device: str) -> Any:
         groups = [
             {
-                "params": [Parameter(eighths((n,), dtype, n).to(device)) for n in (3, TILE + 1, CHUNK + 1)],
+                "params": [Parameter(eighths((n,), dtype, n).to(device)) for n in (3, TILE + 1, column.chunk + 1)],
                 "momentum": momentum,
             }
             for momentum in (0.0, 0.9)
@@ -366,7 +371,7 @@ def test_parameters_that_the_witness_steps_share_the_global_norm(column: Column)
 
 @pytest.mark.parametrize("value", [1e25, 1e-30, 3e19])
 def test_norms_of_extreme_gradients(column: Column, value: float) -> None:
-    params = [Parameter(torch.zeros(n, device=column.device)) for n in (5, BY_WARP + 3, CHUNK + 3)]
+    params = [Parameter(torch.zeros(n, device=column.device)) for n in (5, BY_WARP + 3, column.chunk + 3)]
     for param in params:
         param.grad = torch.full_like(param, value)
     optimizer = AdamW(params, backend=column.backend, grad_clip=ClipGradByGlobalNorm(1.0))
@@ -377,9 +382,9 @@ def test_norms_of_extreme_gradients(column: Column, value: float) -> None:
 
 @pytest.mark.parametrize("bad", [math.inf, math.nan])
 def test_a_non_finite_gradient_shows_in_the_norm(column: Column, bad: float) -> None:
-    params = [Parameter(torch.zeros(n, device=column.device)) for n in (5, CHUNK + 3)]
+    params = [Parameter(torch.zeros(n, device=column.device)) for n in (5, column.chunk + 3)]
     set_grads(params, 0)
-    params[1].grad[CHUNK] = bad
+    params[1].grad[column.chunk] = bad
     optimizer = AdamW(params, backend=column.backend, grad_clip=ClipGradByGlobalNorm(1.0))
     optimizer.step()
     assert not torch.isfinite(optimizer.last_grad_norm)
@@ -509,7 +514,7 @@ def test_loss_scale_and_found_inf(column: Column, rule: str, all_native: None) -
 )
 def test_grad_scaler_looks_for_infinities(column: Column, rule: str, options: Any) -> None:
     """With the results of torch's, whose unscaling it does without; where one is found nothing moves."""
-    shapes = flat(5, CHUNK + 3)
+    shapes = flat(5, column.chunk + 3)
     optimizers = [column.both_of(rule, shapes, torch.float32, lambda made: None, **options)[0] for _ in range(2)]
     scalers = [kind(column.device, 64.0) for kind in (GradScaler, torch.amp.GradScaler)]
     for amp in scalers:
@@ -536,7 +541,7 @@ def test_grad_scaler_looks_for_infinities(column: Column, rule: str, options: An
 
 
 def test_a_finite_element_with_an_infinite_square_is_no_infinity(column: Column) -> None:
-    param = Parameter(torch.zeros(CHUNK + 3, device=column.device))
+    param = Parameter(torch.zeros(column.chunk + 3, device=column.device))
     param.grad = torch.full_like(param, 3e19)
     scaler = GradScaler(column.device, 64.0)
     scaler.scale(torch.zeros((), device=column.device))
