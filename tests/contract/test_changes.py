@@ -978,7 +978,6 @@ def keeper(kind: str, backend: str) -> tuple[Any, list[Parameter]]:
 
 @pytest.fixture
 def no_collection() -> Iterator[None]:
-    gc.collect()
     gc.disable()
     yield
     gc.enable()

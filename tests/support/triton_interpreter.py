@@ -19,6 +19,7 @@ def patch_once() -> None:
         patch_dtypes()
         patch_types()
         patch_tensors()
+        patch_reductions()
         leave_out_overflows()
 
 
@@ -98,6 +99,27 @@ def patch_tensors() -> None:
         tensor.__index__ = lambda self: int(self.handle.data.squeeze())
 
     interpreter._patch_lang_tensor = patch_tensor_and_index
+
+
+def patch_reductions() -> None:
+    """A sum of the kernels' own is taken of halves, as on a GPU: the interpreter adds one element after the other."""
+    from triton.runtime import interpreter
+
+    one_by_one = interpreter.ReduceOps.generic_reduce
+
+    def by_halves(self: Any, tensors: Any) -> Any:
+        arrays, dtypes = [one.handle.data for one in tensors], [one.dtype for one in tensors]
+        count = arrays[0].size
+        if arrays[0].ndim != 1 or count & (count - 1) or self.keep_dims:
+            return one_by_one(self, tensors)
+        while count > 1:
+            count //= 2
+            halves = [half for part in (slice(None, count), slice(count, None)) for half in (a[part] for a in arrays)]
+            made = self.combine_fn.fn(*map(self.to_tensor, halves, 2 * dtypes))
+            arrays = [one.handle.data for one in (made if isinstance(made, tuple) else (made,))]
+        return [self.to_tensor(array[0], dtype) for array, dtype in zip(arrays, dtypes, strict=True)]
+
+    interpreter.ReduceOps.generic_reduce = by_halves
 
 
 def leave_out_overflows() -> None:
