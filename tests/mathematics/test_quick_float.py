@@ -58,10 +58,10 @@ def test_root_and_quotient_are_those_of_ieee(tmp_path: Path) -> None:
     ],
 )
 def test_wrong_arithmetic_is_found(tmp_path: Path, right: str, wrong: str) -> None:
+    """By a sixtieth of the cases."""
     source = with_a_fault(tmp_path, "quick_float", right, wrong)
     program = compile_test(tmp_path, source, "quick_float")
-    # A sixtieth of the cases finds most of it, in a fraction of the time.
-    assert any(subprocess.run([program, *few], capture_output=True).returncode != 0 for few in (["some"], []))
+    assert subprocess.run([program, "some"], capture_output=True).returncode != 0
 
 
 def with_a_fault(tmp_path: Path, name: str, right: str, wrong: str) -> Path:
@@ -119,8 +119,9 @@ def test_codes_without_branches_are_those_of_the_codec(tmp_path: Path) -> None:
     ],
 )
 def test_wrong_codes_are_found(tmp_path: Path, right: str, wrong: str) -> None:
+    """By a sixtieth of the cases."""
     program = compile_test(tmp_path, with_a_fault(tmp_path, "quick_codec", right, wrong), "quick_codec")
-    assert any(subprocess.run([program, *few], capture_output=True).returncode != 0 for few in (["some"], []))
+    assert subprocess.run([program, "some"], capture_output=True).returncode != 0
 
 
 @pytest.mark.gpu
