@@ -156,11 +156,12 @@ def train_spread(name: str, place: str, backend: str, steps: int, compiled_plan:
             with nullcontext() if compiled_plan else without_extension():
                 ours.step()
         assert backend == "eager" or collector.lines == []
-    for whole, param in zip(wholes, spreads):
+    values = [full(param) for param in spreads]
+    assert_same_everywhere(torch.cat([value.flatten() for value in values]))
+    for whole, param, value in zip(wholes, spreads, values):
         expected, found = inner(alone).state[whole], inner(ours).state[param]
         assert list(expected) == list(found)
-        torch.testing.assert_close(full(param), whole.detach(), rtol=1e-6, atol=1e-6)
-        assert_same_everywhere(full(param))
+        torch.testing.assert_close(value, whole.detach(), rtol=1e-6, atol=1e-6)
         for key, value in expected.items():
             assert isinstance(found[key], DTensor) == (value.shape == whole.shape and value.dim() > 0), key
             torch.testing.assert_close(full(found[key]), value, rtol=1e-6, atol=1e-6)
