@@ -184,7 +184,7 @@ def train_everywhere(name: str, steps: int) -> None:
                 raise AssertionError(f"{place}, {backend}: {error}") from error
 
 
-@pytest.mark.parametrize("steps", [5, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("steps", [3, pytest.param(20, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", MAKERS)
 def test_spread_parameters_are_stepped_as_whole_ones(name: str, steps: int, ranks: Ranks) -> None:
     ranks.run(train_everywhere, name, steps)
