@@ -17,13 +17,14 @@ from support.sources import ROOT, sources
 
 PROGRAM = ROOT / "tests" / "support" / "triton_offline.py"
 MACHINE_CODE = ROOT / "scripts" / "triton_machine_code.py"
+COMPILED = ROOT / "build" / "triton_offline"
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 
 pytestmark = [pytest.mark.program, pytest.mark.requires(modules=("triton",)), pytest.mark.timeout(1200)]
 
 
-def offline(cache: Path, *arguments: str, program: Path = PROGRAM) -> Any:
-    """What the program prints. Kernels are compiled anew."""
+def offline(*arguments: str, program: Path = PROGRAM, cache: Path = COMPILED) -> Any:
+    """What the program prints. A kernel is compiled anew if it, its compiler or what is asked of it has changed."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     environment |= {"TRITON_CACHE_DIR": str(cache), "PYTHONPATH": str(ROOT / "tests")}
     result = subprocess.run([sys.executable, str(program), *arguments], text=True, capture_output=True, env=environment)
@@ -40,8 +41,8 @@ def check_kernel(kernel: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("target", ["sm_90"])  # all of TARGETS below
-def test_every_rule_compiles(target: str, tmp_path: Path) -> None:
-    kernels = offline(tmp_path, "rules", target)
+def test_every_rule_compiles(target: str) -> None:
+    kernels = offline("rules", target)
     names = {kernel["name"] for kernel in kernels}
     assert names >= {"reduce_kernel", "total_kernel", "prepare_kernel", "direction_kernel", "grad_sq_kernel"}
     assert names >= {"apply_kernel", "accumulate_kernel", "move_kernel"}
@@ -51,8 +52,8 @@ def test_every_rule_compiles(target: str, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS)
-def test_every_rule_and_storage_compiles(target: str, tmp_path: Path) -> None:
-    for kernel in [*offline(tmp_path, "rules", target), *offline(tmp_path, "storages", target)]:
+def test_every_rule_and_storage_compiles(target: str) -> None:
+    for kernel in [*offline("rules", target), *offline("storages", target)]:
         check_kernel(kernel)
 
 
@@ -74,9 +75,9 @@ def check_machine_code(kernels: dict[str, dict[str, Any]]) -> None:
             assert under_way >= (48 if name.startswith(("AdamW", "momentum")) else 40) * 1024, (name, kernel)
 
 
-def test_machine_code(tmp_path: Path) -> None:
+def test_machine_code() -> None:
     """For sm_90; and docs/architecture.md shows what ptxas says, or another triton's."""
-    kernels = offline(tmp_path, "--json", program=MACHINE_CODE)
+    kernels = offline("--json", program=MACHINE_CODE)
     found = kernels.pop("table").splitlines()
     check_machine_code(kernels)
     text = (ROOT / "docs" / "architecture.md").read_text()
@@ -88,15 +89,15 @@ def test_machine_code(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("target", ["sm_80", "sm_100"])
-def test_machine_code_of_other_architectures(target: str, tmp_path: Path) -> None:
-    kernels = offline(tmp_path, "--json", "--target", target, program=MACHINE_CODE)
+def test_machine_code_of_other_architectures(target: str) -> None:
+    kernels = offline("--json", "--target", target, program=MACHINE_CODE)
     del kernels["table"]
     check_machine_code(kernels)
 
 
 def test_nothing_is_compiled_again_over_a_schedule(tmp_path: Path) -> None:
     """100 steps with another lr at each, gradients that come and go, and optimizers of other numbers of tensors."""
-    counts = offline(tmp_path, "schedule", "sm_90")
+    counts = offline("schedule", "sm_90", cache=tmp_path)
     assert counts["first step"] == 2  # prepare, apply
     assert counts["100 steps"] == counts["first step"]
     assert counts["other numbers of tensors and groups"] == counts["first step"]

@@ -413,12 +413,12 @@ ELEMENTS: dict[str, tuple[Callable[[Tensor], Tensor], bool]] = {
 
 
 def start_two(kind: str, backend: str, master: str | None = None) -> list[tuple[Any, list[Parameter]]]:
-    """Two equal runs after two steps."""
+    """Two equal runs after a step."""
     runs = []
     for _ in range(2):
         params = new_params(torch.float32 if master is None else torch.bfloat16, [(7, 5), (3,)])
         optimizer = OPTIMIZERS[kind](params, backend=backend, master_weights=master)
-        train(optimizer, params, 2)
+        train(optimizer, params, 1)
         runs.append((optimizer, params))
     return runs
 
@@ -447,10 +447,10 @@ def test_a_step_count_is_the_users(kind: str, form: str, any_backend: str, fallb
     mine = put(optimizer, param, "step", make)
     address, shape, dtype = mine.data_ptr(), mine.shape, mine.dtype
     for each, params in runs:
-        train(each, params, 3, first=50)
+        train(each, params, 2, first=50)
     assert_is_used(optimizer, param, "step", mine, address)
     assert (mine.shape, mine.dtype) == (shape, dtype)
-    assert mine == 5
+    assert mine == 3
     assert len(fallbacks) == (not native and any_backend != "eager")
     optimizer.state[param]["step"] = mine.float().reshape(())
     if native:
@@ -487,7 +487,7 @@ def test_a_state_is_the_users(
     mine = put(optimizer, param, name, make)
     address, strides = mine.data_ptr(), mine.stride()
     for each, params in runs:
-        train(each, params, 3, first=50)
+        train(each, params, 2, first=50)
     assert_is_used(optimizer, param, name, mine, address)
     assert mine.stride() == strides
     if any_backend == "eager" or native:
@@ -505,7 +505,7 @@ def test_a_number_of_novograds_is_the_users(name: str, any_backend: str, fallbac
     (optimizer, (param, _)), (twin, _) = runs
     mine = put(optimizer, param, name, lambda t: t.reshape(1, 1, 1).clone())
     for each, params in runs:
-        train(each, params, 3, first=50)
+        train(each, params, 2, first=50)
     assert optimizer.state[param][name] is mine
     optimizer.state[param][name] = mine.reshape(())
     assert_same_results(optimizer, twin)
@@ -933,6 +933,7 @@ def test_two_optimizers_share_parameters(case: Case, backend: str) -> None:
 # Memory that was let go of --------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("few_to_collect")
 @each_implementation
 @each_kind
 def test_no_gradient_is_held_after_a_step(case: Case, backend: str) -> None:
@@ -1042,6 +1043,7 @@ def test_cleared_groups_leave_nothing_behind(kind: str, any_backend: str, no_col
         assert optimizer.state[others[0]]["step"] == 1
 
 
+@pytest.mark.usefixtures("few_to_collect")
 def test_a_parameter_at_the_place_of_one_that_died(any_backend: str) -> None:
     """It has the address of the other, and not its factor."""
     params = [Parameter(torch.full((4,), 2.0))]
@@ -1063,6 +1065,7 @@ def test_a_parameter_at_the_place_of_one_that_died(any_backend: str) -> None:
     assert param.tolist() == [0.0] * 4
 
 
+@pytest.mark.usefixtures("few_to_collect")
 @each_implementation
 @each_kind
 def test_replaced_state_is_freed(case: Case, backend: str) -> None:

@@ -419,6 +419,7 @@ def tensors_alive() -> int:
     return sum(issubclass(type(thing), Tensor) for thing in gc.get_objects())
 
 
+@pytest.mark.usefixtures("few_to_collect")
 @each_implementation
 @each_kind
 def test_deleted_optimizer_keeps_nothing_alive(case: Case, backend: str) -> None:
@@ -435,6 +436,7 @@ def test_deleted_optimizer_keeps_nothing_alive(case: Case, backend: str) -> None
     assert [param() for param in kept] == [None] * len(kept)
 
 
+@pytest.mark.usefixtures("few_to_collect")
 @each_implementation
 @each_twin
 def test_cycle_through_a_parameter_is_collected(case: Case, backend: str) -> None:
@@ -455,6 +457,7 @@ def test_cycle_through_a_parameter_is_collected(case: Case, backend: str) -> Non
     assert tensors_alive() <= before
 
 
+@pytest.mark.usefixtures("few_to_collect")
 @each_implementation
 @each_kind
 def test_steps_allocate_no_lasting_objects(case: Case, backend: str) -> None:
@@ -472,6 +475,7 @@ def test_steps_allocate_no_lasting_objects(case: Case, backend: str) -> None:
     assert objects() - before < 50
 
 
+@pytest.mark.usefixtures("few_to_collect")
 @each_implementation
 @each_kind
 def test_changed_groups_leave_no_parameter_behind(case: Case, backend: str) -> None:
@@ -893,9 +897,9 @@ def test_two_optimizers_in_two_threads(case: Case, backend: str) -> None:
     """The same bits as one after the other."""
 
     def job(seed: int, results: dict[int, Any]) -> None:
-        params = new_params(shapes=[(200, 300), (17,), (50_000,)], seed=seed, device=device_of(backend))
+        params = new_params(shapes=[(200, 300), (17,)], seed=seed, device=device_of(backend))
         optimizer = case.make(params, "decay", backend=backend)
-        for step in range(4):
+        for step in range(3):
             for position, param in enumerate(params):
                 param.grad = new_grad(param, step + seed, position)
             optimizer.step()
@@ -1106,19 +1110,19 @@ SEQUENCES: dict[str, Callable[[list[float]], Any]] = {
 
 @each_implementation_daily
 @pytest.mark.parametrize("later", [False, True])
-@pytest.mark.parametrize("sequence", SEQUENCES)
 @pytest.mark.parametrize("kind", [fused_optim.AdamW, fused_optim.Lion, fused_optim.LAMB, fused_optim.NovoGrad])
-def test_betas_may_be_any_sequence(kind: Any, sequence: str, later: bool, backend: str) -> None:
-    results = []
-    for betas in ((0.8, 0.9), SEQUENCES[sequence]([0.8, 0.9])):
+def test_betas_may_be_any_sequence(kind: Any, later: bool, backend: str) -> None:
+    results = {}
+    for name, make in {"tuple": tuple, **SEQUENCES}.items():
+        betas = make([0.8, 0.9])
         param = Parameter(torch.ones(3))
         optimizer = kind([param], lr=0.1, betas=(0.5, 0.5) if later else betas, backend=backend)
         optimizer.param_groups[0]["betas"] = betas
         for _ in range(2):
             param.grad = torch.ones(3)
             optimizer.step()
-        results.append(param.detach().clone())
-    assert torch.equal(*results)
+        results[name] = param.tolist()
+    assert all(result == results["tuple"] for result in results.values()), results
 
 
 @each_implementation_daily
