@@ -302,8 +302,8 @@ def test_many_float64_steps_are_torchs(case: Case, variant: str, backend: str) -
     mine, theirs = (new_params(torch.float64, device=device_of(backend)) for _ in range(2))
     one = case.make(mine, variant, backend=backend)
     reference = case.make_reference(theirs, variant)
-    train(one, mine, steps=50)
-    train(reference, theirs, steps=50)
+    train(one, mine, steps=25)
+    train(reference, theirs, steps=25)
     for my, their in zip(snapshot(one), snapshot(reference), strict=True):
         assert list(my) == list(their)
         for name, value in my.items():
