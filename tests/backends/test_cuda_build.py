@@ -119,37 +119,44 @@ def test_module_has_every_architecture_and_no_cuda_library(tmp_path: Path, cuobj
     assert not [name for name in needed if "cuda" in name or "torch" in name], needed
 
 
+@pytest.fixture(scope="module")
+def configured(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A build folder in which CMake has tried the compilers: what it asks of a machine's GPUs, it asks every time."""
+    return tmp_path_factory.mktemp("cuda") / "build"
+
+
 @pytest.mark.program
+@pytest.mark.xdist_group("cuda_build")
 @pytest.mark.requires("nvcc", "cmake", "ninja")
 @pytest.mark.parametrize(
-    ("gpus", "named", "expected"),
+    ("gpus", "named", "architectures", "choice"),
     [
-        (None, "", "for 90 and PTX for newer GPUs, since no GPU was found that this nvcc knows"),
-        ("echo 9.0; echo 8.0; echo 9.0", "", "for 80, 90 and PTX for newer GPUs, of this machine's GPUs"),
-        ("echo 99.0", "", "for 90 and PTX for newer GPUs, since no GPU was found that this nvcc knows"),
-        ("echo No devices were found; exit 6", "", "for 90 and PTX for newer GPUs, since no GPU"),
-        ("echo 9.0", "80", "for 80 and PTX for newer GPUs, as FUSED_OPTIM_CUDA_ARCHS says"),
-        (
-            "echo 9.0",
-            "ALL",
-            f"for {', '.join(map(str, SUPPORTED))} and PTX for newer GPUs, as FUSED_OPTIM_CUDA_ARCHS says",
-        ),
+        (None, "", (90,), "since no GPU was found that this nvcc knows"),
+        ("echo 9.0; echo 8.0; echo 9.0", "", (80, 90), "of this machine's GPUs"),
+        ("echo 99.0", "", (90,), "since no GPU was found that this nvcc knows"),
+        ("echo No devices were found; exit 6", "", (90,), "since no GPU was found"),
+        ("echo 9.0", "80", (80,), "as FUSED_OPTIM_CUDA_ARCHS says"),
+        ("echo 9.0", "ALL", SUPPORTED, "as FUSED_OPTIM_CUDA_ARCHS says"),
     ],
     ids=["no GPU", "two kinds", "a GPU that is too new", "a driver without GPUs", "named", "ALL"],
 )
 def test_the_build_is_for_the_gpus_of_this_machine_and_says_so(
-    tmp_path: Path, gpus: str | None, named: str, expected: str
+    configured: Path, tmp_path: Path, gpus: str | None, named: str, architectures: tuple[int, ...], choice: str
 ) -> None:
     import pybind11
 
     said = tmp_path / "nvidia-smi"
     said.write_text(f"#!/bin/sh\n{gpus or 'exit 127'}\n")
     said.chmod(0o755)
-    configure = ["cmake", "-S", str(ROOT), "-B", str(tmp_path / "build"), "-G", "Ninja", "-DFUSED_OPTIM_CUDA=ON"]
+    configure = ["cmake", "-S", str(ROOT), "-B", str(configured), "-G", "Ninja", "-DFUSED_OPTIM_CUDA=ON"]
     configure += [f"-DFUSED_OPTIM_CUDA_ARCHS={named}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}"]
     environment = {**os.environ, "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
     result = subprocess.run(
         configure, text=True, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False
     )
     assert result.returncode == 0, result.stdout
+    expected = f"for {', '.join(map(str, architectures))} and PTX for newer GPUs, {choice}"
     assert expected in re.sub(r"\s+", " ", result.stdout)
+    flags = (configured / "build.ninja").read_text()
+    assert {int(arch) for arch in re.findall(r"code=\[?sm_(\d+)", flags)} == set(architectures)
+    assert {int(arch) for arch in re.findall(r"code=\[?[\w,]*?compute_(\d+)", flags)} == {architectures[-1]}
