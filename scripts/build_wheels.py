@@ -4,7 +4,8 @@
     python scripts/build_wheels.py --python /path/python3   this one; may be repeated
 
 The wheels are built from the sdist, which is thereby proved complete, and lie in dist/ beside it. The kernels are
-compiled once for all interpreters. FUSED_OPTIM_CUDA, FUSED_OPTIM_CUDA_ARCHS, CXX and CUDACXX are those of any build.
+compiled once for all interpreters, in build/wheels/cmake or the folder that FUSED_OPTIM_BUILD_FOLDER names.
+FUSED_OPTIM_CUDA, FUSED_OPTIM_CUDA_ARCHS, CXX and CUDACXX are those of any build.
 
 A module that is linked here asks for symbols of this machine's glibc, and most clusters have an older one. So the
 linker is shown the libraries of glibc 2.28 instead, which the package ziglang writes: names and versions of symbols
@@ -201,7 +202,7 @@ def main() -> None:
     environment = {
         **os.environ,
         "LDFLAGS": " ".join(link),
-        "FUSED_OPTIM_BUILD_FOLDER": str(FOLDER / "cmake"),
+        "FUSED_OPTIM_BUILD_FOLDER": os.environ.get("FUSED_OPTIM_BUILD_FOLDER") or str(FOLDER / "cmake"),
         "FUSED_OPTIM_EXTENSION": "ON",
         "FUSED_OPTIM_CUDA_ARCHS": os.environ.get("FUSED_OPTIM_CUDA_ARCHS") or "ALL",
         "PATH": path,

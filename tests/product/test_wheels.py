@@ -108,14 +108,21 @@ def test_an_interpreter_that_cannot_build_is_refused(tmp_path: Path, python: str
 @BUILDS
 @pytest.mark.timeout(600)
 @pytest.mark.xdist_group("packaging")
-def test_the_wheel_that_is_built_here_installs_on_old_systems(tmp_path: Path) -> None:
+@pytest.mark.parametrize("compiled", ["before", pytest.param("anew", marks=pytest.mark.slow)])
+def test_the_wheel_that_is_built_here_installs_on_old_systems(tmp_path: Path, compiled: str) -> None:
+    """Objects that this environment's own build made by the same commands are linked as they are, or all made anew."""
     command = [sys.executable, str(ROOT / "scripts" / "build_wheels.py"), "--python", sys.executable]
-    environment = {**os.environ, "FUSED_OPTIM_CUDA": "OFF"}
+    folder = tmp_path / "cmake"
+    environment = {**os.environ, "FUSED_OPTIM_CUDA": "OFF", "FUSED_OPTIM_BUILD_FOLDER": str(folder)}
+    if compiled == "before":
+        launcher = ROOT / "tests" / "support" / "compiled_here.py"
+        environment["CMAKE_CXX_COMPILER_LAUNCHER"] = f"{sys.executable};{launcher}"
+    dist = tmp_path / "dist"
     result = subprocess.run(
-        [*command, "--out", str(tmp_path)], env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        [*command, "--out", str(dist)], env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
     assert result.returncode == 0, result.stdout
-    (wheel,) = tmp_path.glob("*.whl")
+    (wheel,) = dist.glob("*.whl")
     (module,), faults = read_wheel.read(wheel)
     assert faults == []
     assert "libstdc++.so.6" not in module.needed
