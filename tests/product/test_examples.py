@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 import re
@@ -48,6 +49,11 @@ def load_example(example: Path) -> ModuleType:
 @pytest.fixture(scope="module")
 def train_digits() -> ModuleType:
     return load_example(TRAIN_DIGITS)
+
+
+@pytest.fixture(scope="module")
+def compare_on_digits(train_digits: ModuleType) -> ModuleType:
+    return load_example(EXAMPLES / "compare_on_digits.py")
 
 
 @pytest.fixture(scope="module")
@@ -155,19 +161,26 @@ def test_bounds_tell_runs_that_have_not_learnt(train_digits: ModuleType) -> None
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def test_factors_train_as_groups_do(device: str, tmp_path: Path) -> None:
-    done = run_example(FINETUNE, f"--device={device}", "--epochs=1", "--describe", folder=tmp_path)
-    assert done.returncode == 0, done.stdout + done.stderr
+def test_factors_train_as_groups_do(
+    device: str, finetune: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """For six steps: a factor that is left out moves the second loss by more than the bound."""
+    shuffled_batches = finetune.shuffled_batches
+    monkeypatch.setattr(finetune, "shuffled_batches", lambda *arguments: list(shuffled_batches(*arguments))[:6])
+    monkeypatch.setattr(sys, "argv", [FINETUNE.name, f"--device={device}", "--epochs=1", "--describe"])
+    status = finetune.main()
+    printed = capsys.readouterr().out
+    assert status == 0, printed
     number = r"\s*│\s*([0-9.]+)"
-    rows = re.findall(rf"│ (torch AdamW|fused_optim AdamW)[^│]*?{number * 4}", done.stdout)
+    rows = re.findall(rf"│ (torch AdamW|fused_optim AdamW)[^│]*?{number * 4}", printed)
     assert [row[0] for row in rows] == ["torch AdamW", "torch AdamW", "fused_optim AdamW"]
     groups, losses, times, ratios = zip(*([float(value) for value in row[1:]] for row in rows), strict=True)
     assert groups == (28, 28, 1)  # 12 layers, what comes before and after them, each with and without decay
     assert losses == pytest.approx([losses[0]] * 3, rel=1e-4)
     assert min(times) > 0
     assert ratios[0] == 1
-    assert re.search(r"^blocks\.11\.qkv\.weight .* 0\.0015 +0\.1 ", done.stdout, re.MULTILINE)  # 0.002 * 0.75
-    assert re.search(r"^blocks\.0\.qkv\.bias .* 6\.33527e-05 +0 ", done.stdout, re.MULTILINE)  # 0.002 * 0.75 ** 12
+    assert re.search(r"^blocks\.11\.qkv\.weight .* 0\.0015 +0\.1 ", printed, re.MULTILINE)  # 0.002 * 0.75
+    assert re.search(r"^blocks\.0\.qkv\.bias .* 6\.33527e-05 +0 ", printed, re.MULTILINE)  # 0.002 * 0.75 ** 12
 
 
 def test_finetuning_by_a_backend_that_cannot_serve_ends_with_its_reason(
@@ -197,29 +210,48 @@ def test_finetuning_is_clipped(finetune: ModuleType, train_digits: ModuleType) -
 
 
 NOVOGRAD = EXAMPLES / "train_novograd_larc.py"
-
-
-def test_novograd_and_larc_learn_the_digits(tmp_path: Path) -> None:
-    result = run_example(NOVOGRAD, "--device=cpu", folder=tmp_path)
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert "every accuracy is at least 95 %" in result.stdout
-    assert "prologue.0.weight" in result.stdout
-
-
 MUON = EXAMPLES / "train_muon.py"
 
 
-def test_muon_learns_the_digits(tmp_path: Path) -> None:
-    result = run_example(MUON, "--device=cpu", folder=tmp_path)
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert "every accuracy is at least 95 %" in result.stdout
+def learn_the_digits(
+    example: ModuleType, epochs: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> str:
+    monkeypatch.setattr(sys, "argv", [example.__name__, "--device=cpu", f"--epochs={epochs}"])
+    status = example.main()
+    printed = capsys.readouterr().out
+    assert status == 0, printed
+    assert "every accuracy is at least 95 %" in printed
+    return printed
+
+
+def test_novograd_and_larc_learn_the_digits(
+    compare_on_digits: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In five epochs of its fifteen: by then the worst of the four had 96.4 % to 97.8 % over three seeds."""
+    assert "prologue.0.weight" in learn_the_digits(load_example(NOVOGRAD), 5, monkeypatch, capsys)
+
+
+def test_muon_learns_the_digits(
+    compare_on_digits: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two blocks of its six: after ten epochs the worse of the two had 96.4 % to 97.5 % over three seeds."""
+    example = load_example(MUON)
+    monkeypatch.setattr(example, "VisionTransformer", functools.partial(example.VisionTransformer, depth=2))
+    learn_the_digits(example, 10, monkeypatch, capsys)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("example", [FINETUNE, NOVOGRAD, MUON], ids=lambda example: example.stem)
+def test_a_comparison_keeps_its_bounds_as_a_user_starts_it(example: Path, tmp_path: Path) -> None:
+    done = run_example(example, "--device=cpu", folder=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "MISSED" not in done.stdout
 
 
 @pytest.mark.parametrize("example", [NOVOGRAD, MUON], ids=lambda example: example.stem)
 def test_a_comparison_names_a_backend_that_is_missing(
-    example: Path, train_digits: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    example: Path, compare_on_digits: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    load_example(EXAMPLES / "compare_on_digits.py")
     monkeypatch.setattr(sys, "argv", [example.name, "--device=cpu", "--backend=cuda"])
     assert load_example(example).main() == 2
     assert capsys.readouterr().err.startswith(f"{example.name}: backend='cuda'")
