@@ -63,24 +63,40 @@ def test_every_command_of_the_bench_is_one() -> None:
         assert arguments.device == "cuda"
 
 
+# For each selection of a list: the tests of some files that it leaves. Modules are imported once for all.
+COLLECT = """
+import json, sys
+import pytest
+
+class Found:
+    def pytest_collection_finish(self, session):
+        self.names = [item.nodeid for item in session.items]
+
+found = Found()
+for files, selection in json.loads(sys.argv[1]):
+    pytest.main(["--collect-only", "-q", "-m", "gpu and not slow", *files, "-k", selection], plugins=[found])
+    print("found:" + json.dumps(found.names))
+"""
+
+
 @pytest.mark.program
-@pytest.mark.parametrize("name", ["smoke", "cuda", "triton", "memcheck"])
-def test_every_selection_of_tests_finds_some(name: str) -> None:
-    (command,) = [command for call in steps() for _, _, found, command in call if found == name]
-    at = command.index(" -k ") + 4
-    files = [word for word in command.split() if word.startswith("tests/")]
-    selection = command[at:].strip()
+def test_every_selection_of_tests_finds_some() -> None:
+    names = ("smoke", "cuda", "triton", "memcheck")
+    commands = {name: command for call in steps() for _, _, name, command in call if name in names}
+    assert set(commands) == set(names)
+    asked = []
+    for name in names:
+        files = [word for word in commands[name].split() if word.startswith("tests/")]
+        asked.append((files, commands[name].partition(" -k ")[2].strip()))
     result = subprocess.run(
-        [sys.executable, "-m", "pytest", "--collect-only", "-q", "-m", "gpu and not slow", *files, "-k", selection],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        timeout=120,
+        [sys.executable, "-c", COLLECT, json.dumps(asked)], capture_output=True, text=True, cwd=ROOT, timeout=120
     )
-    found = [line for line in result.stdout.splitlines() if "::" in line]
-    assert len(found) >= 8, result.stdout[-2000:]
-    if name == "smoke":
-        assert len(found) <= 60  # in 30 seconds
+    lines = [line.partition(":")[2] for line in result.stdout.splitlines() if line.startswith("found:")]
+    found = dict(zip(names, map(json.loads, lines), strict=True))
+    for name, tests in found.items():
+        assert len(tests) >= 8, (name, result.stdout[-2000:])
+    assert len(found["smoke"]) <= 60  # in 30 seconds
+    assert len(set(map(str, found.values()))) == len(names)
 
 
 @pytest.mark.parametrize("call", ["first", "second"])

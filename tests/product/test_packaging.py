@@ -9,10 +9,12 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import zipfile
 from importlib import metadata, util
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from support.sources import ROOT, sources
@@ -222,24 +224,44 @@ def test_tree_that_is_not_built_says_so(tree: Path, tmp_path: Path, installed: s
     assert logged == [said, slower + said]
 
 
-def test_extension_for_another_python_or_none_is_named(tmp_path: Path) -> None:
+def load_extension(package: Path) -> ModuleType:
+    """The module that looks for the compiled extension, of a copy of the package, by another name."""
+    spec = util.spec_from_file_location("copied.backends.extension", package / "backends" / "extension.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_extension_for_another_python_is_named(tmp_path: Path) -> None:
     installed = install_copy(tmp_path / "site", metadata.version("fused_optim"))
-    elsewhere = tmp_path / "elsewhere"
-    elsewhere.mkdir()
     (module,) = installed.glob("_C.*.so")
     other = module.rename(installed / "_C.cpython-30-x86_64-linux-gnu.so")
-    printed, (logged,) = import_in(elsewhere, tmp_path / "site")
+    printed, (logged,) = import_in(tmp_path, tmp_path / "site")
     assert printed == [str(installed / "__init__.py"), "eager"]
     version = sys.version.split()[0]
     assert logged.endswith(f"the compiled extension {other} is for another Python than this one, {version}")
 
-    other.unlink()
-    _, (logged,) = import_in(elsewhere, tmp_path / "site")
-    assert logged.endswith(f"the compiled extension is missing from {installed}; install fused_optim again")
 
-    module.write_text("no library")
-    _, (logged,) = import_in(elsewhere, tmp_path / "site")
-    assert f"the compiled extension cannot be loaded: {module}: " in logged
+@pytest.mark.parametrize("left", ["", "no library"], ids=["none", "no library"])
+def test_extension_that_is_missing_or_cannot_be_loaded_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, left: str
+) -> None:
+    package = tmp_path / "copied"
+    (package / "backends").mkdir(parents=True)
+    parent = ModuleType("copied")
+    parent.__path__ = [str(package)]
+    monkeypatch.setitem(sys.modules, "copied", parent)
+    shutil.copy(ROOT / "fused_optim" / "backends" / "extension.py", package / "backends" / "extension.py")
+    module = package / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
+    if left:
+        module.write_text(left)
+    said = load_extension(package).missing
+    if left:
+        assert said.startswith(f"the compiled extension cannot be loaded: {module}: ")
+    else:
+        assert said == f"the compiled extension is missing from {package}; install fused_optim again"
 
 
 def test_a_copy_of_the_package_without_its_metadata_imports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -252,11 +274,7 @@ def test_a_copy_of_the_package_without_its_metadata_imports(tmp_path: Path, monk
     copied.parent.mkdir(parents=True)
     shutil.copy(ROOT / "fused_optim" / "backends" / "extension.py", copied)
     monkeypatch.setattr(metadata, "version", version)
-    spec = util.spec_from_file_location("copied.backends.extension", copied)
-    assert spec is not None
-    assert spec.loader is not None
-    module = util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load_extension(copied.parents[1])
     assert module.version == "unknown"
     assert module.missing == f"the compiled extension is missing from {copied.parents[1]}; install fused_optim again"
 
