@@ -122,16 +122,17 @@ NO_COMPILER = {"PATH": "", "CXX": ""}
 
 
 @pytest.mark.parametrize(
-    ("variables", "reason"),
+    ("variables", "reason", "takes_a_step"),
     [
-        (NO_COMPILER, "no C++ compiler was found (c++, g++, clang++, or what CXX names)"),
-        ({"FUSED_OPTIM_EXTENSION": "OFF"}, "FUSED_OPTIM_EXTENSION=OFF was set"),
+        (NO_COMPILER, "no C++ compiler was found (c++, g++, clang++, or what CXX names)", False),
+        ({"FUSED_OPTIM_EXTENSION": "OFF"}, "FUSED_OPTIM_EXTENSION=OFF was set", True),
     ],
     ids=["no compiler", "OFF"],
 )
 def test_pure_python_wheel_says_why_it_is_one_and_takes_a_step(
-    tree: Path, tmp_path: Path, variables: dict[str, str], reason: str
+    tree: Path, tmp_path: Path, variables: dict[str, str], reason: str, takes_a_step: bool
 ) -> None:
+    """The step of one of them: the wheels differ in their reason alone."""
     version = metadata.version("fused_optim")
     left_over = tree / "build" / "lib" / "fused_optim" / "removed_since.py"
     left_over.parent.mkdir(parents=True)
@@ -139,6 +140,10 @@ def test_pure_python_wheel_says_why_it_is_one_and_takes_a_step(
     wheel = build_one(tree, "wheel", tmp_path / "dist", **variables)
     assert wheel.name == f"fused_optim-{version}-py3-none-any.whl"
     assert wheel_files(wheel) == expected_wheel_files(version) | {"fused_optim/_no_extension.txt"}
+    with zipfile.ZipFile(wheel) as archive:
+        assert archive.read("fused_optim/_no_extension.txt").decode() == f"{reason}\n"
+    if not takes_a_step:
+        return
     check = [sys.executable, ROOT / "scripts/check_wheel.py", wheel]
     said = subprocess.run(check, check=True, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT).stdout
     reason = f"installed without the compiled extension: {reason}"
