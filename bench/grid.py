@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -79,4 +80,7 @@ class Grid:
 
 
 def models_named(names: Sequence[str]) -> list[Model]:
+    for name in names:
+        if name.lower() not in MODELS and Path(name).is_file():
+            raise ValueError(f"--model takes a name, and {name} is a file: --shapes {name}")
     return [MODELS[name]() for name in pick("--model", names, list(MODELS))]

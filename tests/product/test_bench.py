@@ -538,6 +538,7 @@ def test_peers_that_need_cuda_say_so() -> None:
         (("--case", "150 tensors, 2 groups"), "near: 150 tensors, 1 group"),
         (("--optimizer", "AdamV"), "near: Adam, AdamW"),
         (("--model", "resnet50"), "near: resnet-50"),
+        (("--model", __file__), f"is a file: --shapes {__file__}"),
         (("--peer", "torch-fussed"), "near: torch-fused"),
         (("--dtype", "float23"), "near: float32"),
         (("--backend", "cudo"), "near: cuda"),
