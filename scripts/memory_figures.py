@@ -93,7 +93,8 @@ def losses() -> str | None:
     lines += [
         "",
         f"The loss of float32 states, and how far the others are from it: mean and deviation over {protocol['seeds']} "
-        f"seeds of {protocol['steps']} steps; a dash where there was no training; torch {machine['torch']}, {machine['date']}, commit {machine['commit']}.",
+        f"seeds of {protocol['steps']} steps; a dash where there was no training; "
+        f"torch {machine['torch']}, {machine['date']}, commit {machine['commit']}.",
     ]
     return "\n".join(lines)
 
