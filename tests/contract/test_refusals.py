@@ -512,6 +512,19 @@ def test_no_option_asks_tensors_without_memory_for_numbers(rule: str, options: d
     assert found == trained("cpu")
 
 
+def test_a_grad_scaler_looks_at_real_gradients_alone() -> None:
+    real, meta = Parameter(torch.ones(4)), Parameter(torch.ones(4, device="meta"))
+    optimizer = fused_optim.AdamW([real, meta])
+    for bad, steps in ((1.0, 1), (math.inf, 1), (1.0, 2)):
+        scaler = fused_optim.GradScaler("cpu", 1.0)
+        scaler.scale((bad * real).sum()).backward()
+        meta.grad = torch.ones_like(meta)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        assert optimizer.state[real]["step"] == steps
+
+
 @each_implementation
 @each_kind
 def test_storage_that_was_freed(case: Case, backend: str) -> None:
